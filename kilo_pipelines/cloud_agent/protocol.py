@@ -1,0 +1,169 @@
+"""The session protocol between the engine and whatever runs an agent.
+
+The engine writes a `SessionSpec`; the self-hosted runner carries it out with a `SessionTask` (the service's brief and
+result rules) under a `SessionControl` (the engine's lease, interrupt and log) and answers a `SessionOutcome`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kilo_pipelines.core.evidence import Evidence
+
+
+class RepositoryRef(BaseModel):
+    """A repository by its immutable numeric id; names and addresses are labels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    provider: Literal["github"]
+    external_id: int
+    full_name: str
+    clone_url: str
+    default_branch: str
+
+
+class SessionLimits(BaseModel):
+    """Bounds of one session; all times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    turns: int = Field(default=60, description="completed model turns per part; a review that needs more is lost in a loop")
+    tokens: int = Field(default=2_000_000, description="tokens in plus out over the whole session")
+    silence_s: float = Field(default=420.0, description="no event from the agent and no model call: contract C7")
+    hard_cap_s: float = Field(default=1_800.0, description="whole session, all parts")
+    result_bytes: int = Field(default=1_000_000)
+    memory_bytes: int = Field(default=4 * 2**30, description="address space is not bounded (JS engines reserve it); data and cgroup are")
+    processes: int = 512
+    file_bytes: int = Field(default=256 * 2**20, description="largest file that a process in the sandbox may write")
+
+
+class SessionSpec(BaseModel):
+    """What a session works on. Stored with the session; holds no secret and no brief text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    session_id: UUID
+    owner_id: UUID
+    service: Literal["code_review"]
+    repository: RepositoryRef
+    pull_number: int
+    base_ref: str
+    base_sha: str
+    head_sha: str
+    checkout_ref: str = Field(description="provider ref that holds the head, e.g. refs/pull/7/head")
+    agent: Literal["kilo", "scripted"]
+    model: str
+    limits: SessionLimits = SessionLimits()
+    task: dict[str, Any] = Field(default_factory=dict, description="the service's own inputs for its brief (JSON)")
+
+
+class DiffEntry(BaseModel):
+    """One changed blob pair with the exact text that must reach the model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    entry_id: str
+    path: str
+    old_path: str | None = None
+    status: Literal["added", "modified", "deleted", "renamed", "copied", "type_changed"]
+    old_blob: str
+    new_blob: str
+    old_mode: str
+    new_mode: str
+    binary: bool = False
+    text: str = Field(description="the entry's full unified diff, as made in the bare repository")
+
+
+class WorkspaceFacts(BaseModel):
+    """What the platform itself read in the bare repository before any agent ran."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    merge_base: str
+    head_sha: str
+    diff_hash: str
+    entries: list[DiffEntry]
+    policy_text: str | None = None
+    policy_commit: str | None = None
+    policy_truncated: bool = False
+
+
+@dataclass(frozen=True)
+class BriefPart:
+    """One conversation: its prompt and, per diff entry that it covers, the text which must occur in it verbatim."""
+
+    prompt: str
+    covers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What the agent is asked. `refused` carries a reason code when the work must not be started at all."""
+
+    parts: list[BriefPart] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)  # entry id -> reason code
+    refused: str | None = None
+
+
+class SessionTask(Protocol):
+    """A service's half of a session."""
+
+    def compose(self, facts: WorkspaceFacts, nonce: str, result_path: str) -> Brief:
+        """The brief for these facts. The nonce must occur in every part's prompt and in the result."""
+        ...
+
+    def validate(self, result: object, nonce: str) -> list[str]:
+        """Problems of a decoded JSON result in plain words; empty when valid."""
+        ...
+
+    def repair_prompt(self, problems: list[str], nonce: str, result_path: str) -> str:
+        """The one repair turn's prompt."""
+        ...
+
+    def merge(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """One result out of the parts' results."""
+        ...
+
+
+class Heartbeat(StrEnum):
+    """The engine's answer to a heartbeat."""
+
+    OK = "ok"
+    CANCEL = "cancel"  # interrupt requested: stop within 5 s, outcome `interrupted`
+    LOST = "lost"  # the lease went to somebody else: stop, report nothing
+
+
+class SessionControl(Protocol):
+    """The engine's half: the runner calls `beat` at least once a second; the implementation spaces out its writes."""
+
+    def beat(self) -> Heartbeat: ...
+
+    def event(self, kind: str, data: dict[str, Any]) -> None:
+        """A step worth keeping (session_events) and showing in the run's log; never a secret, prompt or diff."""
+        ...
+
+
+class SessionStatus(StrEnum):
+    """Terminal statuses (contract A9)."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+class SessionOutcome(BaseModel):
+    """How a session ended. `reason` is a code of `core.reasons` unless completed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: SessionStatus
+    reason: str | None = None
+    detail: str | None = Field(default=None, max_length=2_000, description="one scrubbed sentence for people")
+    result: dict[str, Any] | None = None
+    evidence: Evidence | None = None

@@ -1,0 +1,68 @@
+"""Effects: intended writes to the outside, committed together with the state that wants them (invariant 5)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Delivery(StrEnum):
+    """How an effect kind survives a lost answer."""
+
+    READ_BACK = "read_back"  # find our marker at the provider first, then write
+    IDEMPOTENT = "idempotent"  # writing twice equals writing once
+    AT_MOST_ONCE = "at_most_once"  # ends `unknown` after a lost answer, never resent by itself
+
+
+class EffectKind(StrEnum):
+    """Every kind of write that the platform makes."""
+
+    GITHUB_CHECK_RUN = "github.check_run"
+    GITHUB_REVIEW = "github.review"
+    GITHUB_SUMMARY_COMMENT = "github.summary_comment"
+    GITHUB_REACTION = "github.reaction"
+
+
+DELIVERY: dict[EffectKind, Delivery] = {
+    EffectKind.GITHUB_CHECK_RUN: Delivery.READ_BACK,
+    EffectKind.GITHUB_REVIEW: Delivery.READ_BACK,
+    EffectKind.GITHUB_SUMMARY_COMMENT: Delivery.READ_BACK,
+    EffectKind.GITHUB_REACTION: Delivery.IDEMPOTENT,  # GitHub answers 200 with the existing reaction
+}
+
+
+class EffectState(StrEnum):
+    """States of an effect in the outbox."""
+
+    PENDING = "pending"
+    APPLYING = "applying"
+    APPLIED = "applied"
+    DROPPED = "dropped"  # no longer wanted: superseded intent, owner changed
+    UNKNOWN = "unknown"  # at_most_once whose answer was lost
+    DEAD = "dead"  # out of tries; a person decides
+
+
+class EffectIntent(BaseModel):
+    """One intended write.
+
+    `intent_key` is unique per owner: the same intent committed twice is one effect.
+    `subject_key` orders effects: those of one subject apply in the order of their commit.
+    `payload` is the kind's own structure (see `providers/github_effects.py`), without any secret.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: EffectKind
+    intent_key: str
+    subject_key: str
+    payload: dict[str, Any] = Field(default_factory=dict)
+
+
+class EffectReceipt(BaseModel):
+    """What the provider holds after an effect was applied."""
+
+    external_id: str
+    url: str | None = None
+    created: bool = Field(description="False when read-back found it or an existing object was updated")

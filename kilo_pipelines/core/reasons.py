@@ -1,0 +1,164 @@
+"""Every reason code of the platform, in one list: what happened and what a person may do (invariant 10)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Stable machine codes; texts live in `MEANING`, documentation in docs/reasons.md."""
+
+    # ingress
+    SIGNATURE_INVALID = "signature_invalid"
+    WEBHOOK_SECRET_MISSING = "webhook_secret_missing"  # noqa: S105
+    BODY_TOO_LARGE = "body_too_large"
+    BODY_NOT_JSON = "body_not_json"
+    BODY_TOO_DEEP = "body_too_deep"
+    HEADER_MISSING = "header_missing"
+    INSTALLATION_ID_MISSING = "installation_id_missing"
+    INTEGRATION_UNKNOWN = "integration_unknown"
+    INTEGRATION_AMBIGUOUS = "integration_ambiguous"
+    INTEGRATION_SUSPENDED = "integration_suspended"
+    PAYLOAD_SHAPE_MISMATCH = "payload_shape_mismatch"
+    DUPLICATE_DELIVERY = "duplicate_delivery"
+    DELIVERY_ID_REUSED = "delivery_id_reused"
+    EVENT_UNKNOWN = "event_unknown"
+    STORE_UNAVAILABLE = "store_unavailable"
+    LIFECYCLE_APPLIED = "lifecycle_applied"
+    CALLBACK_REFUSED = "callback_refused"
+    CALLBACK_EXPIRED = "callback_expired"
+    CALLBACK_CONFLICT = "callback_conflict"
+    # admission
+    ACTION_IGNORED = "action_ignored"
+    SKIPPED_DRAFT = "skipped_draft"
+    REVIEWER_NOT_ENABLED = "reviewer_not_enabled"
+    REPOSITORY_NOT_SELECTED = "repository_not_selected"
+    REPOSITORY_UNKNOWN = "repository_unknown"
+    SKIPPED_BOT_AUTHOR = "skipped_bot_author"
+    ALREADY_REVIEWED = "already_reviewed"
+    PULL_CLOSED = "pull_closed"
+    SUPERSEDED = "superseded"
+    ADMISSION_ERROR = "admission_error"
+    # claim and engine
+    MOVED_ON = "moved_on"
+    NO_SLOT = "no_slot"
+    NO_CAPACITY = "no_capacity"
+    PAUSED = "paused"
+    KILL_SWITCH = "kill_switch"
+    OWNER_CHANGED = "owner_changed"
+    RETRIES_EXHAUSTED = "retries_exhausted"
+    DEADLINE_PASSED = "deadline_passed"
+    USER_CANCELLED = "user_cancelled"
+    # sessions
+    FETCH_FAILED = "fetch_failed"
+    HEAD_MOVED = "head_moved"
+    REPOSITORY_TOO_LARGE = "repository_too_large"
+    DIFF_TOO_LARGE = "diff_too_large"
+    DIFF_EMPTY = "diff_empty"
+    SANDBOX_UNAVAILABLE = "sandbox_unavailable"
+    CHECKOUT_FAILED = "checkout_failed"
+    AGENT_UNAVAILABLE = "agent_unavailable"
+    AGENT_CRASHED = "agent_crashed"
+    MODEL_UNREACHABLE = "model_unreachable"
+    BUDGET_EXCEEDED = "budget_exceeded"
+    SESSION_SILENT = "session_silent"
+    SESSION_TIMEOUT = "session_timeout"
+    SESSION_LOST = "session_lost"
+    WORKER_LOST = "worker_lost"
+    WORKER_STOPPING = "worker_stopping"
+    INTERRUPTED = "interrupted"
+    RESULT_MISSING = "result_missing"
+    RESULT_INVALID = "result_invalid"
+    RESULT_UNBOUND = "result_unbound"
+    NO_TURNS = "no_turns"
+    # verdicts
+    REVIEWED = "reviewed"
+    GATE_FAILED = "gate_failed"
+    COVERAGE_GAP = "coverage_gap"
+    EVIDENCE_MISSING = "evidence_missing"
+    EVIDENCE_MISMATCH = "evidence_mismatch"
+    EVIDENCE_REPORTED = "evidence_reported"
+    PATH_EXCLUDED = "path_excluded"
+    # providers
+    GITHUB_APP_MISSING = "github_app_missing"
+    PROVIDER_UNAVAILABLE = "provider_unavailable"
+    PROVIDER_RATE_LIMITED = "provider_rate_limited"
+    PROVIDER_REFUSED = "provider_refused"
+    PROVIDER_NOT_FOUND = "provider_not_found"
+    PROVIDER_INVALID = "provider_invalid"
+
+
+MEANING: dict[Reason, tuple[str, str]] = {
+    Reason.SIGNATURE_INVALID: ("The webhook's signature is missing or wrong.", "Set the same webhook secret at GitHub and here."),
+    Reason.WEBHOOK_SECRET_MISSING: ("No webhook secret is configured, so no webhook can be trusted.", "Store the secret; `doctor` names the file."),
+    Reason.BODY_TOO_LARGE: ("The body is larger than 25 MB, GitHub's own cap.", "Nothing; GitHub doesn't send such bodies."),
+    Reason.BODY_NOT_JSON: ("The body is not JSON.", "Set the webhook's content type to application/json."),
+    Reason.BODY_TOO_DEEP: ("The body is nested deeper than any event.", "Nothing; it isn't an event of GitHub."),
+    Reason.HEADER_MISSING: ("A header that GitHub always sends is missing.", "Check proxies between GitHub and the platform."),
+    Reason.INSTALLATION_ID_MISSING: ("The event names no installation of the App.", "Send App webhooks, not repository webhooks."),
+    Reason.INTEGRATION_UNKNOWN: ("No owner has connected this installation.", "Connect it: `kilo-pipelines integrations connect`."),
+    Reason.INTEGRATION_AMBIGUOUS: ("More than one owner holds this installation.", "Disconnect all but one."),
+    Reason.INTEGRATION_SUSPENDED: ("The integration or its owner is suspended.", "Unsuspend the installation at GitHub."),
+    Reason.PAYLOAD_SHAPE_MISMATCH: ("The body is not what its event header says.", "Nothing; a replayed or forged event looks like this."),
+    Reason.DUPLICATE_DELIVERY: ("This event was admitted before.", "Nothing."),
+    Reason.DELIVERY_ID_REUSED: ("A known delivery id came with another body.", "Nothing; a forged header looks like this."),
+    Reason.EVENT_UNKNOWN: ("No service handles this event.", "Nothing; unsubscribe it at the App to save traffic."),
+    Reason.STORE_UNAVAILABLE: ("The database could not take the event.", "Look at the database; redeliver at GitHub."),
+    Reason.LIFECYCLE_APPLIED: ("An installation event was applied to the integration.", "Nothing."),
+    Reason.CALLBACK_REFUSED: ("A callback with a wrong token or for an unknown session.", "Nothing; forged callbacks look like this."),
+    Reason.CALLBACK_EXPIRED: ("A callback after its token's end.", "Nothing; the session was settled without it."),
+    Reason.CALLBACK_CONFLICT: ("A second callback with another body.", "Look at the session's events: somebody knew its token."),
+    Reason.ACTION_IGNORED: ("This action of the event is not reviewed.", "Nothing."),
+    Reason.SKIPPED_DRAFT: ("The pull request is a draft.", "Mark it ready for review."),
+    Reason.REVIEWER_NOT_ENABLED: ("Code Review is not enabled for this owner.", "Enable it in the owner's settings."),
+    Reason.REPOSITORY_NOT_SELECTED: ("The repository is not selected for reviews.", "Add it to the selected repositories."),
+    Reason.REPOSITORY_UNKNOWN: ("The repository is not in the installation.", "Give the App access to it at GitHub."),
+    Reason.SKIPPED_BOT_AUTHOR: ("The pull request was opened by a bot.", "Turn `skip_bot_pull_requests` off to review those too."),
+    Reason.ALREADY_REVIEWED: ("This head has an active or completed review.", "Dispatch a review by hand to repeat it."),
+    Reason.PULL_CLOSED: ("The pull request is closed.", "Reopen it."),
+    Reason.SUPERSEDED: ("A newer commit or base replaced what was reviewed.", "Nothing; the newer review is on its way."),
+    Reason.ADMISSION_ERROR: ("The admission failed five times.", "Look at the log; this is a defect of the platform."),
+    Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
+    Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),
+    Reason.NO_CAPACITY: ("The host runs as many sessions as it can.", "Wait, raise KILO_AGENTS_MAX, or add a host."),
+    Reason.PAUSED: ("An operator paused the work.", "Remove the pause."),
+    Reason.KILL_SWITCH: ("An operator pulled the kill switch.", "Release it."),
+    Reason.OWNER_CHANGED: ("The repository left the owner's installation meanwhile.", "Nothing; nothing is posted any more."),
+    Reason.RETRIES_EXHAUSTED: ("Every try of the launch failed.", "Look at the runs' logs, then re-execute."),
+    Reason.DEADLINE_PASSED: ("The item was not finished before its deadline.", "Look at the session, then re-execute."),
+    Reason.USER_CANCELLED: ("A person cancelled it.", "Re-execute to review after all."),
+    Reason.FETCH_FAILED: ("The repository could not be fetched.", "Check the App's access to contents and the network."),
+    Reason.HEAD_MOVED: ("The pull request's head moved while it was fetched.", "Nothing; the newer push is reviewed."),
+    Reason.REPOSITORY_TOO_LARGE: ("The tree is larger than a checkout may be.", "Raise the caps if this is a real repository."),
+    Reason.DIFF_TOO_LARGE: ("The diff doesn't fit the parts a review may have.", "Split the pull request or raise `max_parts`."),
+    Reason.DIFF_EMPTY: ("There is nothing to review between base and head.", "Nothing."),
+    Reason.SANDBOX_UNAVAILABLE: ("This machine can't make the sandbox.", "`doctor` says what is missing."),
+    Reason.CHECKOUT_FAILED: ("The head could not be checked out in the sandbox.", "Look at the session's events."),
+    Reason.AGENT_UNAVAILABLE: ("The agent's program is not installed.", "Run `make deps`."),
+    Reason.AGENT_CRASHED: ("The agent ended with an error.", "Look at the session's events, then re-execute."),
+    Reason.MODEL_UNREACHABLE: ("The model didn't answer.", "Check the model's address and key."),
+    Reason.BUDGET_EXCEEDED: ("The session used up its turns or tokens.", "Raise the limits if the work deserves it."),
+    Reason.SESSION_SILENT: ("The session gave no sign of life.", "Look at the session's events, then re-execute."),
+    Reason.SESSION_TIMEOUT: ("The session ran into its hard cap.", "Split the pull request or raise the cap."),
+    Reason.SESSION_LOST: ("The session's worker died three times.", "Look at memory and the worker's log."),
+    Reason.WORKER_LOST: ("The session's worker died; it is started again.", "Nothing."),
+    Reason.WORKER_STOPPING: ("The platform was stopped; the session is started again.", "Nothing."),
+    Reason.INTERRUPTED: ("The session was interrupted.", "Re-execute to review after all."),
+    Reason.RESULT_MISSING: ("The agent left no result.", "Re-execute; look at the model if it happens again."),
+    Reason.RESULT_INVALID: ("The agent's result doesn't follow the schema.", "Re-execute; look at the model if it happens again."),
+    Reason.RESULT_UNBOUND: ("The result is not what the model wrote.", "Treat the pull request as hostile."),
+    Reason.NO_TURNS: ("The model completed no turn.", "Re-execute; look at the model if it happens again."),
+    Reason.REVIEWED: ("The whole change was reviewed.", "Nothing."),
+    Reason.GATE_FAILED: ("The review found what the gate forbids.", "Mend the findings and push."),
+    Reason.COVERAGE_GAP: ("A part of the change never reached the model.", "Re-execute."),
+    Reason.EVIDENCE_MISSING: ("The session left no evidence.", "Re-execute."),
+    Reason.EVIDENCE_MISMATCH: ("The evidence is of another head, base or pull request.", "Re-execute."),
+    Reason.EVIDENCE_REPORTED: ("The evidence was reported, not observed.", "Allow it in the owner's settings, or host the agent yourself."),
+    Reason.PATH_EXCLUDED: ("The owner's settings exclude this path.", "Change `exclude_paths`."),
+    Reason.GITHUB_APP_MISSING: ("No GitHub App is configured.", "Set KILO_GITHUB_APP_ID and store the private key."),
+    Reason.PROVIDER_UNAVAILABLE: ("GitHub didn't answer.", "Nothing; it is tried again."),
+    Reason.PROVIDER_RATE_LIMITED: ("GitHub's rate limit was met.", "Nothing; it is tried again when the limit ends."),
+    Reason.PROVIDER_REFUSED: ("GitHub refused the App's token.", "Check the App's permissions and installation."),
+    Reason.PROVIDER_NOT_FOUND: ("GitHub doesn't know the repository or pull request.", "Check the App's access."),
+    Reason.PROVIDER_INVALID: ("GitHub refused what was sent.", "This is a defect of the platform: report it."),
+}

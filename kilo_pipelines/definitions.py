@@ -1,0 +1,40 @@
+"""The code location `kilo`: the only place where the kinds meet; it assembles and does nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import Definitions
+from dagster import definitions as lazy_definitions
+
+from kilo_pipelines.assets import default_assets
+from kilo_pipelines.jobs import default_jobs
+from kilo_pipelines.resources.cloud_agent import CloudAgentResource
+from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.schedules import default_schedules, refresh_outcomes
+from kilo_pipelines.sensors import default_sensors
+from kilo_pipelines.settings import Settings
+
+
+def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -> Definitions:
+    """Fresh definitions with this many work shards; `overrides` replaces resources by name, for tests."""
+    return Definitions(
+        assets=default_assets(),
+        jobs=[*default_jobs(), refresh_outcomes],
+        sensors=default_sensors(shards),
+        schedules=default_schedules(),
+        resources={
+            "store": StoreResource(),
+            "github": GitHubResource(),
+            "cloud_agent": CloudAgentResource(),
+            **(overrides or {}),
+        },
+    )
+
+
+@lazy_definitions
+def defs() -> Definitions:
+    """Loaded by Dagster when the code location is, not when this module is imported."""
+    return build_definitions(Settings().sensor_shards)

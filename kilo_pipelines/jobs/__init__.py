@@ -1,0 +1,58 @@
+"""Jobs: one a service and direction, named after the service; in-process, few ops, no outputs kept.
+
+Holds: the wiring of ops into jobs and their tags. Does not belong here: what an op does, SQL, providers.
+"""
+
+from __future__ import annotations
+
+from dagster import JobDefinition, in_process_executor, job
+
+from kilo_pipelines import tags
+from kilo_pipelines.ops.agent_session import run_agent_session
+from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
+from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
+
+# Longer than any session's own cap by five minutes: Dagster's monitor is the last net, the runner's cap the first.
+SESSION_MAX_RUNTIME_SECONDS = 1_800 + 300
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "code_review"},
+    description="Claims waiting reviews, re-reads the pull request and launches an agent session for each.",
+)
+def code_review() -> None:
+    apply_effects(start=launch_reviews())
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "code_review"},
+    description="Turns an ended session into a verdict, frees the slot and posts the review.",
+)
+def settle_code_review() -> None:
+    apply_effects(start=settle_reviews())
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_AGENTS, tags.MAX_RUNTIME: str(SESSION_MAX_RUNTIME_SECONDS)},
+    description="One self-hosted agent session: fetch, diff, sandbox, model proxy, result, callback.",
+)
+def agent_session() -> None:
+    run_agent_session()
+
+
+@job(
+    name="apply_effects",
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH},
+    description="Applies effects that a run left behind: after a provider outage, a crash or a back-off.",
+)
+def apply_effects_job() -> None:
+    apply_waiting_effects()
+
+
+def default_jobs() -> list[JobDefinition]:
+    """Every job of the platform."""
+    return [code_review, settle_code_review, agent_session, apply_effects_job]

@@ -1,0 +1,45 @@
+"""Admission: from a stored delivery to a work item or a stored reason; the database only, decided by the services."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.services.code_review import admission as code_review
+from kilo_pipelines.services.code_review.events import PullRequestEvent
+from kilo_pipelines.store import AdmissionTx, NewItem
+
+SERVICE = "code_review"
+
+
+def admit(tx: AdmissionTx) -> None:
+    """Decides one delivery inside its transaction: skip with a reason, or open an item and supersede older ones."""
+    if tx.delivery.event != "pull_request":
+        tx.skip(Reason.EVENT_UNKNOWN)
+        return
+    try:
+        event = PullRequestEvent.model_validate(tx.delivery.payload)
+    except ValidationError:
+        tx.skip(Reason.PAYLOAD_SHAPE_MISMATCH)
+        return
+    subject = code_review.subject_key(event)
+    decision = code_review.decide(
+        event,
+        setting=tx.config(SERVICE),
+        repository=tx.repository(event.repository.id),
+        items=tx.items(SERVICE, subject),
+    )
+    for item_id in decision.supersede:
+        tx.cancel(item_id, decision.supersede_reason)
+    if decision.skip is not None:
+        tx.skip(decision.skip, item_id=decision.existing_item)
+        return
+    tx.open(
+        NewItem(
+            service=SERVICE,
+            subject_key=subject,
+            repository_id=event.repository.id,
+            priority=0,
+            details=decision.details,
+        )
+    )

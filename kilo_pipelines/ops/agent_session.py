@@ -1,0 +1,93 @@
+"""The op of a self-hosted session: claim, run under a lease, store the outcome, call back."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import UUID
+
+from dagster import DagsterExecutionInterruptedError, Nothing, OpExecutionContext, Out, op
+
+from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ops.ids import Ids
+from kilo_pipelines.resources.cloud_agent import CloudAgentResource
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.services.code_review.brief import CodeReviewTask
+from kilo_pipelines.store import SessionClaim, Store
+
+# How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
+INTERRUPT_POLL_SECONDS = 1.0
+
+
+class LeasedControl:
+    """The engine's half of a running session: lease, interrupt column, events."""
+
+    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim) -> None:
+        self._context = context
+        self._store = store
+        self._claim = claim
+        self._next_beat = 0.0
+        self._last = Heartbeat.OK
+
+    def beat(self) -> Heartbeat:
+        """Extends the lease and reads the interrupt column, at most once in `INTERRUPT_POLL_SECONDS`."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + INTERRUPT_POLL_SECONDS
+            self._last = Heartbeat(self._store.sessions.beat(self._claim.session_id, self._claim.fence))
+        return self._last
+
+    def event(self, kind: str, data: dict[str, Any]) -> None:
+        """Keeps the step and shows it in the run's log."""
+        self._store.sessions.event(self._claim.session_id, self._claim.fence, kind, data)
+        self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
+
+
+@op(out=Out(Nothing), description="Runs one agent session in the sandbox and reports how it ended.")
+def run_agent_session(context: OpExecutionContext, config: Ids, store: StoreResource, cloud_agent: CloudAgentResource) -> None:
+    platform = store.get()
+    session_id = UUID(config.ids[0])
+    claim = platform.sessions.claim(session_id, run_id=context.run_id, lease_s=cloud_agent.lease_seconds())
+    if not isinstance(claim, SessionClaim):
+        context.log.info(f"nothing to run: {claim.outcome} (session is {claim.state})")
+        return
+    control = LeasedControl(context, platform, claim)
+    spec = SessionSpec.model_validate(claim.spec)
+    try:
+        outcome = cloud_agent.runner().run(spec, CodeReviewTask(spec.task), control)
+    except DagsterExecutionInterruptedError:
+        _after_interrupt(context, platform, claim)
+        raise
+    if control.beat() is Heartbeat.LOST:
+        context.log.warning("the lease went to somebody else: this outcome is not reported")
+        return
+    _report(context, platform, cloud_agent, claim, outcome)
+
+
+def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionClaim) -> None:
+    """Terminated in the UI (the interrupt column says so) or the worker stops: then the engine tries again."""
+    if store.sessions.beat(claim.session_id, claim.fence) == Heartbeat.CANCEL:
+        store.sessions.finish(claim.session_id, claim.fence, status=SessionStatus.INTERRUPTED, reason=Reason.INTERRUPTED)
+        context.log.info("interrupted: the sandbox is gone and the session is closed")
+    else:
+        store.sessions.requeue(claim.session_id, claim.fence, reason=Reason.WORKER_STOPPING)
+        context.log.info("the worker stops: the session waits for another one")
+
+
+def _report(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentResource, claim: SessionClaim, outcome: SessionOutcome) -> None:
+    """Stores the outcome (guarded by the fence), then calls back; the stored row is the truth, the callback the news."""
+    stored = store.sessions.finish(
+        claim.session_id,
+        claim.fence,
+        status=outcome.status,
+        reason=outcome.reason,
+        detail=outcome.detail,
+        result=outcome.result,
+        evidence=outcome.evidence.model_dump(mode="json") if outcome.evidence else None,
+    )
+    if not stored:
+        context.log.warning("a later claim owns this session: the outcome was not stored")
+        return
+    answer = cloud_agent.call_back(claim.session_id, claim.callback_token, outcome)
+    context.log.info(f"session {outcome.status}{f' ({outcome.reason})' if outcome.reason else ''}; callback answered {answer}")

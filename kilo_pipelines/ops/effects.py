@@ -1,0 +1,55 @@
+"""The one hand that applies effects (invariant 5)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, RetryPolicy, op
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ops.ids import Ids, ids_of_run
+from kilo_pipelines.resources.github import GitHubResource, ProviderError
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.store import ClaimedEffect, Store
+
+# Transport faults between the worker and Postgres or the broker; effects themselves back off in the outbox.
+TRANSPORT_RETRY = RetryPolicy(max_retries=2, delay=1, backoff=Backoff.EXPONENTIAL, jitter=Jitter.PLUS_MINUS)
+
+# First wait after a failed write; doubles with each try (the outbox bounds the tries).
+RETRY_BASE_SECONDS = 5.0
+RETRY_CAP_SECONDS = 900.0
+
+
+def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubResource, item_ids: list[str]) -> int:
+    """Applies what is due for these items in the order of their subjects; returns how many were applied."""
+    applied = 0
+    while (effect := store.outbox.claim_next(item_ids)) is not None:
+        try:
+            receipt = github.apply(effect.installation_id, effect.repository_id, effect.intent)
+        except ProviderError as failure:
+            _put_back(context, store, effect, failure)
+            continue
+        store.outbox.applied(effect.id, effect.lease_no, receipt)
+        applied += 1
+        context.log.info(f"{effect.intent.kind} {'written' if receipt.created else 'brought up to date'}: {receipt.url or receipt.external_id}")
+    return applied
+
+
+def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, failure: ProviderError) -> None:
+    if failure.reason == Reason.OWNER_CHANGED:
+        store.outbox.drop(effect.id, effect.lease_no, failure.reason)
+        context.log.warning(f"{effect.intent.kind} dropped: the repository left this owner's installation")
+        return
+    wait = failure.retry_after_s or min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2**effect.tries)
+    state = store.outbox.retry(effect.id, effect.lease_no, timedelta(seconds=wait), failure.reason, final=not failure.retryable)
+    context.log.warning(f"{effect.intent.kind} not applied ({failure.reason}): {state}")
+
+
+@op(ins={"start": In(Nothing)}, out={}, retry_policy=TRANSPORT_RETRY, description="Applies the effects of this run's items.")
+def apply_effects(context: OpExecutionContext, store: StoreResource, github: GitHubResource) -> None:
+    apply_effects_of(context, store.get(), github, ids_of_run(context))
+
+
+@op(out={}, retry_policy=TRANSPORT_RETRY, description="Applies effects that are due for the named items.")
+def apply_waiting_effects(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource) -> None:
+    apply_effects_of(context, store.get(), github, config.ids)

@@ -1,0 +1,25 @@
+"""The configuration of every service run: ids, nothing else (no op loads anything that run config names)."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from dagster import Config, OpExecutionContext
+from pydantic import field_validator
+
+
+class Ids(Config):
+    """Ids of the work items (or of the session) that a run carries along."""
+
+    ids: list[str]
+
+    @field_validator("ids")
+    @classmethod
+    def _are_uuids(cls, ids: list[str]) -> list[str]:
+        return [str(UUID(one)) for one in ids]
+
+
+def ids_of_run(context: OpExecutionContext) -> list[str]:
+    """The ids that this run's first op was given."""
+    configured = context.run.run_config.get("ops", {})
+    return [str(UUID(one)) for op in configured.values() for one in op.get("config", {}).get("ids", [])]

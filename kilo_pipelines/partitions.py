@@ -1,0 +1,7 @@
+"""Partitions: owners by their immutable id. A partition is never deleted when an owner is disabled, only on erasure."""
+
+from __future__ import annotations
+
+from dagster import DynamicPartitionsDefinition
+
+OWNERS = DynamicPartitionsDefinition(name="owners")

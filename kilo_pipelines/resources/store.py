@@ -1,0 +1,31 @@
+"""The store as a Dagster resource: one pool a process, opened at first use (after the worker's fork)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from dagster import ConfigurableResource
+
+from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.settings import Settings
+from kilo_pipelines.store import Store
+from kilo_pipelines.store.crypto import Cipher
+
+
+@lru_cache(maxsize=4)
+def _open(app_url: str, system_url: str, key_file: str) -> Store:
+    return Store(app_url, system_url, Cipher.from_file(key_file), SystemClock())
+
+
+def open_store(settings: Settings) -> Store:
+    """The process's store for these settings."""
+    logins = settings.database_logins()
+    return _open(logins["app"], logins["system"], str(settings.encryption_key_file))
+
+
+class StoreResource(ConfigurableResource):
+    """Gives ops and sensors the store; holds no address and no secret in its configuration."""
+
+    def get(self) -> Store:
+        """The store of this process."""
+        return open_store(Settings())

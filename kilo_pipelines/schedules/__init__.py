@@ -1,0 +1,51 @@
+"""Schedules: what happens by the clock.
+
+Holds: cron expressions and which runs they ask for. Does not belong here: the work itself, SQL, rules.
+"""
+
+from __future__ import annotations
+
+from dagster import (
+    DefaultScheduleStatus,
+    RunRequest,
+    ScheduleDefinition,
+    ScheduleEvaluationContext,
+    SkipReason,
+    define_asset_job,
+    schedule,
+)
+
+from kilo_pipelines import tags
+from kilo_pipelines.partitions import OWNERS
+from kilo_pipelines.resources.store import StoreResource
+
+# Outcomes are for people: five minutes is soon enough, and a quiet owner costs no run at all.
+OUTCOMES_CRON = "*/5 * * * *"
+OUTCOMES_MINUTES = 5
+
+refresh_outcomes = define_asset_job(
+    "refresh_outcomes",
+    selection=["review_outcomes"],
+    partitions_def=OWNERS,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "code_review"},
+)
+
+
+@schedule(
+    cron_schedule=OUTCOMES_CRON,
+    job=refresh_outcomes,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Refreshes the outcomes of owners whose reviews moved since the last tick.",
+)
+def outcomes(context: ScheduleEvaluationContext, store: StoreResource) -> list[RunRequest] | SkipReason:
+    owners = [str(owner) for owner in store.get().reviews.owners_with_news(minutes=OUTCOMES_MINUTES)]
+    if not owners:
+        return SkipReason("no review moved since the last tick")
+    context.instance.add_dynamic_partitions(OWNERS.name, owners)
+    moment = context.scheduled_execution_time.isoformat()
+    return [RunRequest(run_key=f"{owner}:{moment}", partition_key=owner, tags={tags.OWNER: owner}) for owner in owners]
+
+
+def default_schedules() -> list[ScheduleDefinition]:
+    """Every schedule of the platform."""
+    return [outcomes]

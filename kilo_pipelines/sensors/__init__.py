@@ -1,0 +1,107 @@
+"""Sensors: a family of long-poll shards that admit deliveries and offer work, and the recovery sensor.
+
+Holds: waiting for work and turning offers into run requests. What a sensor commits is right even if no run follows
+(invariant 2): admissions, offers, reaped leases. Does not belong here: claims, providers, SQL.
+"""
+
+from __future__ import annotations
+
+import time
+
+from dagster import DefaultSensorStatus, RunRequest, SensorDefinition, SensorEvaluationContext, SensorResult, SkipReason, sensor
+
+from kilo_pipelines import tags
+from kilo_pipelines.jobs import agent_session, apply_effects_job, code_review, settle_code_review
+from kilo_pipelines.ops.admission import admit
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.store import Offer, Store
+
+# A shard blocks this long for a NOTIFY; the gRPC call that carries it times out after 60 s.
+LONG_POLL_SECONDS = 20.0
+# Deliveries admitted and offers made in one evaluation: bounded, so that one shard never holds the whole backlog.
+BATCH = 20
+# Hours of patience between two evaluations would be Dagster's default of 30 s; 1 s means: again in the next loop (5 s).
+MINIMUM_INTERVAL_SECONDS = 1
+RECOVERY_INTERVAL_SECONDS = 5
+
+_JOB_OF = {
+    ("start", "code_review"): code_review.name,
+    ("settle", "code_review"): settle_code_review.name,
+    ("session", "code_review"): agent_session.name,
+}
+_OP_OF = {
+    code_review.name: "launch_reviews",
+    settle_code_review.name: "settle_reviews",
+    agent_session.name: "run_agent_session",
+    apply_effects_job.name: "apply_waiting_effects",
+}
+
+
+def run_request(offer: Offer) -> RunRequest:
+    """The run that an offer asks for: ids as configuration, labels as tags."""
+    job_name = apply_effects_job.name if offer.kind == "effects" else _JOB_OF[(offer.kind, offer.service)]
+    op_name = _OP_OF[job_name]
+    ids = [str(one) for one in offer.ids]
+    return RunRequest(
+        run_key=f"{offer.kind}:{ids[0]}:{offer.offer_no}",
+        job_name=job_name,
+        run_config={"ops": {op_name: {"config": {"ids": ids}}}},
+        tags=tags.from_labels({**offer.labels, "owner": offer.owner_id, "service": offer.service}),
+    )
+
+
+def work_once(store: Store) -> list[RunRequest]:
+    """Admits what arrived and offers what waits."""
+    store.inbox.admit_next(admit, limit=BATCH)
+    return [run_request(offer) for offer in store.queue.offers(limit=BATCH)]
+
+
+def wait_for_work(store: Store, seconds: float) -> list[RunRequest]:
+    """Run requests as soon as there are any, at the latest after `seconds`; [] on a quiet wait or at a stop."""
+    deadline = time.monotonic() + seconds
+    with store.listener("kilo_work", "kilo_stop") as wake:
+        while True:
+            requests = work_once(store)
+            left = deadline - time.monotonic()
+            if requests or left <= 0:
+                return requests
+            if wake.wait(left) == "kilo_stop":
+                return []
+
+
+def _shard(number: int) -> SensorDefinition:
+    @sensor(
+        name=f"work_{number:02d}",
+        jobs=[code_review, settle_code_review, agent_session, apply_effects_job],
+        minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
+        default_status=DefaultSensorStatus.RUNNING,
+        description="Waits for deliveries, callbacks and waiting items; admits and offers them.",
+    )
+    def work(context: SensorEvaluationContext, store: StoreResource) -> SensorResult | SkipReason:
+        del context
+        platform = store.get()
+        pause = platform.queue.pause_reason()
+        if pause is not None:
+            return SkipReason(f"paused: {pause}")
+        requests = wait_for_work(platform, LONG_POLL_SECONDS)
+        return SensorResult(run_requests=requests) if requests else SkipReason("no work arrived while waiting")
+
+    return work
+
+
+@sensor(
+    name="recovery",
+    jobs=[apply_effects_job],
+    minimum_interval_seconds=RECOVERY_INTERVAL_SECONDS,
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Reaps expired leases and deadlines: what a dead process held goes back to waiting.",
+)
+def recovery(context: SensorEvaluationContext, store: StoreResource) -> SkipReason:
+    del context
+    counts = {name: count for name, count in store.get().recovery.reap().items() if count}
+    return SkipReason(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "nothing to reap")
+
+
+def default_sensors(shards: int) -> list[SensorDefinition]:
+    """The work shards and the recovery sensor."""
+    return [*(_shard(number) for number in range(shards)), recovery]

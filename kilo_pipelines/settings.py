@@ -1,0 +1,162 @@
+"""Settings of every process: environment (`KILO_*`) over `<home>/config.env` over the defaults below.
+
+Holds: names, defaults and where files lie. Does not belong here: values of secrets in memory longer than a caller needs
+them; nothing is read at import time: processes build `Settings()` at their entry point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+
+class SettingsError(Exception):
+    """A setting or a file it names can't be used; the message says which and what to do."""
+
+
+def default_home() -> Path:
+    """`KILO_HOME`, else `~/.kilo-pipelines`."""
+    return Path(os.environ.get("KILO_HOME") or Path.home() / ".kilo-pipelines").absolute()
+
+
+class Settings(BaseSettings):
+    """All settings. Each field's description is its documentation (`docs/settings.md`)."""
+
+    model_config = SettingsConfigDict(env_prefix="KILO_", extra="ignore", env_file_encoding="utf-8")
+
+    home: Path = Field(default_factory=default_home, description="Where the platform keeps its state, logs and secrets.")
+    run_dir: Path | None = Field(default=None, description="Directory of sockets (0700, short path). Default: under /tmp, by home.")
+    host: str = Field(default="127.0.0.1", description="Address that the listeners bind to.")
+    public_port: int = Field(default=8080, description="Webhooks and callbacks.")
+    admin_port: int = Field(default=8081, description="Control API, metrics.")
+    dagster_port: int = Field(default=3000, description="Dagster UI (loopback).")
+    twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
+    database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
+    offline: bool = Field(default=True, description="Run against the offline twin.")
+    agent: Literal["kilo", "scripted"] = Field(default="kilo", description="Agent CLI that works in the sandbox.")
+    agents_max: int | None = Field(default=None, ge=1, description="Sessions at once on this host. Default: by free memory.")
+    sandbox: Literal["bwrap", "none"] = Field(default="bwrap", description="`none` works only with the offline twin.")
+    sensor_shards: int = Field(default=8, ge=1, le=32, description="Work sensors that wait for events.")
+    github_api_url: str = Field(default="https://api.github.com", description="Base address of GitHub's REST API.")
+    github_app_id: int | None = Field(default=None, description="Id of the GitHub App.")
+    model_base_url: str | None = Field(default=None, description="OpenAI-compatible base address of the model.")
+    model: str = Field(default="default", description="Model that sessions are allowed to use.")
+    lease_seconds: float = Field(default=30.0, ge=2, description="A lease not extended for this long is over.")
+    heartbeat_seconds: float = Field(default=5.0, ge=0.5, description="How often a session extends its lease.")
+    session_silence_seconds: float = Field(default=420.0, description="A session without any sign of life ends after this.")
+    session_cap_seconds: float = Field(default=1800.0, description="Hard cap of a session.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Adds `<home>/config.env`, whose home must be known before."""
+        from pydantic_settings import DotEnvSettingsSource
+
+        chosen = DotEnvSettingsSource(settings_cls, env_file=default_home() / "config.env")
+        return init_settings, env_settings, chosen
+
+    @property
+    def sockets(self) -> Path:
+        """The 0700 directory of unix sockets; short, because a socket's path may have 107 bytes."""
+        if self.run_dir is not None:
+            return self.run_dir
+        name = hashlib.sha256(str(self.home).encode()).hexdigest()[:8]
+        return Path(tempfile.gettempdir()) / f"kilo-{os.getuid()}-{name}"
+
+    @property
+    def secrets_dir(self) -> Path:
+        return self.home / "secrets"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def repos_dir(self) -> Path:
+        return self.home / "repositories"
+
+    @property
+    def work_dir(self) -> Path:
+        return self.home / "work"
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.home / "dagster"
+
+    @property
+    def encryption_key_file(self) -> Path:
+        return self.secrets_dir / "encryption.key"
+
+    @property
+    def github_private_key_file(self) -> Path:
+        return self.secrets_dir / "github-app.pem"
+
+    @property
+    def webhook_secret_file(self) -> Path:
+        return self.secrets_dir / "github-webhook-secret"
+
+    @property
+    def model_key_file(self) -> Path:
+        return self.secrets_dir / "model-api-key"
+
+    @property
+    def operator_key_file(self) -> Path:
+        return self.secrets_dir / "operator-api-key"
+
+    @property
+    def public_url(self) -> str:
+        return f"http://{self.host}:{self.public_port}"
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://{self.host}:{self.admin_port}"
+
+    @property
+    def dagster_url(self) -> str:
+        return f"http://127.0.0.1:{self.dagster_port}"
+
+    @property
+    def twin_url(self) -> str:
+        return f"http://localhost:{self.twin_port}"
+
+    def database_logins(self) -> dict[str, str]:
+        """SQLAlchemy URLs by login (`migrator`, `app`, `system`, `dagster`); SettingsError before the first start."""
+        path = self.secrets_dir / "database.json"
+        if not path.exists():
+            raise SettingsError(f"{path} is missing: start the platform once with `kilo-pipelines up`")
+        logins: dict[str, str] = json.loads(path.read_text())
+        return logins
+
+
+def private_dir(path: Path) -> Path:
+    """Makes a 0700 directory of ours; SettingsError when the path is a link or somebody else's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise SettingsError(f"{path} must be a directory of user {os.getuid()}")
+    path.chmod(0o700)
+    return path
+
+
+def write_secret(path: Path, value: str) -> None:
+    """Writes a file with mode 0600 in one step."""
+    private_dir(path.parent)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(value)
+    partial.replace(path)

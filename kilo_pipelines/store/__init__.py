@@ -1,0 +1,80 @@
+"""The store: tables, named statements, queue, inbox, outbox, ledger of owners, migrations, embedded PostgreSQL.
+
+Holds: every SQL statement. Does not belong here: rules that need no database (core, services), Dagster, providers.
+"""
+
+from __future__ import annotations
+
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store.crypto import Cipher
+from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.inbox import AdmissionTx, Inbox
+from kilo_pipelines.store.outbox import Outbox
+from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
+from kilo_pipelines.store.queue import Queue
+from kilo_pipelines.store.recovery import Recovery
+from kilo_pipelines.store.rows import (
+    Claimed,
+    ClaimedEffect,
+    DeliveryRow,
+    Integration,
+    ItemRow,
+    ItemView,
+    NewDelivery,
+    NewItem,
+    Offer,
+    Owner,
+    Receipt,
+    Refused,
+    Repository,
+    ReviewRow,
+    ServiceConfig,
+    SessionClaim,
+    SessionRow,
+)
+from kilo_pipelines.store.sessions import Sessions
+from kilo_pipelines.store.settle import Settlements, SettleTx
+
+__all__ = [
+    "AdmissionTx",
+    "AmbiguousInstallationError",
+    "Cipher",
+    "Claimed",
+    "ClaimedEffect",
+    "DeliveryRow",
+    "Integration",
+    "ItemRow",
+    "ItemView",
+    "Listener",
+    "NewDelivery",
+    "NewItem",
+    "Offer",
+    "Owner",
+    "Receipt",
+    "Refused",
+    "Repository",
+    "ReviewRow",
+    "ServiceConfig",
+    "SessionClaim",
+    "SessionRow",
+    "SettleTx",
+    "StaleRevisionError",
+    "Store",
+]
+
+
+class Store:
+    """All of it over one pair of logins."""
+
+    def __init__(self, app_url: str, system_url: str, cipher: Cipher, clock: Clock) -> None:
+        self.database = Database(app_url, system_url)
+        self.cipher = cipher
+        self.inbox = Inbox(self.database, clock)
+        self.queue = Queue(self.database, clock)
+        self.sessions = Sessions(self.database, clock, cipher)
+        self.settlements = Settlements(self.database, clock)
+        self.outbox = Outbox(self.database, clock)
+        self.recovery = Recovery(self.database, clock)
+        self.owners = Owners(self.database, clock)
+        self.reviews = Reviews(self.database, clock)
+        self.listener = self.database.listener

@@ -1,0 +1,119 @@
+"""Connections: the application's login under an owner's scope, the system login for the engine's own statements."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, create_engine, text
+
+POOL_SIZE = 5  # a process runs one op or a handful of requests at once
+MAX_OVERFLOW = 15
+
+
+class RoleError(Exception):
+    """The application's login could see past row-level security; the platform refuses to start."""
+
+
+class Database:
+    """Two pools, one a login; opened at first use."""
+
+    def __init__(self, app_url: str, system_url: str) -> None:
+        self._app = _engine(app_url)
+        self._system = _engine(system_url)
+
+    @contextmanager
+    def owner(self, owner_id: UUID) -> Iterator[Connection]:
+        """A transaction that sees one owner's rows only."""
+        with self._app.begin() as connection:
+            connection.execute(text("select set_config('kilo.owner_id', :owner, true)"), {"owner": str(owner_id)})
+            yield connection
+
+    @contextmanager
+    def system(self) -> Iterator[Connection]:
+        """A transaction of the engine itself: claims, recovery, lookups before the owner is known."""
+        with self._system.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def listener(self, *channels: str) -> Iterator[Listener]:
+        """A connection that hears these channels; nothing that is sent after this call is missed."""
+        url = self._system.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        with psycopg.connect(url, autocommit=True) as connection:
+            for channel in channels:
+                connection.execute(f"listen {channel}")  # type: ignore[call-overload]  # names of ours
+            yield Listener(connection)
+
+    def check_roles(self) -> None:
+        """RoleError when the application's login is a superuser, bypasses policies or owns a table (threats, rule 17)."""
+        with self._app.begin() as connection:
+            row = connection.execute(
+                text(
+                    "select r.rolsuper, r.rolbypassrls, exists (select 1 from pg_class c where c.relowner = r.oid and c.relkind in ('r','p'))"
+                    " from pg_roles r where r.rolname = current_user"
+                )
+            ).one()
+        if any(row):
+            raise RoleError("the application's database login must be neither superuser nor BYPASSRLS nor the owner of a table")
+
+    def dispose(self) -> None:
+        """Closes both pools."""
+        self._app.dispose()
+        self._system.dispose()
+
+
+class Listener:
+    """Waits for notifications."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+
+    def wait(self, seconds: float) -> str | None:
+        """The channel of the first notification within `seconds`, None after a quiet wait."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            for notice in self._connection.notifies(timeout=0, stop_after=1):
+                return notice.channel
+            select.select([self._connection.fileno()], [], [], left)
+            for notice in self._connection.notifies(timeout=0.01, stop_after=1):
+                return notice.channel
+        return None
+
+
+def _engine(url: str) -> Engine:
+    return create_engine(url, pool_size=POOL_SIZE, max_overflow=MAX_OVERFLOW, pool_pre_ping=True, hide_parameters=True)
+
+
+def one(connection: Connection, sql: str, **values: Any) -> Any | None:
+    """The first row of a statement as a mapping, or None."""
+    return connection.execute(text(sql), values).mappings().first()
+
+
+def rows(connection: Connection, sql: str, **values: Any) -> list[Any]:
+    """All rows of a statement as mappings."""
+    return list(connection.execute(text(sql), values).mappings())
+
+
+def changed(connection: Connection, sql: str, **values: Any) -> int:
+    """How many rows a statement changed."""
+    result: sa.CursorResult[Any] = connection.execute(text(sql), values)
+    return result.rowcount
+
+
+def notify(connection: Connection, what: str) -> None:
+    """Wakes the sensors at commit; the payload is a kind and an id, nothing else."""
+    connection.execute(text("select pg_notify('kilo_work', :what)"), {"what": what})
+
+
+def count_late_write(connection: Connection, name: str) -> None:
+    """A write of somebody whose fence is over changed nothing; it is counted (invariant 3)."""
+    connection.execute(
+        text("insert into counters (name, value) values (:name, 1) on conflict (name) do update set value = counters.value + 1"),
+        {"name": f"late_write:{name}"},
+    )

@@ -1,0 +1,267 @@
+"""The inbox: deliveries are stored before they are answered and admitted each in its own transaction (invariant 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
+
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.database import Database, changed, notify, one, rows
+from kilo_pipelines.store.queue import end_item
+from kilo_pipelines.store.rows import DeliveryRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
+
+log = logging.getLogger(__name__)
+
+# An admission is pure rules over stored rows: when it fails five times it will fail for ever, and a person must look.
+MAX_TRIES = 5
+RETRY_SECONDS = 10
+
+
+class Inbox:
+    """Deliveries of all owners."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    def record(self, new: NewDelivery, *, skip: str | None = None) -> Receipt:
+        """Stores a delivery; known ones answer `resumed` before their admission and `duplicate` after it.
+
+        With `skip` the delivery is stored as settled with that reason (an event that nothing handles).
+        """
+        digest = hashlib.sha256(new.body).digest()
+        now = self._clock.now()
+        delivery_id = uuid4()
+        values: dict[str, Any] = {
+            "owner": new.owner_id,
+            "id": delivery_id,
+            "integration": new.integration_id,
+            "provider_id": new.provider_delivery_id,
+            "event": new.event,
+            "action": new.action,
+            "body": new.body,
+            "digest": digest,
+            "headers": json.dumps(new.headers),
+            "state": "skipped" if skip else "received",
+            "reason": skip,
+            "now": now,
+            "settled": now if skip else None,
+        }
+        try:
+            with self._database.owner(new.owner_id) as connection:
+                changed(
+                    connection,
+                    "insert into deliveries (owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, headers, state,"
+                    " reason, not_before, received_at, settled_at) values (:owner, :id, :integration, :provider_id, :event, :action, :body, :digest,"
+                    " cast(:headers as jsonb), :state, :reason, :now, :now, :settled)",
+                    **values,
+                )
+                notify(connection, f"delivery:{delivery_id}")
+            return Receipt(delivery_id, "stored")
+        except IntegrityError:
+            return self._known(new, digest)
+
+    def _known(self, new: NewDelivery, digest: bytes) -> Receipt:
+        with self._database.owner(new.owner_id) as connection:
+            found = rows(
+                connection,
+                "select id, body_sha256, state from deliveries where owner_id = :owner and integration_id = :integration"
+                " and (provider_delivery_id = :provider_id or body_sha256 = :digest)",
+                owner=new.owner_id,
+                integration=new.integration_id,
+                provider_id=new.provider_delivery_id,
+                digest=digest,
+            )
+            same = [row for row in found if bytes(row["body_sha256"]) == digest]
+            if not same:
+                return Receipt(found[0]["id"], "id_reused")
+            if same[0]["state"] != "received":
+                return Receipt(same[0]["id"], "duplicate")
+            changed(
+                connection,
+                "update deliveries set not_before = :now where owner_id = :owner and id = :id and state = 'received'",
+                owner=new.owner_id,
+                id=same[0]["id"],
+                now=self._clock.now(),
+            )
+            notify(connection, f"delivery:{same[0]['id']}")
+            return Receipt(same[0]["id"], "resumed")
+
+    def admit_next(self, admit: Callable[[AdmissionTx], None], limit: int) -> int:
+        """Admits up to `limit` deliveries, each in its own transaction; one that fails waits and blocks no other."""
+        done = 0
+        while done < limit and self._admit_one(admit):
+            done += 1
+        return done
+
+    def _admit_one(self, admit: Callable[[AdmissionTx], None]) -> bool:
+        now = self._clock.now()
+        with self._database.system() as connection:
+            row = one(connection, system.NEXT_DELIVERY.sql, now=now)
+            if row is None:
+                return False
+            delivery = DeliveryRow(
+                owner_id=row["owner_id"],
+                id=row["id"],
+                integration_id=row["integration_id"],
+                event=row["event"],
+                action=row["action"],
+                payload=json.loads(bytes(row["body"])),
+                received_at=row["received_at"],
+            )
+            savepoint = connection.begin_nested()
+            tx = AdmissionTx(connection, delivery, now)
+            try:
+                admit(tx)
+                tx.close()
+                savepoint.commit()
+            except Exception:  # noqa: BLE001  # whatever a rule raises must not lose the delivery or stop the others
+                savepoint.rollback()
+                log.exception("admission of delivery %s failed", delivery.id)
+                self._failed(connection, delivery, row["tries"] + 1)
+        return True
+
+    def _failed(self, connection: Connection, delivery: DeliveryRow, tries: int) -> None:
+        now = self._clock.now()
+        final = tries >= MAX_TRIES
+        changed(
+            connection,
+            "update deliveries set tries = :tries, not_before = :after, state = :state, reason = :reason, settled_at = :settled"
+            " where owner_id = :owner and id = :id",
+            owner=delivery.owner_id,
+            id=delivery.id,
+            tries=tries,
+            after=now + timedelta(seconds=RETRY_SECONDS * 2**tries),
+            state="skipped" if final else "received",
+            reason=Reason.ADMISSION_ERROR if final else None,
+            settled=now if final else None,
+        )
+
+
+class AdmissionTx:
+    """What an admission may see and do: one delivery of one owner, the database only."""
+
+    def __init__(self, connection: Connection, delivery: DeliveryRow, now: Any) -> None:
+        self._connection = connection
+        self._now = now
+        self._decided = False
+        self.delivery = delivery
+
+    def repository(self, external_id: int) -> Repository | None:
+        """The owner's repository through the delivery's integration."""
+        row = one(
+            self._connection,
+            "select external_id, full_name, default_branch, private from repositories"
+            " where owner_id = :owner and integration_id = :integration and external_id = :id and removed_at is null",
+            owner=self.delivery.owner_id,
+            integration=self.delivery.integration_id,
+            id=external_id,
+        )
+        return Repository(**row) if row else None
+
+    def config(self, service: str) -> ServiceConfig | None:
+        """The owner's settings of a service."""
+        row = one(
+            self._connection,
+            "select config, enabled, revision from service_configs where owner_id = :owner and service = :service",
+            owner=self.delivery.owner_id,
+            service=service,
+        )
+        return ServiceConfig(**row) if row else None
+
+    def items(self, service: str, subject_key: str) -> list[ItemView]:
+        """All items of a subject, newest first. The subject is locked, so that two deliveries of it don't race."""
+        lock = text("select pg_advisory_xact_lock(hashtextextended(:key, 0))")
+        self._connection.execute(lock, {"key": f"{self.delivery.owner_id}:{service}:{subject_key}"})
+        found = rows(
+            self._connection,
+            "select w.id, w.state, w.reason, r.head_sha, r.base_ref, w.session_id from work_items w"
+            " join reviews r on r.owner_id = w.owner_id and r.item_id = w.id"
+            " where w.owner_id = :owner and w.service = :service and w.subject_key = :subject order by w.created_at desc, w.id",
+            owner=self.delivery.owner_id,
+            service=service,
+            subject=subject_key,
+        )
+        return [ItemView(**row) for row in found]
+
+    def skip(self, reason: str, item_id: UUID | None = None) -> None:
+        """Settles the delivery without work, with its reason."""
+        self._settle("skipped", reason, item_id)
+
+    def open(self, new: NewItem) -> UUID:
+        """Opens a work item with the service's own row; the delivery is admitted with it."""
+        item_id = uuid4()
+        owner = self.delivery.owner_id
+        changed(
+            self._connection,
+            "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"
+            " values (:owner, :id, :service, :subject, :repository, :priority, :now, :now, :now)",
+            owner=owner,
+            id=item_id,
+            service=new.service,
+            subject=new.subject_key,
+            repository=new.repository_id,
+            priority=new.priority,
+            now=self._now,
+        )
+        insert_review(self._connection, owner, item_id, new.repository_id, new.details)
+        self._settle("admitted", None, item_id)
+        notify(self._connection, f"item:{item_id}")
+        return item_id
+
+    def cancel(self, item_id: UUID, reason: str) -> None:
+        """Ends an older item of the subject; its session is asked to stop."""
+        end_item(
+            self._connection,
+            owner_id=self.delivery.owner_id,
+            item_id=item_id,
+            state="cancelled",
+            reason=reason,
+            now=self._now,
+            announced=False,
+        )
+
+    def _settle(self, state: str, reason: str | None, item_id: UUID | None) -> None:
+        self._decided = True
+        changed(
+            self._connection,
+            "update deliveries set state = :state, reason = :reason, item_id = :item, settled_at = :now where owner_id = :owner and id = :id",
+            owner=self.delivery.owner_id,
+            id=self.delivery.id,
+            state=state,
+            reason=reason,
+            item=item_id,
+            now=self._now,
+        )
+
+    def close(self) -> None:
+        """An admission that decided nothing is a defect, and the delivery must not wait for ever unseen."""
+        if not self._decided:
+            raise RuntimeError(f"admission of delivery {self.delivery.id} decided nothing")
+
+
+def insert_review(connection: Connection, owner_id: UUID, item_id: UUID, repository_id: int, details: dict[str, Any]) -> None:
+    """The Code Review row of an item."""
+    columns = ("full_name", "pull_number", "title", "author", "author_type", "url", "base_ref", "base_sha", "head_ref", "head_sha", "trigger")
+    values = {name: details[name] for name in columns}
+    changed(
+        connection,
+        f"insert into reviews (owner_id, item_id, repository_id, settings, {', '.join(columns)})"  # noqa: S608  # column names of ours
+        f" values (:owner, :item, :repository, cast(:settings as jsonb), {', '.join(':' + name for name in columns)})",
+        owner=owner_id,
+        item=item_id,
+        repository=repository_id,
+        settings=json.dumps(details.get("settings", {})),
+        **values,
+    )
+

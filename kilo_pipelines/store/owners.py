@@ -1,0 +1,324 @@
+"""Owners, their integrations, repositories and settings; API keys; lists of reviews."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.database import Database, changed, one, rows
+from kilo_pipelines.store.inbox import insert_review
+from kilo_pipelines.store.queue import audit, notify, owner_of_item
+from kilo_pipelines.store.rows import Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
+
+
+class AmbiguousInstallationError(Exception):
+    """More than one owner holds this installation: nothing may be done for either (invariant 9)."""
+
+
+class StaleRevisionError(Exception):
+    """The settings were changed by somebody else since they were read."""
+
+
+class Owners:
+    """Owners and what they own."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    def create(self, kind: str, name: str, plan: str = "default") -> Owner:
+        """A new owner with an immutable id."""
+        owner = Owner(uuid4(), kind, name, plan, True)
+        with self._database.system() as connection:
+            changed(
+                connection,
+                "insert into owners (id, kind, name, plan) values (:id, :kind, :name, :plan)",
+                id=owner.id,
+                kind=kind,
+                name=name,
+                plan=plan,
+            )
+        return owner
+
+    def list(self) -> list[Owner]:
+        """Every owner, oldest first."""
+        with self._database.system() as connection:
+            return [Owner(**row) for row in rows(connection, system.OWNERS.sql)]
+
+    def connect(
+        self, owner_id: UUID, *, provider: str, installation_id: int, account: str, repositories: list[Repository], actor: str
+    ) -> UUID:
+        """Connects an installation that the provider confirmed, with its repositories; the integration's id."""
+        integration_id = uuid4()
+        with self._database.owner(owner_id) as connection:
+            known = one(
+                connection,
+                "select id from integrations where owner_id = :owner and provider = :provider and installation_id = :installation",
+                owner=owner_id,
+                provider=provider,
+                installation=installation_id,
+            )
+            if known:
+                integration_id = known["id"]
+                changed(
+                    connection,
+                    "update integrations set disconnected_at = null, suspended_at = null, account = :account where owner_id = :owner and id = :id",
+                    owner=owner_id,
+                    id=integration_id,
+                    account=account,
+                )
+            else:
+                changed(
+                    connection,
+                    "insert into integrations (owner_id, id, provider, installation_id, account) values (:owner, :id, :provider, :installation, :account)",
+                    owner=owner_id,
+                    id=integration_id,
+                    provider=provider,
+                    installation=installation_id,
+                    account=account,
+                )
+            self._add(connection, owner_id, integration_id, repositories)
+            audit(connection, owner_id, actor, "integration.connect", str(integration_id), {"installation": installation_id}, self._clock.now())
+        return integration_id
+
+    @staticmethod
+    def _add(connection: Any, owner_id: UUID, integration_id: UUID, repositories: list[Repository]) -> None:
+        for repository in repositories:
+            changed(
+                connection,
+                "insert into repositories (owner_id, integration_id, external_id, full_name, default_branch, private)"
+                " values (:owner, :integration, :external_id, :full_name, :default_branch, :private)"
+                " on conflict (owner_id, external_id) do update set full_name = excluded.full_name, default_branch = excluded.default_branch,"
+                " private = excluded.private, integration_id = excluded.integration_id, removed_at = null",
+                owner=owner_id,
+                integration=integration_id,
+                **vars(repository),
+            )
+
+    def change_repositories(self, integration: Integration, *, added: list[Repository], removed: list[int]) -> None:
+        """Keeps the cached list in step with the provider's events."""
+        with self._database.owner(integration.owner_id) as connection:
+            self._add(connection, integration.owner_id, integration.id, added)
+            for external_id in removed:
+                changed(
+                    connection,
+                    "update repositories set removed_at = :now where owner_id = :owner and integration_id = :integration and external_id = :id",
+                    owner=integration.owner_id,
+                    integration=integration.id,
+                    id=external_id,
+                    now=self._clock.now(),
+                )
+
+    def set_suspended(self, integration: Integration, suspended: bool) -> None:
+        """GitHub suspended or unsuspended the installation."""
+        with self._database.owner(integration.owner_id) as connection:
+            changed(
+                connection,
+                "update integrations set suspended_at = :at where owner_id = :owner and id = :id",
+                owner=integration.owner_id,
+                id=integration.id,
+                at=self._clock.now() if suspended else None,
+            )
+
+    def disconnect(self, integration: Integration) -> None:
+        """The installation is gone: nothing of this integration is worked on any more."""
+        with self._database.owner(integration.owner_id) as connection:
+            changed(
+                connection,
+                "update integrations set disconnected_at = :now where owner_id = :owner and id = :id",
+                owner=integration.owner_id,
+                id=integration.id,
+                now=self._clock.now(),
+            )
+
+    def by_installation(self, provider: str, installation_id: int) -> Integration | None:
+        """The one integration of an installation; AmbiguousInstallationError when several owners hold it."""
+        with self._database.system() as connection:
+            found = rows(connection, system.INTEGRATION_BY_INSTALLATION.sql, provider=provider, installation=installation_id)
+        if len(found) > 1:
+            raise AmbiguousInstallationError(f"installation {installation_id} belongs to {len(found)} owners")
+        return Integration(**found[0]) if found else None
+
+    def integrations(self, owner_id: UUID) -> list[dict[str, Any]]:
+        """An owner's integrations with their repositories."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended,"
+                " (i.disconnected_at is not null) as disconnected, coalesce(array_agg(r.full_name order by r.full_name)"
+                " filter (where r.removed_at is null and r.full_name is not null), '{}') as repositories"
+                " from integrations i left join repositories r on r.owner_id = i.owner_id and r.integration_id = i.id"
+                " where i.owner_id = :owner group by i.owner_id, i.id order by i.created_at",
+                owner=owner_id,
+            )
+        return [dict(row) for row in found]
+
+    def repository(self, owner_id: UUID, external_id: int) -> Repository | None:
+        """One repository of an owner."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select external_id, full_name, default_branch, private from repositories where owner_id = :owner and external_id = :id",
+                owner=owner_id,
+                id=external_id,
+            )
+        return Repository(**row) if row else None
+
+    def config(self, owner_id: UUID, service: str) -> ServiceConfig | None:
+        """An owner's settings of a service."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select config, enabled, revision from service_configs where owner_id = :owner and service = :service",
+                owner=owner_id,
+                service=service,
+            )
+        return ServiceConfig(**row) if row else None
+
+    def put_config(self, owner_id: UUID, service: str, config: dict[str, Any], *, enabled: bool, expected_revision: int, actor: str) -> int:
+        """Compare-and-set of validated settings (revision 0: none yet); the new revision or StaleRevisionError."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "insert into service_configs (owner_id, service, config, enabled) select :owner, :service, cast(:config as jsonb), :enabled"
+                " where :expected = 0 on conflict do nothing returning revision"
+                if expected_revision == 0
+                else "update service_configs set config = cast(:config as jsonb), enabled = :enabled, revision = revision + 1, updated_at = now()"
+                " where owner_id = :owner and service = :service and revision = :expected returning revision",
+                owner=owner_id,
+                service=service,
+                config=json.dumps(config),
+                enabled=enabled,
+                expected=expected_revision,
+            )
+            if row is None:
+                raise StaleRevisionError(f"settings of {service} are not at revision {expected_revision}")
+            audit(connection, owner_id, actor, "config.put", service, {"revision": row["revision"], "enabled": enabled}, self._clock.now())
+        return int(row["revision"])
+
+    def create_api_key(self, role: str, owner_id: UUID | None = None) -> str:
+        """A new API key, shown once; only its hash is kept."""
+        key = f"kilo_{secrets.token_urlsafe(32)}"
+        with self._database.system() as connection:
+            changed(
+                connection,
+                "insert into api_keys (id, owner_id, role, key_hash) values (:id, :owner, :role, :hash)",
+                id=uuid4(),
+                owner=owner_id,
+                role=role,
+                hash=hashlib.sha256(key.encode()).digest(),
+            )
+        return key
+
+    def principal(self, key: str) -> tuple[UUID | None, str] | None:
+        """Owner and role of an API key (owner None: the operator); None for an unknown or expired key."""
+        with self._database.system() as connection:
+            row = one(connection, system.API_KEY.sql, hash=hashlib.sha256(key.encode()).digest(), now=self._clock.now())
+        return (row["owner_id"], row["role"]) if row else None
+
+
+_REVIEW = (
+    "select r.owner_id, r.item_id, w.state, w.reason, w.attempt, w.session_id, s.state as session_state, w.run_id, s.run_id as session_run_id,"
+    " r.full_name as repository, r.repository_id, r.pull_number, r.title, r.author, r.url, r.base_ref, r.head_ref, r.head_sha, r.verdict, r.evidence,"
+    " w.created_at, w.ended_at from reviews r join work_items w on w.owner_id = r.owner_id and w.id = r.item_id"
+    " left join sessions s on s.owner_id = w.owner_id and s.id = w.session_id where r.owner_id = :owner"
+)
+
+
+class Reviews:
+    """Code reviews for people: lists, one, outcomes."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    def list(self, owner_id: UUID, *, limit: int = 50) -> list[ReviewRow]:
+        """An owner's reviews, newest first."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(connection, f"{_REVIEW} order by w.created_at desc, w.id limit :limit", owner=owner_id, limit=limit)
+        return [ReviewRow(**row) for row in found]
+
+    def get(self, item_id: UUID) -> ReviewRow | None:
+        """One review by its item's id."""
+        owner_id = owner_of_item(self._database, item_id)
+        if owner_id is None:
+            return None
+        with self._database.owner(owner_id) as connection:
+            row = one(connection, f"{_REVIEW} and r.item_id = :item", owner=owner_id, item=item_id)
+        return ReviewRow(**row) if row else None
+
+    def dispatch(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:
+        """Opens a review by hand; None when the subject has a live one already."""
+        now = self._clock.now()
+        item_id = uuid4()
+        with self._database.owner(owner_id) as connection:
+            key = f"{owner_id}:{new.service}:{new.subject_key}"
+            one(connection, "select pg_advisory_xact_lock(hashtextextended(:key, 0))::text as locked", key=key)
+            opened = changed(
+                connection,
+                "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"
+                " select :owner, :id, :service, :subject, :repository, :priority, :now, :now, :now where not exists ("
+                " select 1 from work_items where owner_id = :owner and service = :service and subject_key = :subject and ended_at is null)",
+                owner=owner_id,
+                id=item_id,
+                service=new.service,
+                subject=new.subject_key,
+                repository=new.repository_id,
+                priority=new.priority,
+                now=now,
+            )
+            if not opened:
+                return None
+            insert_review(connection, owner_id, item_id, new.repository_id, new.details)
+            audit(connection, owner_id, actor, "review.dispatch", str(item_id), {}, now)
+            notify(connection, f"item:{item_id}")
+        return item_id
+
+    def previous_head(self, owner_id: UUID, repository_id: int, pull_number: int, head_sha: str) -> str | None:
+        """Head of the newest completed review of a pull request at another commit."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select r.head_sha from reviews r join work_items w on w.owner_id = r.owner_id and w.id = r.item_id where r.owner_id = :owner"
+                " and r.repository_id = :repository and r.pull_number = :pull and r.head_sha <> :head and w.state = 'completed'"
+                " order by w.ended_at desc limit 1",
+                owner=owner_id,
+                repository=repository_id,
+                pull=pull_number,
+                head=head_sha,
+            )
+        return row["head_sha"] if row else None
+
+    def owners_with_news(self, minutes: int) -> list[UUID]:
+        """Owners whose reviews moved within the last minutes."""
+        with self._database.system() as connection:
+            found = rows(connection, system.OWNERS_WITH_NEWS.sql, since=self._clock.now() - timedelta(minutes=minutes))
+        return [row["owner_id"] for row in found]
+
+    def outcomes(self, owner_id: UUID | str, days: int) -> list[dict[str, Any]]:
+        """Reviews of the last days as flat rows for a table."""
+        since = self._clock.now() - timedelta(days=days)
+        reviews = self.list(UUID(str(owner_id)), limit=10_000)
+        return [_outcome(review) for review in reviews if review.created_at >= since]
+
+
+def _outcome(review: ReviewRow) -> dict[str, Any]:
+    verdict, evidence = review.verdict or {}, review.evidence or {}
+    ledger = evidence.get("ledger", [])
+    return {
+        "repository": review.repository,
+        "pull": review.pull_number,
+        "head": review.head_sha[:12],
+        "outcome": review.state if review.ended_at else "active",
+        "reason": review.reason or "",
+        "check": verdict.get("conclusion", ""),
+        "findings": sum(verdict.get("counts", {}).values()),
+        "covered": f"{sum(1 for entry in ledger if entry.get('sent_turn'))}/{len(ledger)}" if evidence else "",
+        "seconds": (review.ended_at - review.created_at).total_seconds() if review.ended_at else None,
+    }

@@ -1,0 +1,217 @@
+"""What the store hands out: frozen rows. Times are UTC, ids are UUIDs of ours unless a name says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from kilo_pipelines.core.effects import EffectIntent
+
+
+@dataclass(frozen=True)
+class Owner:
+    id: UUID
+    kind: str
+    name: str
+    plan: str
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class Integration:
+    owner_id: UUID
+    id: UUID
+    provider: str
+    installation_id: int
+    account: str
+    suspended: bool
+
+
+@dataclass(frozen=True)
+class Repository:
+    external_id: int
+    full_name: str
+    default_branch: str
+    private: bool
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    config: dict[str, Any]
+    enabled: bool
+    revision: int
+
+
+@dataclass(frozen=True)
+class NewDelivery:
+    """One verified inbound event. `body` is the raw bytes that the signature covers."""
+
+    owner_id: UUID
+    integration_id: UUID
+    provider_delivery_id: str
+    event: str
+    action: str | None
+    body: bytes
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """`outcome`: stored, resumed (known but not admitted yet), duplicate, id_reused (same id, another body)."""
+
+    delivery_id: UUID
+    outcome: str
+
+
+@dataclass(frozen=True)
+class DeliveryRow:
+    owner_id: UUID
+    id: UUID
+    integration_id: UUID
+    event: str
+    action: str | None
+    payload: Any
+    received_at: datetime
+
+
+@dataclass(frozen=True)
+class ItemView:
+    """A work item of a subject as admission sees it."""
+
+    id: UUID
+    state: str
+    reason: str | None
+    head_sha: str
+    base_ref: str
+    session_id: UUID | None
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """A work item to open; `details` is the row of the service's own table."""
+
+    service: str
+    subject_key: str
+    repository_id: int
+    priority: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A hint that something waits; `kind`: start, session, settle, effects. `labels` become run tags."""
+
+    kind: str
+    service: str
+    owner_id: UUID
+    ids: list[UUID]
+    offer_no: int
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """An item that this run now owns, until its lease is over or a later claim raises the fence."""
+
+    owner_id: UUID
+    owner_kind: str
+    item_id: UUID
+    fence: int
+    attempt: int
+    repository_id: int
+    installation_id: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Nothing was claimed; `outcome` is a reason code, `state` the item's (or session's) present state."""
+
+    outcome: str
+    state: str
+    session_id: UUID | None = None
+
+
+@dataclass(frozen=True)
+class SessionClaim:
+    owner_id: UUID
+    session_id: UUID
+    item_id: UUID
+    fence: int
+    spec: dict[str, Any]
+    callback_token: str
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    id: UUID
+    item_id: UUID
+    attempt: int
+    state: str
+    reason: str | None
+    detail: str | None
+    spec: dict[str, Any]
+    result: dict[str, Any] | None
+    evidence: dict[str, Any] | None
+    run_id: str | None
+    launches: int
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True)
+class ClaimedEffect:
+    owner_id: UUID
+    id: UUID
+    lease_no: int
+    tries: int
+    installation_id: int
+    repository_id: int
+    intent: EffectIntent
+
+
+@dataclass(frozen=True)
+class ItemRow:
+    owner_id: UUID
+    id: UUID
+    service: str
+    subject_key: str
+    repository_id: int
+    installation_id: int
+    state: str
+    reason: str | None
+    attempt: int
+    fence: int
+    session_id: UUID | None
+    announced: bool
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReviewRow:
+    """A review with its item's state, for lists, the CLI and the control API."""
+
+    owner_id: UUID
+    item_id: UUID
+    state: str
+    reason: str | None
+    attempt: int
+    session_id: UUID | None
+    session_state: str | None
+    run_id: str | None
+    session_run_id: str | None
+    repository: str
+    repository_id: int
+    pull_number: int
+    title: str
+    author: str
+    url: str
+    base_ref: str
+    head_ref: str
+    head_sha: str
+    verdict: dict[str, Any] | None
+    evidence: dict[str, Any] | None
+    created_at: datetime
+    ended_at: datetime | None

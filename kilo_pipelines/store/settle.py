@@ -1,0 +1,112 @@
+"""Settling: verdict, effects and the freed slot in one transaction (design, claim protocol)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.store.database import Database, changed, one, rows
+from kilo_pipelines.store.queue import end_item, intend, owner_of_item, read_item
+from kilo_pipelines.store.rows import ItemRow, SessionRow
+from kilo_pipelines.store.sessions import session_row
+
+
+class Settlements:
+    """Opens items for settling."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    @contextmanager
+    def open(self, item_id: UUID) -> Iterator[SettleTx | None]:
+        """The locked item, or None when it is unknown. Commits when the block ends without an exception."""
+        owner_id = owner_of_item(self._database, item_id)
+        if owner_id is None:
+            yield None
+            return
+        with self._database.owner(owner_id) as connection:
+            item = read_item(connection, owner_id, item_id, lock=True)
+            yield SettleTx(connection, item, self._clock.now()) if item else None
+
+
+class SettleTx:
+    """One locked item and what belongs to it."""
+
+    def __init__(self, connection: Connection, item: ItemRow, now: datetime) -> None:
+        self._connection = connection
+        self._now = now
+        self.item = item
+
+    def session(self) -> SessionRow | None:
+        """The item's present session."""
+        if self.item.session_id is None:
+            return None
+        row = one(
+            self._connection, "select * from sessions where owner_id = :owner and id = :id", owner=self.item.owner_id, id=self.item.session_id
+        )
+        return session_row(row) if row else None
+
+    def siblings(self) -> list[dict[str, Any]]:
+        """Newest review of each *other* pull request with the same repository and head: state, reason and verdict."""
+        found = rows(
+            self._connection,
+            "select distinct on (r.pull_number) r.pull_number, w.state, w.reason, r.verdict from reviews r"
+            " join work_items w on w.owner_id = r.owner_id and w.id = r.item_id where r.owner_id = :owner and r.repository_id = :repository"
+            " and r.head_sha = :head and r.pull_number <> :pull order by r.pull_number, w.created_at desc",
+            owner=self.item.owner_id,
+            repository=self.item.repository_id,
+            head=self.item.details["head_sha"],
+            pull=self.item.details["pull_number"],
+        )
+        return [dict(row) for row in found]
+
+    def conclude(
+        self, *, state: str, reason: str, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]
+    ) -> bool:
+        """Ends a running item with its verdict and effects; guarded by state and session. False: it moved on meanwhile."""
+        ended = end_item(
+            self._connection,
+            owner_id=self.item.owner_id,
+            item_id=self.item.id,
+            state=state,
+            reason=reason,
+            now=self._now,
+            announced=True,
+            guard="and state = 'running' and session_id = :session",
+            session=self.item.session_id,
+        )
+        if ended:
+            self._keep(verdict, evidence)
+            intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
+        return ended
+
+    def announce(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]) -> None:
+        """Intends the effects of an item that ended without them (superseded, cancelled, reaped)."""
+        self._keep(verdict, evidence)
+        changed(
+            self._connection,
+            "update work_items set announced = true, offer_until = null, updated_at = :now where owner_id = :owner and id = :id",
+            owner=self.item.owner_id,
+            id=self.item.id,
+            now=self._now,
+        )
+        intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
+
+    def _keep(self, verdict: dict[str, Any], evidence: dict[str, Any] | None) -> None:
+        changed(
+            self._connection,
+            "update reviews set verdict = cast(:verdict as jsonb), evidence = cast(:evidence as jsonb) where owner_id = :owner and item_id = :item",
+            owner=self.item.owner_id,
+            item=self.item.id,
+            verdict=json.dumps(verdict),
+            evidence=json.dumps(evidence) if evidence is not None else None,
+        )

@@ -1,12 +1,11 @@
 """The session protocol between the engine and whatever runs an agent.
 
-The engine writes a `SessionSpec`; the self-hosted runner carries it out with a `SessionTask` (the service's brief and
-result rules) under a `SessionControl` (the engine's lease, interrupt and log) and answers a `SessionOutcome`.
+The engine writes a `SessionSpec`; the self-hosted runner carries it out with a `core.session.SessionTask` (the service's
+brief and result rules) under a `SessionControl` (the engine's lease, interrupt and log) and answers a `SessionOutcome`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 from uuid import UUID
@@ -33,7 +32,7 @@ class SessionLimits(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    turns: int = Field(default=60, description="completed model turns per part; a review that needs more is lost in a loop")
+    turns: int = Field(default=60, description="completed turns of a session; a review that needs more is lost in a loop")
     tokens: int = Field(default=2_000_000, description="tokens in plus out over the whole session")
     silence_s: float = Field(default=420.0, description="no event from the agent and no model call: contract C7")
     hard_cap_s: float = Field(default=1_800.0, description="whole session, all parts")
@@ -61,74 +60,6 @@ class SessionSpec(BaseModel):
     model: str
     limits: SessionLimits = SessionLimits()
     task: dict[str, Any] = Field(default_factory=dict, description="the service's own inputs for its brief (JSON)")
-
-
-class DiffEntry(BaseModel):
-    """One changed blob pair with the exact text that must reach the model."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    entry_id: str
-    path: str
-    old_path: str | None = None
-    status: Literal["added", "modified", "deleted", "renamed", "copied", "type_changed"]
-    old_blob: str
-    new_blob: str
-    old_mode: str
-    new_mode: str
-    binary: bool = False
-    text: str = Field(description="the entry's full unified diff, as made in the bare repository")
-
-
-class WorkspaceFacts(BaseModel):
-    """What the platform itself read in the bare repository before any agent ran."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    merge_base: str
-    head_sha: str
-    diff_hash: str
-    entries: list[DiffEntry]
-    policy_text: str | None = None
-    policy_commit: str | None = None
-    policy_truncated: bool = False
-
-
-@dataclass(frozen=True)
-class BriefPart:
-    """One conversation: its prompt and, per diff entry that it covers, the text which must occur in it verbatim."""
-
-    prompt: str
-    covers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Brief:
-    """What the agent is asked. `refused` carries a reason code when the work must not be started at all."""
-
-    parts: list[BriefPart] = field(default_factory=list)
-    excluded: dict[str, str] = field(default_factory=dict)  # entry id -> reason code
-    refused: str | None = None
-
-
-class SessionTask(Protocol):
-    """A service's half of a session."""
-
-    def compose(self, facts: WorkspaceFacts, nonce: str, result_path: str) -> Brief:
-        """The brief for these facts. The nonce must occur in every part's prompt and in the result."""
-        ...
-
-    def validate(self, result: object, nonce: str) -> list[str]:
-        """Problems of a decoded JSON result in plain words; empty when valid."""
-        ...
-
-    def repair_prompt(self, problems: list[str], nonce: str, result_path: str) -> str:
-        """The one repair turn's prompt."""
-        ...
-
-    def merge(self, results: list[dict[str, Any]]) -> dict[str, Any]:
-        """One result out of the parts' results."""
-        ...
 
 
 class Heartbeat(StrEnum):

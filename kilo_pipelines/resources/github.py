@@ -8,6 +8,7 @@ from dagster import ConfigurableResource
 
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
 from kilo_pipelines.settings import Settings
@@ -32,7 +33,7 @@ class GitHubResource(ConfigurableResource):
     def _app(self) -> GitHubApp:
         settings = Settings()
         if settings.github_app_id is None:
-            raise ProviderError("github_app_missing", retryable=False)
+            raise ProviderError(Reason.GITHUB_APP_MISSING, retryable=False)
         return _app(settings.github_api_url, settings.github_app_id, str(settings.github_private_key_file))
 
     def reader(self, installation_id: int, repository_id: int) -> GitHubInstallation:

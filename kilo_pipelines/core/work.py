@@ -1,0 +1,47 @@
+"""States of work items, sessions and attempts, and which may follow which. The store's guarded updates follow these tables."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class WorkState(StrEnum):
+    """A work item's life."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class SessionState(StrEnum):
+    """A session's life; `queued` again when its worker died."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+FINAL = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED})
+
+# A new attempt (re-execute) leads from an end back to `waiting`; `completed` only when a person forces it.
+TRANSITIONS: dict[WorkState, frozenset[WorkState]] = {
+    WorkState.WAITING: frozenset({WorkState.STARTING, WorkState.CANCELLED, WorkState.FAILED}),
+    WorkState.STARTING: frozenset({WorkState.WAITING, WorkState.RUNNING, WorkState.CANCELLED, WorkState.FAILED}),
+    WorkState.RUNNING: frozenset(FINAL),
+    WorkState.COMPLETED: frozenset({WorkState.WAITING}),
+    WorkState.FAILED: frozenset({WorkState.WAITING}),
+    WorkState.CANCELLED: frozenset({WorkState.WAITING}),
+}
+
+SESSION_TRANSITIONS: dict[SessionState, frozenset[SessionState]] = {
+    SessionState.QUEUED: frozenset({SessionState.RUNNING, SessionState.INTERRUPTED, SessionState.FAILED}),
+    SessionState.RUNNING: frozenset({SessionState.QUEUED, SessionState.COMPLETED, SessionState.FAILED, SessionState.INTERRUPTED}),
+    SessionState.COMPLETED: frozenset(),
+    SessionState.FAILED: frozenset(),
+    SessionState.INTERRUPTED: frozenset(),
+}

@@ -1,0 +1,51 @@
+"""Runs both listeners in one process: `python -m kilo_pipelines.ingress`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvicorn
+from starlette.applications import Starlette
+
+from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
+from kilo_pipelines.settings import Settings
+from kilo_pipelines.store import Cipher, Store
+
+
+def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
+    config = uvicorn.Config(
+        application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  # one handler for both, below
+    return server
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    logins = settings.database_logins()
+    store = Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
+    store.database.check_roles()
+    secret = settings.webhook_secret_file.read_text().strip() if settings.webhook_secret_file.exists() else None
+    ingress = Ingress(store, secret, frozenset({"localhost", "127.0.0.1", settings.host}))
+    servers = [
+        _server(public_application(ingress), settings.host, settings.public_port),
+        _server(admin_application(ingress), settings.host, settings.admin_port),
+    ]
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        for server in servers:
+            server.should_exit = True
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop)
+    await asyncio.gather(*(server._serve() for server in servers))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    asyncio.run(serve(Settings()))

@@ -1,0 +1,176 @@
+"""What GitHub sends us: the signature over the raw body, and the fields of each event that are used.
+
+Holds: verification and shapes. Does not belong here: who the owner is, what is stored, HTTP. Imports no client, so that
+the ingress starts fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+_SIGNATURE = re.compile(r"sha256=[0-9a-f]{64}")
+# GitHub's ids are positive and fit a database's bigint.
+ProviderId = Annotated[int, Field(strict=True, gt=0, lt=2**63)]
+
+
+def _storable(value: str) -> str:
+    """PostgreSQL holds no NUL in text; GitHub sends none."""
+    if "\x00" in value:
+        raise ValueError("NUL in text")
+    return value
+
+
+Text = Annotated[str, Field(strict=True, max_length=65_536), AfterValidator(_storable)]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=255), AfterValidator(_storable)]
+Action = Annotated[str, Field(strict=True, pattern=r"^[a-z_]{1,64}$")]
+Sha = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")]
+
+
+def well_formed_signature(header: str | None) -> bool:
+    """Whether the header can be a signature at all: cheap, before a body is read."""
+    return header is not None and _SIGNATURE.fullmatch(header) is not None
+
+
+def verify_signature(secret: str, body: bytes, header: str | None) -> bool:
+    """Whether `X-Hub-Signature-256` is the HMAC-SHA256 of exactly these bytes; constant time; False without a secret."""
+    if not secret or header is None or not well_formed_signature(header):
+        return False
+    expected = "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    return hmac.compare_digest(expected.encode(), header.encode())
+
+
+class _Shape(BaseModel):
+    """Unknown fields are GitHub's right; missing or mistyped ones that we use are refused."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _InstallationId(_Shape):
+    id: ProviderId
+
+
+class _Account(_Shape):
+    login: Name
+
+
+class _InstallationObject(_Shape):
+    id: ProviderId
+    account: _Account
+
+
+class RepositoryLabel(_Shape):
+    """A repository in an installation's list: GitHub leaves the default branch out there."""
+
+    id: ProviderId
+    full_name: Name
+    private: bool = True
+
+
+class _Author(_Shape):
+    id: ProviderId
+    login: Name
+    type: Name = "User"
+
+
+class _HeadRepository(_Shape):
+    full_name: Name
+
+
+class _Head(_Shape):
+    sha: Sha
+    ref: Name
+    repo: _HeadRepository | None = None
+
+
+class _Base(_Shape):
+    sha: Sha
+    ref: Name
+
+
+class _Label(_Shape):
+    name: Text
+
+
+class _Pull(_Shape):
+    number: ProviderId
+    title: Text
+    draft: bool = False
+    state: Literal["open", "closed"]
+    html_url: Text
+    labels: list[_Label] = Field(default_factory=list)
+    user: _Author
+    head: _Head
+    base: _Base
+
+
+class PullRequestShape(_Shape):
+    """`pull_request`: the fields that Code Review uses."""
+
+    action: Action
+    number: ProviderId
+    pull_request: _Pull
+    repository: RepositoryLabel
+    installation: _InstallationId
+    label: _Label | None = None
+
+
+class InstallationShape(_Shape):
+    """`installation`: a full installation object, which no other event carries except `installation_repositories`."""
+
+    action: Action
+    installation: _InstallationObject
+    repositories: list[RepositoryLabel] = Field(default_factory=list)
+
+
+class InstallationRepositoriesShape(_Shape):
+    """`installation_repositories`: what was added to and removed from the installation's selection."""
+
+    action: Action
+    installation: _InstallationObject
+    repositories_added: list[RepositoryLabel]
+    repositories_removed: list[RepositoryLabel]
+
+
+class PingShape(_Shape):
+    """`ping`: sent when a hook is made."""
+
+    zen: Text
+    hook_id: ProviderId
+
+
+SHAPES: dict[str, type[_Shape]] = {
+    "pull_request": PullRequestShape,
+    "installation": InstallationShape,
+    "installation_repositories": InstallationRepositoriesShape,
+    "ping": PingShape,
+}
+
+# What only other events about a pull request carry beside it.
+_NOT_PULL_REQUEST = ("review", "comment", "thread")
+
+
+def event_of_shape(payload: Mapping[str, Any]) -> str | None:
+    """Which of our events a body is by its own look, None for any other (the event header is outside the signature)."""
+    if "pull_request" in payload and "number" in payload and not any(name in payload for name in _NOT_PULL_REQUEST):
+        return "pull_request"
+    if "repositories_added" in payload or "repositories_removed" in payload:
+        return "installation_repositories"
+    installation = payload.get("installation")
+    if isinstance(installation, dict) and "account" in installation and "access_tokens_url" in installation and "repository" not in payload:
+        return "installation"
+    if "zen" in payload and "hook_id" in payload:
+        return "ping"
+    return None
+
+
+def installation_id(payload: Mapping[str, Any]) -> int | None:
+    """The installation's id when it is there and is an id; True, floats and text are none."""
+    installation = payload.get("installation")
+    found = installation.get("id") if isinstance(installation, dict) else None
+    return found if type(found) is int and 0 < found < 2**63 else None

@@ -1,0 +1,1 @@
+"""Code Review: an automatic review of pull requests with an earned verdict."""

@@ -1,0 +1,127 @@
+"""From a pull-request event to a decision: the ladders A4.2 and A4.3 of the contract, in their order.
+
+Left out on purpose: step 5 (merge commits). Changed: step 9 blocks only on an active or a completed review (weakness 2),
+and an edited base re-opens the check (threats, rule 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import UUID
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.work import FINAL, WorkState
+from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.services.code_review.events import PullRequestEvent
+
+SERVICE = "code_review"
+REVIEWED_ACTIONS = frozenset({"opened", "synchronize", "reopened", "ready_for_review"})
+# A person asks for a review by this label (contract A4.2).
+LABEL = "kilo"
+TITLE_LIMIT = 300
+
+
+class ExistingItem(Protocol):
+    """What admission needs to know of an earlier item of the same pull request."""
+
+    @property
+    def id(self) -> UUID: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def head_sha(self) -> str: ...
+    @property
+    def base_ref(self) -> str: ...
+
+
+class OwnerSetting(Protocol):
+    """An owner's stored settings."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def enabled(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class AdmissionDecision:
+    """Either a reason to skip, or the details of a new item; and which older items end with which reason."""
+
+    skip: Reason | None = None
+    existing_item: UUID | None = None
+    supersede: list[UUID] = field(default_factory=list)
+    supersede_reason: Reason = Reason.SUPERSEDED
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def subject_key(event: PullRequestEvent) -> str:
+    """The pull request's key: by the repository's immutable id."""
+    return subject(event.repository.id, event.pull_request.number)
+
+
+def subject(repository_id: int, pull_number: int) -> str:
+    """The key of a pull request."""
+    return f"github:{repository_id}:pull:{pull_number}"
+
+
+def _wanted(event: PullRequestEvent) -> bool:
+    if event.action in REVIEWED_ACTIONS:
+        return True
+    if event.action == "labeled":
+        return event.label is not None and event.label.name.strip().lower() == LABEL and event.pull_request.state == "open"
+    return event.action == "edited" and event.changes is not None and event.changes.base is not None
+
+
+def decide(
+    event: PullRequestEvent, *, setting: OwnerSetting | None, repository_known: bool, items: Sequence[ExistingItem]
+) -> AdmissionDecision:
+    """The decision for one event, given the owner's settings and the pull request's earlier items (newest first)."""
+    pull = event.pull_request
+    live = [item for item in items if WorkState(item.state) not in FINAL]
+    if event.action == "closed":
+        return AdmissionDecision(skip=Reason.PULL_CLOSED, supersede=[item.id for item in live], supersede_reason=Reason.PULL_CLOSED)
+    if not _wanted(event):
+        return AdmissionDecision(skip=Reason.ACTION_IGNORED)
+    if pull.draft:
+        return AdmissionDecision(skip=Reason.SKIPPED_DRAFT)
+    if setting is None or not setting.enabled:
+        return AdmissionDecision(skip=Reason.REVIEWER_NOT_ENABLED)
+    if not repository_known:
+        return AdmissionDecision(skip=Reason.REPOSITORY_UNKNOWN)
+    config = CodeReviewConfig.model_validate(setting.config)
+    if config.repository_selection_mode == "selected" and event.repository.id not in config.selected_repository_ids:
+        return AdmissionDecision(skip=Reason.REPOSITORY_NOT_SELECTED)
+
+    # Superseding comes before the last two skips on purpose: an obsolete review must end even when nothing follows it.
+    def same(item: ExistingItem) -> bool:
+        return item.head_sha == pull.head.sha and item.base_ref == pull.base.ref
+
+    obsolete = [item.id for item in live if not same(item)]
+    if pull.state != "open":
+        return AdmissionDecision(skip=Reason.PULL_CLOSED, supersede=obsolete)
+    if pull.user.type == "Bot" and config.skip_bot_pull_requests:
+        return AdmissionDecision(skip=Reason.SKIPPED_BOT_AUTHOR, supersede=obsolete)
+    standing = [item for item in items if same(item) and (item in live or item.state == WorkState.COMPLETED)]
+    if standing:
+        return AdmissionDecision(skip=Reason.ALREADY_REVIEWED, existing_item=standing[0].id, supersede=obsolete)
+    return AdmissionDecision(supersede=obsolete, details=_details(event, config))
+
+
+def _details(event: PullRequestEvent, config: CodeReviewConfig) -> dict[str, Any]:
+    pull = event.pull_request
+    return {
+        "full_name": event.repository.full_name,
+        "pull_number": pull.number,
+        "title": pull.title[:TITLE_LIMIT],
+        "author": pull.user.login,
+        "author_type": pull.user.type,
+        "url": pull.html_url,
+        "base_ref": pull.base.ref,
+        "base_sha": pull.base.sha,
+        "head_ref": pull.head.ref,
+        "head_sha": pull.head.sha,
+        "trigger": "webhook",
+        "settings": config.model_dump(mode="json"),
+    }

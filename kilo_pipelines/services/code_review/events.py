@@ -1,0 +1,78 @@
+"""The fields of GitHub's `pull_request` event that Code Review uses (contract A4.4b)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+_SHA = Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")
+
+
+class Account(BaseModel):
+    id: int
+    login: str
+    type: str = "User"
+
+
+class Repository(BaseModel):
+    id: int
+    full_name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,100}/[A-Za-z0-9_.-]{1,100}$")
+
+
+class Head(BaseModel):
+    sha: str = _SHA
+    ref: str
+    repo: Repository | None = None
+
+
+class Base(BaseModel):
+    sha: str = _SHA
+    ref: str
+
+
+class Label(BaseModel):
+    name: str
+
+
+class PullRequest(BaseModel):
+    number: int = Field(ge=1)
+    title: str
+    draft: bool = False
+    state: Literal["open", "closed"]
+    html_url: str
+    labels: list[Label] = []
+    user: Account
+    head: Head
+    base: Base
+
+
+class Installation(BaseModel):
+    id: int
+
+
+class ChangedFrom(BaseModel):
+    model_config = {"populate_by_name": True}
+
+    from_: object = Field(default=None, alias="from")
+
+
+class BaseChange(BaseModel):
+    ref: ChangedFrom | None = None
+    sha: ChangedFrom | None = None
+
+
+class Changes(BaseModel):
+    base: BaseChange | None = None
+
+
+class PullRequestEvent(BaseModel):
+    """A `pull_request` event; unknown fields are ignored, known ones must have their type."""
+
+    action: str
+    number: int
+    pull_request: PullRequest
+    repository: Repository
+    installation: Installation
+    label: Label | None = None
+    changes: Changes | None = None

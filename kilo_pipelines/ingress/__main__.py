@@ -19,9 +19,7 @@ def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
     config = uvicorn.Config(
         application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False, lifespan="off"
     )
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  # one handler for both, below
-    return server
+    return uvicorn.Server(config)
 
 
 async def serve(settings: Settings) -> None:
@@ -43,6 +41,7 @@ async def serve(settings: Settings) -> None:
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop)
+    # `_serve`, not `serve`: each `serve` would install signal handlers of its own over the other's.
     await asyncio.gather(*(server._serve() for server in servers))
 
 

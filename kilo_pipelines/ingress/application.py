@@ -195,8 +195,8 @@ async def _callback(ingress: Ingress, request: Request) -> Response:
         return answer(401, "refused", Reason.CALLBACK_REFUSED)
     body = await read_body(request, CALLBACK_BYTES)
     token = request.headers.get("x-callback-token", "")
-    decoded = parse_object(body)
-    outcome = await anyio.to_thread.run_sync(ingress.store.sessions.record_callback, session, token, body, decoded)
+    parse_object(body)
+    outcome = await anyio.to_thread.run_sync(ingress.store.sessions.record_callback, session, token, body)
     if outcome == "refused":
         return answer(401, "refused", Reason.CALLBACK_REFUSED)
     if outcome == "expired":

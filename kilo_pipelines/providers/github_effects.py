@@ -6,15 +6,20 @@ Holds: payloads of the effect kinds and how each is found and written. Does not 
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
+from github import GithubException
+from github.CheckRun import CheckRun
+from github.Commit import Commit
+from github.PullRequest import PullRequest
+from github.PullRequestReview import PullRequestReview
+from github.Repository import Repository
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kilo_pipelines.core.diff import diff_lines
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.providers.errors import ProviderError
-from kilo_pipelines.providers.github import GitHubInstallation, IssueCommentAnswer, repository_path
+from kilo_pipelines.providers.github import GitHubInstallation, ProviderError, provider_errors
 
 # GitHub refuses longer bodies of reviews, comments and check summaries (65,536 characters); the rest is for the cut's own note.
 MAX_BODY = 65_000
@@ -76,44 +81,11 @@ class ReactionPayload(_Payload):
     content: Literal["+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"]
 
 
-class _User(BaseModel):
-    login: str
-
-
-class _App(BaseModel):
-    id: int
-
-
-class _ReviewAnswer(BaseModel):
-    id: int
-    user: _User | None = None
-    body: str | None = None
-    commit_id: str | None = None
-    html_url: str
-
-
-class _CheckRunAnswer(BaseModel):
-    id: int
-    external_id: str | None = None
-    html_url: str | None = None
-    app: _App | None = None
-
-
-class _ReactionAnswer(BaseModel):
-    id: int
-
-
-class _FileAnswer(BaseModel):
-    filename: str
-    patch: str | None = None
-
-
 def apply(installation: GitHubInstallation, intent: EffectIntent) -> EffectReceipt:
     """Makes one intended write and says what the provider holds now.
 
-    The repository is the one that the client is limited to, under its *present* name: the payload's name is a label.
-    Errors: ProviderError; `owner_changed` when the repository left the installation, `provider_invalid` for a payload
-    that isn't its kind's.
+    Errors: ProviderError; `owner_changed` when the repository left the installation (threats, rule 16), `provider_invalid`
+    for a payload that isn't its kind's.
     """
     try:
         if intent.kind is EffectKind.GITHUB_CHECK_RUN:
@@ -125,110 +97,106 @@ def apply(installation: GitHubInstallation, intent: EffectIntent) -> EffectRecei
         return _reaction(installation, ReactionPayload.model_validate(intent.payload))
     except ValidationError as failure:
         fields = ", ".join(".".join(str(part) for part in error["loc"]) for error in failure.errors())
-        raise ProviderError(Reason.PROVIDER_INVALID, retryable=False, detail=f"payload of {intent.kind}: {fields}") from failure
+        raise ProviderError(Reason.PROVIDER_INVALID, retryable=False, detail=f"payload of {intent.kind}: {fields}") from None
 
 
-def _here(installation: GitHubInstallation) -> str:
-    return repository_path(installation.repository_now().full_name)
+def _here(installation: GitHubInstallation, full_name: str) -> Repository:
+    """The repository, provided that it is in the installation now: a cached token and a public repository would hide that."""
+    try:
+        repository = installation.repository(full_name)
+    except ProviderError as failure:
+        if failure.reason != Reason.PROVIDER_NOT_FOUND:
+            raise
+        raise _left(full_name) from failure
+    with provider_errors():
+        _, answer = repository.requester.requestJsonAndCheck("GET", "/installation/repositories", parameters={"per_page": 100})
+    if repository.id not in {one["id"] for one in answer["repositories"]}:
+        raise _left(full_name)
+    return repository
+
+
+def _left(full_name: str) -> ProviderError:
+    return ProviderError(Reason.OWNER_CHANGED, retryable=False, detail=f"{full_name} is not in the installation any more")
 
 
 def _check_run(installation: GitHubInstallation, wanted: CheckRunPayload) -> EffectReceipt:
-    here = _here(installation)
-    runs = installation.pages(
-        f"{here}/commits/{wanted.head_sha}/check-runs",
-        _CheckRunAnswer,
-        under="check_runs",
-        parameters={"check_name": wanted.name, "filter": "all"},
-    )
-    app_id = installation.app.app_id
-    found = next((run for run in runs if run.external_id == wanted.external_id and run.app is not None and run.app.id == app_id), None)
-    body: dict[str, Any] = {
+    repository = _here(installation, wanted.full_name)
+    values: dict[str, Any] = {
         "name": wanted.name,
         "external_id": wanted.external_id,
         "status": wanted.status,
         "output": {"title": wanted.title, "summary": _cut(wanted.summary)},
     }
     if wanted.conclusion is not None:
-        body["conclusion"] = wanted.conclusion
+        values["conclusion"] = wanted.conclusion
     if wanted.details_url is not None:
-        body["details_url"] = wanted.details_url
-    if found is None:
-        made = installation.write("POST", f"{here}/check-runs", _CheckRunAnswer, {**body, "head_sha": wanted.head_sha})
-    else:
-        made = installation.write("PATCH", f"{here}/check-runs/{found.id}", _CheckRunAnswer, body)
-    return EffectReceipt(external_id=str(made.id), url=made.html_url, created=found is None)
+        values["details_url"] = wanted.details_url
+    with provider_errors():
+        runs = _commit(repository, wanted.head_sha).get_check_runs(check_name=wanted.name, filter="all")
+        found = next((run for run in runs if run.external_id == wanted.external_id and _ours(run, installation)), None)
+        if found is None:
+            made = repository.create_check_run(head_sha=wanted.head_sha, **values)
+            return EffectReceipt(external_id=str(made.id), url=made.html_url, created=True)
+        found.edit(**values)
+        return EffectReceipt(external_id=str(found.id), url=found.html_url, created=False)
+
+
+def _ours(run: CheckRun, installation: GitHubInstallation) -> bool:
+    return f"{run.app.slug}[bot]" == installation.bot_login
+
+
+def _commit(repository: Repository, sha: str) -> Commit:
+    """A commit by its id, without asking for it."""
+    return Commit(repository.requester, url=f"{repository.url}/commits/{sha}", attributes={"sha": sha, "url": f"{repository.url}/commits/{sha}"})
 
 
 def _review(installation: GitHubInstallation, wanted: ReviewPayload) -> EffectReceipt:
-    here = _here(installation)
-    us = installation.app.login()
-    pull = f"{here}/pulls/{wanted.pull_number}"
-    for review in installation.pages(f"{pull}/reviews", _ReviewAnswer):
-        by_us = review.user is not None and review.user.login == us
-        if by_us and review.commit_id == wanted.commit_id and wanted.marker in (review.body or ""):
-            return EffectReceipt(external_id=str(review.id), url=review.html_url, created=False)
-    try:
-        made = _post_review(installation, pull, wanted, wanted.comments, [])
-    except ProviderError as failure:
-        if failure.status != 422 or not wanted.comments:
-            raise
-        kept, refused = _commentable(installation, pull, wanted.comments)
-        made = _post_review(installation, pull, wanted, kept, refused)
-    return EffectReceipt(external_id=str(made.id), url=made.html_url, created=True)
+    repository = _here(installation, wanted.full_name)
+    with provider_errors():
+        pull = repository.get_pull(wanted.pull_number)
+        for review in pull.get_reviews():
+            by_us = review.user is not None and review.user.login == installation.bot_login
+            if by_us and review.commit_id == wanted.commit_id and wanted.marker in (review.body or ""):
+                return EffectReceipt(external_id=str(review.id), url=review.html_url, created=False)
+        try:
+            made = _post_review(repository, pull, wanted, wanted.comments, [])
+        except GithubException as failure:
+            if failure.status != 422 or not wanted.comments:
+                raise
+            kept, refused = _commentable(pull, wanted.comments)
+            made = _post_review(repository, pull, wanted, kept, refused)
+        return EffectReceipt(external_id=str(made.id), url=made.html_url, created=True)
 
 
 def _post_review(
-    installation: GitHubInstallation, pull: str, wanted: ReviewPayload, comments: list[InlineComment], refused: list[InlineComment]
-) -> _ReviewAnswer:
-    body = {
-        "commit_id": wanted.commit_id,
-        "event": "COMMENT",
-        "body": _with_refused(wanted.body, refused),
-        "comments": [_inline(comment) for comment in comments],
-    }
-    return installation.write("POST", f"{pull}/reviews", _ReviewAnswer, body)
+    repository: Repository, pull: PullRequest, wanted: ReviewPayload, comments: list[InlineComment], refused: list[InlineComment]
+) -> PullRequestReview:
+    return pull.create_review(
+        commit=_commit(repository, wanted.commit_id),
+        body=_with_refused(wanted.body, refused),
+        event="COMMENT",
+        comments=[_inline(comment) for comment in comments],
+    )
 
 
-def _inline(comment: InlineComment) -> dict[str, Any]:
+def _inline(comment: InlineComment) -> Any:
     body: dict[str, Any] = {"path": comment.path, "line": comment.line, "side": comment.side, "body": _cut(comment.body)}
     if comment.start_line is not None and comment.start_line < comment.line:
         body |= {"start_line": comment.start_line, "start_side": comment.side}
     return body
 
 
-def _commentable(
-    installation: GitHubInstallation, pull: str, comments: list[InlineComment]
-) -> tuple[list[InlineComment], list[InlineComment]]:
+def _commentable(pull: PullRequest, comments: list[InlineComment]) -> tuple[list[InlineComment], list[InlineComment]]:
     """Those that lie in the diff as GitHub shows it, and the rest. GitHub's refusal names no comment.
 
     When all of them lie in its diff the refusal had another cause: then none is sent inline again.
     """
-    lines = {file.filename: lines_of_patch(file.patch or "") for file in installation.pages(f"{pull}/files", _FileAnswer)}
+    lines = {file.filename: diff_lines(file.patch or "") for file in pull.get_files()}
     kept, refused = [], []
     for comment in comments:
-        here = lines.get(comment.path, set())
-        ends = {(comment.side, comment.line), (comment.side, comment.start_line or comment.line)}
-        (kept if ends <= here else refused).append(comment)
+        shown = lines.get(comment.path)
+        (kept if shown and shown.holds(comment.side, comment.line, comment.start_line) else refused).append(comment)
     return (kept, refused) if refused else ([], comments)
-
-
-def lines_of_patch(patch: str) -> set[tuple[str, int]]:
-    """(side, line) of every line that a file's patch shows: where GitHub takes comments."""
-    shown: set[tuple[str, int]] = set()
-    left = right = 0
-    for row in patch.split("\n"):
-        if hunk := re.match(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@", row):
-            left, right = int(hunk[1]), int(hunk[2])
-        elif row.startswith("-"):
-            shown.add(("LEFT", left))
-            left += 1
-        elif row.startswith("+"):
-            shown.add(("RIGHT", right))
-            right += 1
-        elif row.startswith(" "):
-            shown |= {("LEFT", left), ("RIGHT", right)}
-            left, right = left + 1, right + 1
-    return shown
 
 
 def _with_refused(body: str, refused: list[InlineComment]) -> str:
@@ -243,22 +211,27 @@ def _with_refused(body: str, refused: list[InlineComment]) -> str:
 
 
 def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload) -> EffectReceipt:
-    full_name = installation.repository_now().full_name
-    here = repository_path(full_name)
-    found = installation.summary_comment(full_name, wanted.pull_number, wanted.marker)
-    if found is None:
-        made = installation.write("POST", f"{here}/issues/{wanted.pull_number}/comments", IssueCommentAnswer, {"body": wanted.body})
-    elif found.body == wanted.body:
-        return EffectReceipt(external_id=str(found.id), url=found.url, created=False)
-    else:
-        made = installation.write("PATCH", f"{here}/issues/comments/{found.id}", IssueCommentAnswer, {"body": wanted.body})
-    return EffectReceipt(external_id=str(made.id), url=made.html_url, created=found is None)
+    repository = _here(installation, wanted.full_name)
+    with provider_errors():
+        pull = repository.get_pull(wanted.pull_number)
+        ours = [
+            one
+            for one in pull.get_issue_comments()
+            if one.user is not None and one.user.login == installation.bot_login and wanted.marker in (one.body or "")
+        ]
+        newest = max(ours, key=lambda one: one.id, default=None)
+        if newest is None:
+            newest = pull.create_issue_comment(wanted.body)
+        elif newest.body != wanted.body:
+            newest.edit(wanted.body)
+        return EffectReceipt(external_id=str(newest.id), url=newest.html_url, created=not ours)
 
 
 def _reaction(installation: GitHubInstallation, wanted: ReactionPayload) -> EffectReceipt:
-    path = f"{_here(installation)}/issues/{wanted.pull_number}/reactions"
-    made = installation.write("POST", path, _ReactionAnswer, {"content": wanted.content})
-    return EffectReceipt(external_id=str(made.id), created=True)
+    repository = _here(installation, wanted.full_name)
+    with provider_errors():
+        made = repository.get_pull(wanted.pull_number).as_issue().create_reaction(wanted.content)
+        return EffectReceipt(external_id=str(made.id), created=True)
 
 
 def _cut(text: str) -> str:

@@ -262,7 +262,7 @@ class Sessions:
             )
         return [dict(row) for row in found]
 
-    def record_callback(self, session_id: UUID, token: str, body: bytes, decoded: dict[str, Any]) -> str:
+    def record_callback(self, session_id: UUID, token: str, body: bytes) -> str:
         """Stores a callback: accepted, duplicate (same body again), conflict (another body), refused, expired.
 
         An unknown session and a wrong token are both `refused`: the answer tells nothing about which sessions exist.
@@ -293,12 +293,12 @@ class Sessions:
                 return "conflict"
             changed(
                 connection,
-                "update callback_tokens set body_sha256 = :digest, body = cast(:body as jsonb), received_at = :now"
+                "update callback_tokens set body_sha256 = :digest, body = :body, received_at = :now"
                 " where owner_id = :owner and session_id = :id",
                 owner=owner_id,
                 id=session_id,
                 digest=digest,
-                body=json.dumps(decoded),
+                body=body,
                 now=now,
             )
             notify(connection, f"callback:{session_id}")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import clean
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.code_review.events import PullRequestEvent
@@ -114,13 +115,13 @@ def _details(event: PullRequestEvent, config: CodeReviewConfig) -> dict[str, Any
     return {
         "full_name": event.repository.full_name,
         "pull_number": pull.number,
-        "title": pull.title[:TITLE_LIMIT],
-        "author": pull.user.login,
+        "title": clean(pull.title)[:TITLE_LIMIT],
+        "author": clean(pull.user.login),
         "author_type": pull.user.type,
         "url": pull.html_url,
-        "base_ref": pull.base.ref,
+        "base_ref": clean(pull.base.ref),
         "base_sha": pull.base.sha,
-        "head_ref": pull.head.ref,
+        "head_ref": clean(pull.head.ref),
         "head_sha": pull.head.sha,
         "trigger": "webhook",
         "settings": config.model_dump(mode="json"),

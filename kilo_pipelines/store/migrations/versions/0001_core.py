@@ -225,7 +225,7 @@ create table callback_tokens (
     token_hash bytea not null,
     expires_at timestamptz not null,
     body_sha256 bytea,
-    body jsonb,
+    body bytea,
     received_at timestamptz,
     refused integer not null default 0,
     primary key (owner_id, session_id),

@@ -1,0 +1,518 @@
+"""GitHub's REST API, as far as the platform uses it: App and installation tokens, pulls, reviews, comments, checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives import serialization
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kilo_twin.shapes import Shapes, bot
+from kilo_twin.state import Twin, git, now
+
+TOKEN_SECONDS = 3600  # GitHub's lifetime of an installation token
+JWT_SECONDS = 600  # GitHub refuses longer ones
+_HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+
+Handler = Callable[[Request, dict[str, Any]], Response]
+
+
+class ApiError(Exception):
+    """An error answer in GitHub's form."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+
+def _error(failure: ApiError) -> JSONResponse:
+    body = {"message": failure.message, "documentation_url": "https://docs.github.com/rest", "status": str(failure.status)}
+    return JSONResponse(body, failure.status, headers=failure.headers)
+
+
+class Rest:
+    """Handlers over one twin."""
+
+    def __init__(self, twin: Twin) -> None:
+        self.twin = twin
+        self.shapes = Shapes(twin)
+        key = serialization.load_pem_private_key(twin.credentials["private_key_pem"].encode(), password=None)
+        self._public_key = key.public_key()
+
+    # -- who asks -------------------------------------------------------------------------------------------------
+
+    def _bearer(self, request: Request) -> str:
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() not in ("bearer", "token") or not value:
+            raise ApiError(401, "Requires authentication")
+        return value
+
+    def _as_app(self, request: Request) -> None:
+        try:
+            claims = jwt.decode(self._bearer(request), self._public_key, algorithms=["RS256"], options={"require": ["iat", "exp", "iss"]})  # type: ignore[arg-type]
+        except jwt.ExpiredSignatureError:
+            raise ApiError(401, "'Expiration time' claim ('exp') must be a numeric value representing the future time") from None
+        except jwt.PyJWTError:
+            raise ApiError(401, "A JSON web token could not be decoded") from None
+        if str(claims["iss"]) != str(self.twin.credentials["app_id"]):
+            raise ApiError(401, "Integration not found")
+        if claims["exp"] - time.time() > JWT_SECONDS + 5:
+            raise ApiError(401, "'Expiration time' claim ('exp') is too far in the future")
+
+    def grant(self, token: str) -> dict[str, Any] | None:
+        """What a live installation token may do."""
+        found = self.twin.tokens.get(hashlib.sha256(token.encode()).hexdigest())
+        return found if found and found["expires"] > time.time() else None
+
+    def _as_installation(self, request: Request, permission: str, level: str = "read") -> dict[str, Any]:
+        grant = self.grant(self._bearer(request))
+        if grant is None:
+            raise ApiError(401, "Bad credentials")
+        held = grant["permissions"].get(permission)
+        if held is None or (level == "write" and held != "write"):
+            raise ApiError(403, "Resource not accessible by integration")
+        return grant
+
+    def _repository(self, request: Request, permission: str, level: str = "read") -> dict[str, Any]:
+        grant = self._as_installation(request, permission, level)
+        if "id" in request.path_params:
+            repository = self.twin.by_id(int(request.path_params["id"]))
+        else:
+            repository = self.twin.repository(f"{request.path_params['owner']}/{request.path_params['repo']}")
+        if repository is None or repository["id"] not in grant["repositories"] or not repository["installed"]:
+            raise ApiError(404, "Not Found")
+        return repository
+
+    def _pull(self, request: Request, permission: str = "pull_requests", level: str = "read") -> tuple[dict[str, Any], dict[str, Any]]:
+        repository = self._repository(request, permission, level)
+        pull = repository["pulls"].get(str(request.path_params["number"]))
+        if pull is None:
+            raise ApiError(404, "Not Found")
+        return repository, pull
+
+    # -- routes ---------------------------------------------------------------------------------------------------
+
+    def routes(self) -> list[Route]:
+        """All routes below /api/v3."""
+        repo = "/repos/{owner}/{repo}"
+        table: list[tuple[str, str, Handler]] = [
+            ("GET", "/app", self.get_app),
+            ("GET", "/app/installations", self.list_installations),
+            ("GET", "/app/installations/{installation:int}", self.get_installation),
+            ("POST", "/app/installations/{installation:int}/access_tokens", self.create_token),
+            ("GET", "/installation/repositories", self.installation_repositories),
+            ("GET", "/repositories/{id:int}", self.get_repository),
+            ("GET", repo, self.get_repository),
+            ("GET", repo + "/pulls", self.list_pulls),
+            ("GET", repo + "/pulls/{number:int}", self.get_pull),
+            ("GET", repo + "/pulls/{number:int}/files", self.list_files),
+            ("GET", repo + "/pulls/{number:int}/reviews", self.list_reviews),
+            ("POST", repo + "/pulls/{number:int}/reviews", self.create_review),
+            ("GET", repo + "/pulls/{number:int}/comments", self.list_review_comments),
+            ("GET", repo + "/issues/{number:int}", self.get_issue),
+            ("GET", repo + "/issues/{number:int}/comments", self.list_comments),
+            ("POST", repo + "/issues/{number:int}/comments", self.create_comment),
+            ("PATCH", repo + "/issues/comments/{comment:int}", self.update_comment),
+            ("GET", repo + "/issues/{number:int}/reactions", self.list_reactions),
+            ("POST", repo + "/issues/{number:int}/reactions", self.create_reaction),
+            ("GET", repo + "/commits/{ref}", self.get_commit),
+            ("GET", repo + "/commits/{ref}/check-runs", self.list_check_runs),
+            ("POST", repo + "/check-runs", self.create_check_run),
+            ("GET", repo + "/check-runs/{run:int}", self.get_check_run),
+            ("PATCH", repo + "/check-runs/{run:int}", self.update_check_run),
+            ("GET", repo + "/compare/{spec:path}", self.compare),
+            ("GET", repo + "/commits/{ref}/statuses", self.list_statuses),
+            ("POST", repo + "/statuses/{ref}", self.create_status),
+            ("GET", "/app/hook/deliveries", self.list_deliveries),
+        ]
+        return [Route("/api/v3" + path, self._endpoint(handler), methods=[method]) for method, path, handler in table]
+
+    def _endpoint(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body: dict[str, Any] = {}
+            raw = await request.body()
+            if raw:
+                try:
+                    body = json.loads(raw)
+                except ValueError:
+                    return _error(ApiError(400, "Problems parsing JSON"))
+            fault = self._fault(request)
+            if fault and fault["kind"] == "error":
+                return _error(ApiError(fault["status"], "twin: fault", fault.get("headers")))
+            try:
+                with self.twin.lock:
+                    answer = handler(request, body)
+            except ApiError as failure:
+                return _error(failure)
+            if fault and fault["kind"] == "lost":  # carried out, but the answer never arrives
+                return _error(ApiError(502, "twin: answer lost"))
+            answer.headers["x-ratelimit-limit"] = "5000"
+            answer.headers["x-ratelimit-remaining"] = "4999"
+            answer.headers["x-ratelimit-reset"] = str(int(time.time()) + 3600)
+            return answer
+
+        return endpoint
+
+    def _fault(self, request: Request) -> dict[str, Any] | None:
+        for fault in self.twin.faults:
+            if fault["left"] > 0 and fault["method"] == request.method and fault["path"] in request.url.path:
+                fault["left"] -= 1
+                return fault
+        return None
+
+    def _page(self, request: Request, found: list[Any], wrap: str | None = None) -> JSONResponse:
+        size = min(100, int(request.query_params.get("per_page", "30")))
+        page = max(1, int(request.query_params.get("page", "1")))
+        part = found[(page - 1) * size : page * size]
+        headers = {}
+        if page * size < len(found):
+            base = str(request.url.include_query_params(per_page=size, page=page + 1))
+            headers["link"] = f'<{base}>; rel="next"'
+        return JSONResponse({"total_count": len(found), wrap: part} if wrap else part, headers=headers)
+
+    def get_app(self, request: Request, _body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        return JSONResponse(self.shapes.app())
+
+    def list_installations(self, request: Request, _body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        return self._page(request, [self.shapes.installation()])
+
+    def get_installation(self, request: Request, _body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        self._known_installation(request)
+        return JSONResponse(self.shapes.installation())
+
+    def _known_installation(self, request: Request) -> None:
+        if request.path_params["installation"] != self.twin.credentials["installation_id"]:
+            raise ApiError(404, "Not Found")
+
+    def create_token(self, request: Request, body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        self._known_installation(request)
+        installed = [one["id"] for one in self.twin.data["repositories"].values() if one["installed"]]
+        wanted = body.get("repository_ids") or installed
+        if not set(wanted) <= set(installed):
+            raise ApiError(422, "There is at least one repository that does not exist or is not accessible to the parent installation.")
+        allowed = self.shapes.app()["permissions"]
+        permissions = body.get("permissions") or allowed
+        for name, level in permissions.items():
+            if name not in allowed or (level == "write" and allowed[name] != "write"):
+                raise ApiError(422, "The permissions requested are not granted to this installation.")
+        token = f"ghs_{secrets.token_hex(20)}"
+        expires = time.time() + TOKEN_SECONDS
+        self.twin.tokens[hashlib.sha256(token.encode()).hexdigest()] = {
+            "repositories": set(wanted),
+            "permissions": permissions,
+            "expires": expires,
+        }
+        answer = {
+            "token": token,
+            "expires_at": datetime.fromtimestamp(expires, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "permissions": permissions,
+            "repository_selection": "selected" if body.get("repository_ids") else "all",
+        }
+        return JSONResponse(answer, 201)
+
+    def installation_repositories(self, request: Request, _body: dict[str, Any]) -> Response:
+        grant = self._as_installation(request, "metadata")
+        found = [self.shapes.repository(one) for one in self.twin.data["repositories"].values() if one["id"] in grant["repositories"]]
+        return self._page(request, found, "repositories")
+
+    def get_repository(self, request: Request, _body: dict[str, Any]) -> Response:
+        return JSONResponse(self.shapes.repository(self._repository(request, "metadata")))
+
+    def list_pulls(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository = self._repository(request, "pull_requests")
+        state = request.query_params.get("state", "open")
+        found = [self.shapes.pull(repository, one) for one in repository["pulls"].values() if state in ("all", one["state"])]
+        return self._page(request, found)
+
+    def get_pull(self, request: Request, _body: dict[str, Any]) -> Response:
+        return JSONResponse(self.shapes.pull(*self._pull(request)))
+
+    def get_issue(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, pull = self._pull(request)
+        whole = self.shapes.pull(repository, pull)
+        return JSONResponse({**whole, "url": whole["issue_url"], "pull_request": {"url": whole["url"], "html_url": whole["html_url"]}})
+
+    def _changes(self, repository: dict[str, Any], pull: dict[str, Any]) -> list[dict[str, Any]]:
+        path = self.twin.path(repository["full_name"])
+        head, base = self.twin.head_sha(repository["full_name"], pull), self.twin.base_sha(repository["full_name"], pull)
+        merge_base = git(path, "merge-base", base, head).decode().strip()
+        return _changed_files(path, merge_base, head)
+
+    def list_files(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, pull = self._pull(request)
+        html = f"{self.twin.base_url}/{repository['full_name']}"
+        found = [
+            {
+                "sha": one["sha"],
+                "filename": one["path"],
+                "status": one["status"],
+                "additions": len(one["right"]),
+                "deletions": len(one["left"]),
+                "changes": len(one["right"]) + len(one["left"]),
+                "blob_url": f"{html}/blob/{one['sha']}/{one['path']}",
+                "raw_url": f"{html}/raw/{one['sha']}/{one['path']}",
+                "contents_url": f"{self.shapes.api}/repos/{repository['full_name']}/contents/{one['path']}",
+                "patch": one["patch"],
+            }
+            for one in self._changes(repository, pull)
+        ]
+        return self._page(request, found)
+
+    def list_reviews(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, pull = self._pull(request)
+        return self._page(request, [self.shapes.review(repository, pull["number"], one) for one in pull["reviews"]])
+
+    def create_review(self, request: Request, body: dict[str, Any]) -> Response:
+        """A review with its comments; one place outside the diff refuses the whole, as GitHub does."""
+        repository, pull = self._pull(request, "pull_requests", "write")
+        changes = {one["path"]: one for one in self._changes(repository, pull)}
+        comments = body.get("comments") or []
+        for comment in comments:
+            change = changes.get(comment.get("path"))
+            if change is None:
+                raise ApiError(422, "Unprocessable Entity: Path could not be resolved")
+            for line, side in (
+                (comment.get("line"), comment.get("side", "RIGHT")),
+                (comment.get("start_line"), comment.get("start_side", comment.get("side", "RIGHT"))),
+            ):
+                if line is not None and line not in change["seen_" + side.lower()]:
+                    raise ApiError(422, "Unprocessable Entity: Line could not be resolved")
+        review = {
+            "id": self.twin.new_id(),
+            "user": bot(),
+            "body": body.get("body") or "",
+            "submitted_at": now(),
+            "commit_id": body.get("commit_id") or self.twin.head_sha(repository["full_name"], pull),
+        }
+        pull["reviews"].append(review)
+        for comment in comments:
+            pull["review_comments"].append(
+                {
+                    "id": self.twin.new_id(),
+                    "review_id": review["id"],
+                    "user": bot(),
+                    "body": comment["body"],
+                    "path": comment["path"],
+                    "line": comment["line"],
+                    "side": comment.get("side", "RIGHT"),
+                    "start_line": comment.get("start_line"),
+                    "start_side": comment.get("start_side"),
+                    "commit_id": review["commit_id"],
+                    "created_at": now(),
+                    "diff_hunk": changes[comment["path"]]["patch"][:300],
+                }
+            )
+        self.twin.save()
+        return JSONResponse(self.shapes.review(repository, pull["number"], review))
+
+    def list_review_comments(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, pull = self._pull(request)
+        return self._page(request, [self.shapes.review_comment(repository, pull["number"], one) for one in pull["review_comments"]])
+
+    def list_comments(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, pull = self._pull(request, "pull_requests")
+        return self._page(request, [self.shapes.comment(repository, pull["number"], one) for one in pull["comments"]])
+
+    def create_comment(self, request: Request, body: dict[str, Any]) -> Response:
+        repository, pull = self._pull(request, "issues", "write")
+        comment = {"id": self.twin.new_id(), "user": bot(), "body": body["body"], "created_at": now(), "updated_at": now()}
+        pull["comments"].append(comment)
+        self.twin.save()
+        return JSONResponse(self.shapes.comment(repository, pull["number"], comment), 201)
+
+    def update_comment(self, request: Request, body: dict[str, Any]) -> Response:
+        repository = self._repository(request, "issues", "write")
+        for pull in repository["pulls"].values():
+            for comment in pull["comments"]:
+                if comment["id"] == request.path_params["comment"]:
+                    if comment["user"]["login"] != bot()["login"]:
+                        raise ApiError(403, "Resource not accessible by integration")
+                    comment.update(body=body["body"], updated_at=now())
+                    self.twin.save()
+                    return JSONResponse(self.shapes.comment(repository, pull["number"], comment))
+        raise ApiError(404, "Not Found")
+
+    def list_reactions(self, request: Request, _body: dict[str, Any]) -> Response:
+        _, pull = self._pull(request)
+        return self._page(request, pull["reactions"])
+
+    def create_reaction(self, request: Request, body: dict[str, Any]) -> Response:
+        _, pull = self._pull(request, "issues", "write")
+        if body.get("content") not in ("+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"):
+            raise ApiError(422, "Invalid request. content is not a reaction")
+        for reaction in pull["reactions"]:
+            if reaction["content"] == body["content"]:
+                return JSONResponse(reaction, 200)
+        reaction = {"id": self.twin.new_id(), "node_id": "UmVh", "user": bot(), "content": body["content"], "created_at": now()}
+        pull["reactions"].append(reaction)
+        self.twin.save()
+        return JSONResponse(reaction, 201)
+
+    def _commit_of(self, request: Request, permission: str, level: str = "read") -> tuple[dict[str, Any], str]:
+        repository = self._repository(request, permission, level)
+        sha = self.twin.resolve(repository["full_name"], request.path_params["ref"])
+        if sha is None:
+            raise ApiError(422, f"No commit found for SHA: {request.path_params['ref']}")
+        return repository, sha
+
+    def get_commit(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, sha = self._commit_of(request, "metadata")
+        return JSONResponse(self.shapes.commit(repository["full_name"], sha))
+
+    def list_check_runs(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, sha = self._commit_of(request, "checks")
+        name = request.query_params.get("check_name")
+        found = [one for one in repository["check_runs"] if one["head_sha"] == sha and name in (None, one["name"])]
+        return self._page(request, [self.shapes.check_run(repository, one) for one in reversed(found)], "check_runs")
+
+    def create_check_run(self, request: Request, body: dict[str, Any]) -> Response:
+        repository = self._repository(request, "checks", "write")
+        if not body.get("name") or self.twin.resolve(repository["full_name"], body.get("head_sha", "")) is None:
+            raise ApiError(422, "Invalid request. No commit found for SHA")
+        run = {"id": self.twin.new_id(), "name": body["name"], "head_sha": body["head_sha"], "started_at": now()}
+        run |= {"status": "queued", "conclusion": None, "completed_at": None, "external_id": "", "details_url": None, "title": None, "summary": None}
+        self._write_run(run, body)
+        repository["check_runs"].append(run)
+        self.twin.save()
+        return JSONResponse(self.shapes.check_run(repository, run), 201)
+
+    def _write_run(self, run: dict[str, Any], body: dict[str, Any]) -> None:
+        for name in ("status", "external_id", "details_url"):
+            if name in body:
+                run[name] = body[name]
+        if "conclusion" in body:
+            run.update(conclusion=body["conclusion"], status="completed", completed_at=now())
+        if run["status"] == "completed" and run["conclusion"] is None:
+            raise ApiError(422, "Invalid request. conclusion is required for a completed check run")
+        if run["status"] != "completed":
+            run.update(conclusion=None, completed_at=None)
+        output = body.get("output") or {}
+        run["title"], run["summary"] = output.get("title", run["title"]), output.get("summary", run["summary"])
+
+    def _run(self, request: Request, level: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        repository = self._repository(request, "checks", level)
+        for run in repository["check_runs"]:
+            if run["id"] == request.path_params["run"]:
+                return repository, run
+        raise ApiError(404, "Not Found")
+
+    def get_check_run(self, request: Request, _body: dict[str, Any]) -> Response:
+        return JSONResponse(self.shapes.check_run(*self._run(request, "read")))
+
+    def update_check_run(self, request: Request, body: dict[str, Any]) -> Response:
+        repository, run = self._run(request, "write")
+        self._write_run(run, body)
+        self.twin.save()
+        return JSONResponse(self.shapes.check_run(repository, run))
+
+    def compare(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository = self._repository(request, "contents")
+        full_name = repository["full_name"]
+        base_name, _, head_name = request.path_params["spec"].partition("...")
+        base, head = self.twin.resolve(full_name, base_name), self.twin.resolve(full_name, head_name)
+        if base is None or head is None:
+            raise ApiError(404, "Not Found")
+        path = self.twin.path(full_name)
+        merge_base = git(path, "merge-base", base, head).decode().strip()
+        ahead = git(path, "rev-list", f"{base}..{head}").decode().split()
+        behind = git(path, "rev-list", f"{head}..{base}").decode().split()
+        url = f"{self.shapes.api}/repos/{full_name}/compare/{base}...{head}"
+        html = f"{self.twin.base_url}/{full_name}/compare/{base}...{head}"
+        status = "diverged" if ahead and behind else "ahead" if ahead else "behind" if behind else "identical"
+        answer = {
+            "url": url,
+            "html_url": html,
+            "permalink_url": html,
+            "diff_url": html + ".diff",
+            "patch_url": html + ".patch",
+            "base_commit": self.shapes.commit(full_name, base),
+            "merge_base_commit": self.shapes.commit(full_name, merge_base),
+            "status": status,
+            "ahead_by": len(ahead),
+            "behind_by": len(behind),
+            "total_commits": len(ahead),
+            "commits": [self.shapes.commit(full_name, one) for one in reversed(ahead)],
+        }
+        return JSONResponse(answer)
+
+    def list_statuses(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository, sha = self._commit_of(request, "checks")
+        return self._page(request, [one["shape"] for one in repository["statuses"] if one["sha"] == sha])
+
+    def create_status(self, request: Request, body: dict[str, Any]) -> Response:
+        repository, sha = self._commit_of(request, "checks", "write")
+        number = self.twin.new_id()
+        shape = {
+            "id": number,
+            "url": f"{self.shapes.api}/repos/{repository['full_name']}/statuses/{sha}",
+            "avatar_url": bot()["avatar_url"],
+            "node_id": "U0M=",
+            "state": body.get("state"),
+            "description": body.get("description"),
+            "target_url": body.get("target_url"),
+            "context": body.get("context", "default"),
+            "created_at": now(),
+            "updated_at": now(),
+            "creator": bot(),
+        }
+        repository["statuses"].append({"sha": sha, "shape": shape})
+        self.twin.save()
+        return JSONResponse(shape, 201)
+
+    def list_deliveries(self, request: Request, _body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        names = ("id", "guid", "delivered_at", "redelivery", "duration", "status", "status_code", "event", "action", "installation_id", "repository_id")
+        return self._page(request, [{name: one[name] for name in names} for one in reversed(self.twin.data["deliveries"])])
+
+
+def _changed_files(path: Any, base: str, head: str) -> list[dict[str, Any]]:
+    """Changed files with the lines that GitHub lets a comment stand on."""
+    listing = git(path, "diff-tree", "-r", "-z", "--no-renames", base, head).decode(errors="surrogateescape").split("\x00")
+    found = []
+    for meta, name in zip(listing[::2], listing[1::2], strict=False):
+        _, _, _, new, letter = meta.split()
+        text = git(path, "diff", "--text", "--no-ext-diff", "--no-textconv", "--no-renames", base, head, "--", name).decode(errors="replace")
+        patch = text[text.find("\n@@") + 1 :] if "\n@@" in text else ""
+        lines = _lines(patch)
+        status = {"A": "added", "D": "removed"}.get(letter, "modified")
+        found.append({"path": name, "sha": new, "status": status, "patch": patch, **lines})
+    return found
+
+
+def _lines(patch: str) -> dict[str, list[int]]:
+    right, left, seen_right, seen_left = [], [], [], []
+    old = new = 0
+    for line in patch.splitlines():
+        match = _HUNK.match(line)
+        if match:
+            old, new = int(match[1]), int(match[3])
+        elif line.startswith("+"):
+            right.append(new)
+            seen_right.append(new)
+            new += 1
+        elif line.startswith("-"):
+            left.append(old)
+            seen_left.append(old)
+            old += 1
+        elif not line.startswith("\\"):
+            seen_right.append(new)
+            seen_left.append(old)
+            old, new = old + 1, new + 1
+    return {"right": right, "left": left, "seen_right": seen_right, "seen_left": seen_left}
+
+
+

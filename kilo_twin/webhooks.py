@@ -1,0 +1,86 @@
+"""Signed webhooks, recorded with their answers. Like GitHub: 10 s time-out, no retry of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+import uuid
+from typing import Any
+
+import httpx
+
+from kilo_twin.shapes import Shapes, account
+from kilo_twin.state import Twin, now
+
+TIMEOUT_SECONDS = 10
+
+
+class Webhooks:
+    """Sends events of one twin to one address."""
+
+    def __init__(self, twin: Twin, url: str) -> None:
+        self.twin = twin
+        self.url = url
+        self.shapes = Shapes(twin)
+
+    def pull_request(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
+        """Sends a pull_request event; the recorded delivery."""
+        payload = {
+            "action": action,
+            "number": pull["number"],
+            "pull_request": self.shapes.pull(repository, pull),
+            "repository": self.shapes.repository(repository),
+            "organization": account(self.twin.credentials["account"], "Organization"),
+            "sender": account(pull["author"], pull["author_type"]),
+            "installation": {"id": self.twin.credentials["installation_id"], "node_id": "SW5z"},
+            **more,
+        }
+        return self.send("pull_request", action, payload, repository["id"])
+
+    def send(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int | None = None) -> dict[str, Any]:
+        """Records and sends one event."""
+        delivery = {
+            "id": self.twin.new_id(),
+            "guid": str(uuid.uuid4()),
+            "redelivery": False,
+            "event": event,
+            "action": action,
+            "installation_id": self.twin.credentials["installation_id"],
+            "repository_id": repository_id,
+            "body": json.dumps(payload),
+        }
+        self.twin.data["deliveries"].append(delivery)
+        del self.twin.data["deliveries"][:-200]
+        return self._post(delivery)
+
+    def redeliver(self, delivery_id: int) -> dict[str, Any]:
+        """Sends a recorded event again, with the same id and body."""
+        delivery = next(one for one in self.twin.data["deliveries"] if one["id"] == delivery_id)
+        delivery["redelivery"] = True
+        return self._post(delivery)
+
+    def _post(self, delivery: dict[str, Any]) -> dict[str, Any]:
+        body = delivery["body"].encode()
+        secret = self.twin.credentials["webhook_secret"].encode()
+        started = time.perf_counter()
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "GitHub-Hookshot/twin",
+            "x-github-delivery": delivery["guid"],
+            "x-github-event": delivery["event"],
+            "x-github-hook-id": "1",
+            "x-github-hook-installation-target-id": str(self.twin.credentials["app_id"]),
+            "x-github-hook-installation-target-type": "integration",
+            "x-hub-signature": "sha1=" + hmac.new(secret, body, hashlib.sha1).hexdigest(),
+            "x-hub-signature-256": "sha256=" + hmac.new(secret, body, hashlib.sha256).hexdigest(),
+        }
+        try:
+            answer = httpx.post(self.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
+            code, status, text = answer.status_code, answer.reason_phrase or "OK", answer.text[:2000]
+        except httpx.HTTPError as failure:
+            code, status, text = 0, type(failure).__name__, ""
+        delivery.update(delivered_at=now(), duration=time.perf_counter() - started, status=status, status_code=code, answer=text)
+        self.twin.save()
+        return delivery

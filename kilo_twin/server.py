@@ -1,0 +1,256 @@
+"""The twin's application: GitHub's API, git, web pages, the model and a control API."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from kilo_twin import model, world
+from kilo_twin.githttp import serve_git
+from kilo_twin.rest import Rest
+from kilo_twin.state import ACCOUNT, Twin, git, now
+from kilo_twin.webhooks import Webhooks
+
+REPOSITORY = "orders"
+
+
+class Control:
+    """What a person does at GitHub, by one call each."""
+
+    def __init__(self, twin: Twin, webhooks: Webhooks) -> None:
+        self.twin = twin
+        self.webhooks = webhooks
+
+    def seed(self) -> dict[str, Any]:
+        """The seeded repository, made at the first call."""
+        full_name = f"{ACCOUNT}/{REPOSITORY}"
+        known = self.twin.repository(full_name)
+        if known:
+            return known
+        repository = self.twin.create_repository(REPOSITORY)
+        parent = None
+        for message, files in world.seed_history():
+            parent = self.twin.commit(full_name, parent, files, message)
+        assert parent is not None  # noqa: S101
+        self.twin.set_ref(full_name, "refs/heads/main", parent)
+        return repository
+
+    def open_pull(self, kind: str) -> dict[str, Any]:
+        """Opens a pull request of a kind and sends `opened`."""
+        repository = self.seed()
+        full_name = repository["full_name"]
+        seed = world.pull(kind, repository["next_number"])
+        base = self.twin.resolve(full_name, repository["default_branch"])
+        head = self.twin.commit(full_name, base, seed.files, seed.title)
+        self.twin.set_ref(full_name, f"refs/heads/{seed.head_ref}", head)
+        pull = self.twin.open_pull(
+            full_name,
+            title=seed.title,
+            body=seed.body,
+            author=seed.author,
+            author_type=seed.author_type,
+            head_ref=seed.head_ref,
+            base_ref=repository["default_branch"],
+        )
+        return self._sent(repository, pull, "opened")
+
+    def push(self, full_name: str, number: int, files: dict[str, str | None] | None = None) -> dict[str, Any]:
+        """Pushes a commit to a pull request and sends `synchronize`."""
+        repository, pull = self._known(full_name, number)
+        before = self.twin.head_sha(full_name, pull)
+        pull["pushes"] = pull.get("pushes", 0) + 1
+        head = self.twin.commit(full_name, before, files if files is not None else world.next_push(pull["pushes"]), f"Push {pull['pushes']}")
+        self.twin.set_ref(full_name, f"refs/heads/{pull['head_ref']}", head)
+        self.twin.follow_head(full_name, pull)
+        pull["updated_at"] = now()
+        return self._sent(repository, pull, "synchronize", before=before, after=head)
+
+    def import_repository(self, path: str, base: str, head: str) -> dict[str, Any]:
+        """Any local repository with two of its revisions as a pull request."""
+        name = "".join(one if one.isalnum() or one in "-_." else "-" for one in Path(path).resolve().name) or "imported"
+        full_name = f"{ACCOUNT}/{name}"
+        while self.twin.repository(full_name):
+            name += "-again"
+            full_name = f"{ACCOUNT}/{name}"
+        repository = self.twin.create_repository(name)
+        target = self.twin.path(full_name)
+        for revision, branch in ((base, "main"), (head, "proposed")):
+            sha = git(Path(path), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}", env={"HOME": str(self.twin.home)}).decode().strip()
+            subprocess.run(
+                ["git", "push", "-q", str(target), f"{sha}:refs/heads/{branch}"],
+                cwd=path,
+                check=True,
+                capture_output=True,
+            )
+        title = git(target, "log", "-1", "--format=%s", "refs/heads/proposed").decode(errors="replace").strip()
+        pull = self.twin.open_pull(
+            full_name, title=title, body=f"{base}..{head}", author="grace", author_type="User", head_ref="proposed", base_ref="main"
+        )
+        return self._sent(repository, pull, "opened")
+
+    def act(self, full_name: str, number: int, action: str, **change: Any) -> dict[str, Any]:
+        """close, reopen, draft, ready, label, edit-base, same-head: changes the pull request and sends its event."""
+        repository, pull = self._known(full_name, number)
+        more: dict[str, Any] = {}
+        if action in ("close", "reopen"):
+            pull["state"] = "closed" if action == "close" else "open"
+            event = "closed" if action == "close" else "reopened"
+        elif action in ("draft", "ready"):
+            pull["draft"] = action == "draft"
+            event = "converted_to_draft" if action == "draft" else "ready_for_review"
+        elif action == "label":
+            pull["labels"].append(change["label"])
+            event, more = "labeled", {"label": {"name": change["label"]}}
+        elif action == "edit-base":
+            before, pull["base_ref"] = pull["base_ref"], change["base"]
+            if self.twin.resolve(full_name, change["base"]) is None:
+                tip = git(self.twin.path(full_name), "rev-parse", f"refs/heads/{before}~1").decode().strip()
+                self.twin.set_ref(full_name, f"refs/heads/{change['base']}", tip)
+            event, more = "edited", {"changes": {"base": {"ref": {"from": before}, "sha": {"from": ""}}}}
+        elif action == "same-head":
+            pull = self.twin.open_pull(
+                full_name, title="The same again", body="", author="mallory", author_type="User", head_ref=pull["head_ref"], base_ref=pull["base_ref"]
+            )
+            event = "opened"
+        else:
+            raise ValueError(f"unknown action {action}")
+        return self._sent(repository, pull, event, **more)
+
+    def _known(self, full_name: str, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        repository = self.twin.repository(full_name)
+        if repository is None or str(number) not in repository["pulls"]:
+            raise ValueError(f"no pull request {full_name}#{number}")
+        return repository, repository["pulls"][str(number)]
+
+    def _sent(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
+        delivery = self.webhooks.pull_request(repository, pull, action, **more)
+        full_name = repository["full_name"]
+        return {
+            "repository": full_name,
+            "repository_id": repository["id"],
+            "number": pull["number"],
+            "head_sha": self.twin.head_sha(full_name, pull),
+            "url": f"{self.twin.base_url}/{full_name}/pull/{pull['number']}",
+            "delivery": {name: delivery[name] for name in ("id", "guid", "status_code", "duration", "answer")},
+        }
+
+
+def application(home: Path, port: int, webhook_url: str) -> Starlette:
+    """The whole twin."""
+    if shutil.which("git") is None:
+        raise RuntimeError("git is not installed")
+    twin = Twin(home, f"http://localhost:{port}")
+    rest = Rest(twin)
+    control = Control(twin, Webhooks(twin, webhook_url))
+    control.seed()
+
+    async def git_http(request: Request) -> Response:
+        return await serve_git(rest, request)
+
+    async def act(request: Request) -> Response:
+        if not secrets.compare_digest(request.headers.get("authorization", ""), f"Bearer {twin.credentials['control_token']}"):
+            return JSONResponse({"error": "control token missing or wrong"}, 401)
+        body = await request.json() if await request.body() else {}
+        calls = {
+            "open-pull": control.open_pull,
+            "push": control.push,
+            "import-repository": control.import_repository,
+            "act": control.act,
+            "redeliver": control.webhooks.redeliver,
+            "faults": lambda faults: twin.faults.extend(faults) or {"faults": len(twin.faults)},
+            "send": control.webhooks.send,
+            "uninstall": lambda repository: _uninstall(twin, repository),
+        }
+        try:
+            answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
+        except (KeyError, TypeError, ValueError, RuntimeError, subprocess.CalledProcessError) as failure:
+            return JSONResponse({"error": f"{type(failure).__name__}: {failure}"}, 400)
+        return JSONResponse(answer)
+
+    async def page(request: Request) -> Response:
+        return _pull_page(twin, f"{request.path_params['owner']}/{request.path_params['repo']}", str(request.path_params["number"]))
+
+    async def listing(request: Request) -> Response:
+        return _list_page(twin, f"{request.path_params['owner']}/{request.path_params['repo']}")
+
+    async def health(_request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/_twin/{call}", act, methods=["POST"]),
+            *rest.routes(),
+            *model.routes(twin.credentials["model_api_key"]),
+            Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
+            Route("/{owner}/{repo}/pull/{number:int}", page),
+            Route("/{owner}/{repo}", listing),
+        ]
+    )
+
+
+def _uninstall(twin: Twin, repository: str) -> dict[str, Any]:
+    found = twin.repository(repository)
+    if found is None:
+        raise ValueError(f"no repository {repository}")
+    found["installed"] = False
+    twin.save()
+    return {"installed": False}
+
+
+_STYLE = """<style>body{font:15px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+article{border:1px solid #ccc;border-radius:6px;margin:1rem 0;padding:.5rem 1rem}pre{white-space:pre-wrap;font:13px/1.45 ui-monospace,monospace;background:#f6f6f6;
+padding:.6rem;border-radius:4px}.success{color:#087f23}.failure,.timed_out,.action_required{color:#b00020}h1{font-size:1.5rem}small{color:#666}</style>"""
+
+
+def _pull_page(twin: Twin, full_name: str, number: str) -> Response:
+    """A pull request as a person sees it; everything is escaped."""
+    repository = twin.repository(full_name)
+    pull = repository["pulls"].get(number) if repository else None
+    if repository is None or pull is None:
+        return HTMLResponse("<p>not found</p>", 404)
+    head = twin.head_sha(full_name, pull)
+    parts = [f"<title>#{number} {escape(pull['title'])}</title>{_STYLE}<h1>{escape(pull['title'])} <small>#{number}</small></h1>"]
+    parts.append(
+        f"<p>{escape(pull['author'])} wants to merge <code>{escape(pull['head_ref'])}</code> into <code>{escape(pull['base_ref'])}</code>"
+        f" · head <code>{head[:12]}</code> · {escape(pull['state'])} · {' '.join(escape(one['content']) for one in pull['reactions'])}</p>"
+    )
+    parts.append(f"<pre>{escape(pull['body'])}</pre><h2>Checks of the head</h2>")
+    for run in repository["check_runs"]:
+        if run["head_sha"] == head:
+            word = run["conclusion"] or run["status"]
+            parts.append(
+                f"<article><b class={escape(word)}>{escape(run['name'])}: {escape(word)}</b> {escape(run['title'] or '')}"
+                f"<pre>{escape(run['summary'] or '')}</pre></article>"
+            )
+    parts.append("<h2>Review comments</h2>")
+    for comment in pull["review_comments"]:
+        parts.append(
+            f"<article><code>{escape(comment['path'])}:{comment['line']}</code> <small>{escape(comment['user']['login'])} at {comment['commit_id'][:12]}</small>"
+            f"<pre>{escape(comment['body'])}</pre></article>"
+        )
+    parts.append("<h2>Conversation</h2>")
+    for comment in pull["comments"]:
+        parts.append(f"<article><small>{escape(comment['user']['login'])}</small><pre>{escape(comment['body'])}</pre></article>")
+    return HTMLResponse("\n".join(parts))
+
+
+def _list_page(twin: Twin, full_name: str) -> Response:
+    repository = twin.repository(full_name)
+    if repository is None:
+        return HTMLResponse("<p>not found</p>", 404)
+    items = "".join(
+        f"<li><a href='/{escape(full_name)}/pull/{pull['number']}'>#{pull['number']} {escape(pull['title'])}</a> {escape(pull['state'])}</li>"
+        for pull in repository["pulls"].values()
+    )
+    return HTMLResponse(f"<title>{escape(full_name)}</title>{_STYLE}<h1>{escape(full_name)}</h1><ul>{items}</ul>")

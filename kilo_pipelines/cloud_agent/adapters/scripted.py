@@ -1,0 +1,51 @@
+"""The scripted agent: a small agent loop in plain Python that asks the same model through the same proxy.
+
+Deterministic and quick, for tests and the offline twin. `behaviour` makes it dishonest on purpose, for tests only; it is
+given by whoever builds the runner, never by a repository or a brief.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kilo_pipelines.cloud_agent.adapters import BASE_URL, HOME
+from kilo_pipelines.cloud_agent.sandbox import python_inside
+
+BEHAVIOURS = (
+    "honest",
+    "no_turns",
+    "wrong_commit",
+    "invalid_result",
+    "background_result",
+    "empty_without_diff",
+    "obey_attacker",
+    "crash",
+    "hang",
+    "no_result",
+    "symlink_result",
+    "explore",
+)
+
+
+class ScriptedAdapter:
+    """Starts `scripted_agent.py` inside the sandbox."""
+
+    name = "scripted"
+    version = "1"
+
+    def __init__(self, behaviour: str = "honest") -> None:
+        if behaviour not in BEHAVIOURS:
+            raise ValueError(f"behaviour must be one of {', '.join(BEHAVIOURS)}")
+        self._behaviour = behaviour
+
+    def argv(self) -> list[str]:
+        return [python_inside(), "-I", "/opt/agent/scripted_agent.py", self._behaviour]
+
+    def env(self, model: str) -> dict[str, str]:
+        return {"HOME": HOME, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "AGENT_BASE_URL": BASE_URL, "AGENT_MODEL": model}
+
+    def readonly(self) -> dict[Path, str]:
+        return {Path(__file__).parent / "inside": "/opt/agent"}
+
+    def failed(self, exit_status: int, events: list[dict[str, object]]) -> bool:
+        return exit_status != 0 or any(event.get("type") == "error" for event in events)

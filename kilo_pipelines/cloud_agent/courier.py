@@ -1,0 +1,29 @@
+"""The courier: a short-lived process that holds a token, fetches into a bare repository and ends.
+
+`python -m kilo_pipelines.cloud_agent.courier` reads one JSON request on stdin {bare, clone_url, token, refs} and prints one
+JSON answer {refs} or {reason, detail}. The process that runs the agent never holds a repository token (threats, rule 1).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from kilo_pipelines.cloud_agent.git import GitError, fetch
+
+
+def main() -> int:
+    """One request, one answer."""
+    request = json.load(sys.stdin)
+    try:
+        refs = fetch(Path(request["bare"]), request["clone_url"], request["token"], request["refs"])
+    except GitError as failure:
+        print(json.dumps({"reason": str(failure.reason), "detail": failure.detail}))  # noqa: T201
+        return 1
+    print(json.dumps({"refs": refs}))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

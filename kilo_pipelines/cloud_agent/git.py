@@ -1,0 +1,244 @@
+"""git, with two rules: a token only where no agent can write, and no git of ours in a tree that an agent wrote.
+
+Everything here works on bare repositories of the platform, one per owner and repository id, whose configuration we wrote.
+The environment of every call follows threats rule 2; diffs follow rule 10.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.session import DiffEntry, EntryStatus, WorkspaceFacts
+
+TIMEOUT_SECONDS = 360  # contract B4: clone and fetch together
+MAX_TREE_ENTRIES = 200_000
+MAX_TREE_BYTES = 2 * 2**30
+MAX_ENTRY_TEXT = 1_000_000  # far over what any part may hold; such an entry ends as diff_too_large, not as a full memory
+POLICY_PATH = "REVIEW.md"
+POLICY_CHARS = 10_000  # contract A8.4
+_HEX = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
+_ZERO = "0" * 40
+_STATUS: dict[str, EntryStatus] = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed", "C": "copied", "T": "type_changed"}
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class GitError(Exception):
+    """git could not do it; `reason` is a code, the text is scrubbed of tokens."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def _environment(extra: dict[str, str] | None = None, config: dict[str, str] | None = None) -> dict[str, str]:
+    """Nothing of the machine's or the user's git configuration; configuration of ours through the environment."""
+    settings = {
+        "protocol.allow": "never",
+        "protocol.https.allow": "always",
+        "http.followRedirects": "false",
+        "core.hooksPath": os.devnull,
+        "core.fsmonitor": "false",
+        "core.attributesFile": os.devnull,
+        "gc.auto": "0",
+        "fetch.fsckObjects": "true",
+        # Old commits of real repositories carry these harmless oddities (git's own hosting warns, too).
+        "fetch.fsck.zeroPaddedFilemode": "warn",
+        "fetch.fsck.badTimezone": "warn",
+        "fetch.fsck.missingSpaceBeforeDate": "warn",
+        "safe.directory": "*",
+        "diff.renames": "true",
+        **(config or {}),
+    }
+    pairs = {f"GIT_CONFIG_{part}_{index}": text for index, item in enumerate(settings.items()) for part, text in zip(("KEY", "VALUE"), item, strict=True)}
+    return {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "HOME": "/nonexistent",
+        "LANG": "C.UTF-8",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_LITERAL_PATHSPECS": "1",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_CONFIG_COUNT": str(len(settings)),
+        **pairs,
+        **(extra or {}),
+    }
+
+
+def _run(
+    bare: Path, *args: str, config: dict[str, str] | None = None, stdin: bytes | None = None, reason: Reason = Reason.FETCH_FAILED, secret: str = ""
+) -> bytes:
+    try:
+        done = subprocess.run(
+            ["git", f"--git-dir={bare}", *args],
+            input=stdin if stdin is not None else b"",
+            capture_output=True,
+            env=_environment(config=config),
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+            cwd="/",
+        )
+    except subprocess.TimeoutExpired:
+        raise GitError(reason, f"git {args[0]} took longer than {TIMEOUT_SECONDS} s") from None
+    if done.returncode:
+        message = done.stderr.decode(errors="replace").strip()[-500:]
+        raise GitError(reason, f"git {args[0]}: {message.replace(secret, '***') if secret else message}")
+    return done.stdout
+
+
+def bare_path(repositories: Path, owner_id: UUID, repository_id: int) -> Path:
+    """Where an owner's copy of a repository lies: by ids, never by names."""
+    return repositories / str(owner_id) / f"{int(repository_id)}.git"
+
+
+@contextmanager
+def _locked(bare: Path) -> Iterator[None]:
+    """One fetch at a time per bare repository."""
+    bare.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(bare.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[str, str]:
+    """Fetches full refs (local name to remote name) and answers their commits by local name.
+
+    The token travels in the environment of this one git process, scoped to the address; GitError(fetch_failed) otherwise.
+    """
+    parts = urlsplit(clone_url)
+    if parts.scheme != "https" and parts.hostname not in _LOOPBACK:
+        raise GitError(Reason.FETCH_FAILED, "repositories are fetched over https only")
+    origin = f"{parts.scheme}://{parts.netloc}/"
+    basic = base64.b64encode(f"x-access-token:{token}".encode()).decode()
+    config = {f"http.{origin}.extraHeader": f"Authorization: Basic {basic}"}
+    if parts.scheme == "http":
+        config["protocol.http.allow"] = "always"
+    with _locked(bare):
+        if not (bare / "HEAD").exists():
+            _run(bare, "init", "-q", "--bare")
+        specs = [f"+{remote}:{local}" for local, remote in refs.items()]
+        _run(bare, "fetch", "-q", "--no-tags", "--no-write-fetch-head", "--end-of-options", clone_url, *specs, config=config, secret=basic)
+    return {local: commit_of(bare, local) for local in refs}
+
+
+def commit_of(bare: Path, ref: str) -> str:
+    """The commit that a full ref of ours points at."""
+    return _run(bare, "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
+
+
+def _hex(value: str) -> str:
+    if not _HEX.match(value):
+        raise GitError(Reason.HEAD_MOVED, "not a commit id")
+    return value
+
+
+def read_facts(bare: Path, *, base: str, head: str, policy_commit: str | None) -> WorkspaceFacts:
+    """Merge base, the whole diff by changed blob pair, and REVIEW.md; GitError for trees beyond the caps."""
+    merge_base = _run(bare, "merge-base", _hex(base), _hex(head)).decode().strip()
+    _check_size(bare, head)
+    entries = _entries(bare, merge_base, head)
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry.status} {entry.old_mode} {entry.new_mode} {entry.old_blob} {entry.new_blob} {entry.old_path or ''}\0{entry.path}\0".encode(errors="surrogateescape"))
+        digest.update(entry.text.encode())
+    text, cut = _policy(bare, policy_commit) if policy_commit else (None, False)
+    return WorkspaceFacts(
+        merge_base=merge_base,
+        head_sha=head,
+        diff_hash=digest.hexdigest(),
+        entries=entries,
+        policy_text=text,
+        policy_commit=policy_commit if text else None,
+        policy_truncated=cut,
+    )
+
+
+def _check_size(bare: Path, head: str) -> None:
+    """Counts entries and bytes before anything is checked out (a tree can name one blob a million times)."""
+    listing = _run(bare, "ls-tree", "-r", "-z", "--long", head)
+    entries = listing.count(b"\0")
+    size = 0
+    for line in listing.split(b"\0"):
+        meta = line.split(b"\t", 1)[0].split()
+        if len(meta) == 4 and meta[3].isdigit():
+            size += int(meta[3])
+    if entries > MAX_TREE_ENTRIES or size > MAX_TREE_BYTES:
+        raise GitError(Reason.REPOSITORY_TOO_LARGE, f"{entries} files, {size} bytes")
+
+
+def _entries(bare: Path, old: str, new: str) -> list[DiffEntry]:
+    raw = _run(bare, "diff-tree", "-r", "-z", "--raw", "--full-index", "--no-abbrev", "-M", old, new)
+    fields = raw.decode(errors="surrogateescape").split("\0")
+    entries, index = [], 0
+    while index < len(fields) and fields[index].startswith(":"):
+        old_mode, new_mode, old_blob, new_blob, letter = fields[index][1:].split()
+        renamed = letter[0] in "RC"
+        old_path = fields[index + 1] if renamed else None
+        path = fields[index + 2] if renamed else fields[index + 1]
+        index += 3 if renamed else 2
+        entries.append(_entry(bare, old, new, (old_mode, new_mode, old_blob, new_blob, letter[0]), path, old_path))
+    return entries
+
+
+def _entry(bare: Path, old: str, new: str, meta: tuple[str, str, str, str, str], path: str, old_path: str | None) -> DiffEntry:
+    old_mode, new_mode, old_blob, new_blob, letter = meta
+    paths = [old_path, path] if old_path else [path]
+    content = _run(
+        bare, "diff-tree", "-r", "-p", "--text", "--no-ext-diff", "--no-textconv", "--full-index", "--no-color", "-M", old, new, "--", *paths
+    )
+    binary = b"\0" in content
+    name = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    if binary or len(content) > MAX_ENTRY_TEXT:
+        what = "binary content" if binary else "content too large to show"
+        text = f"{what}: {name}, mode {old_mode} -> {new_mode}, blob {old_blob} -> {new_blob}, {len(content)} bytes of diff"
+        if not binary:
+            text += "\n" + "." * MAX_ENTRY_TEXT  # keeps the entry larger than any part: it is refused, never cut
+    else:
+        text = content.decode(errors="backslashreplace").rstrip("\n")
+    identity = f"{old_blob}:{new_blob}:{old_mode}:{new_mode}:{path}".encode(errors="surrogateescape")
+    return DiffEntry(
+        entry_id=hashlib.sha256(identity).hexdigest()[:16],
+        path=name,
+        old_path=old_path.encode(errors="surrogateescape").decode(errors="backslashreplace") if old_path else None,
+        status=_STATUS.get(letter, "modified"),
+        old_blob=old_blob,
+        new_blob=new_blob,
+        old_mode=old_mode,
+        new_mode=new_mode,
+        binary=binary,
+        text=text,
+    )
+
+
+def _policy(bare: Path, commit: str) -> tuple[str | None, bool]:
+    """REVIEW.md at a recorded commit: a plain file, normalised, cut at its limit (contract A8.4, threats rule 12)."""
+    listing = _run(bare, "ls-tree", "-z", _hex(commit), POLICY_PATH).decode(errors="replace")
+    mode, kind, blob = (listing.split("\t", 1)[0].split() + ["", "", ""])[:3]
+    if kind != "blob" or mode not in ("100644", "100755"):
+        return None, False
+    raw = _run(bare, "cat-file", "blob", blob).decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", raw).strip()
+    if not text:
+        return None, False
+    return (text[:POLICY_CHARS] + "\n(cut here)", True) if len(text) > POLICY_CHARS else (text, False)
+
+
+def export_pack(bare: Path, commits: list[str], target: Path) -> None:
+    """Writes the commits' trees as one shallow bundle-like pack, for a checkout inside the sandbox."""
+    wanted = b"".join(f"{_hex(commit)}\n".encode() for commit in commits)
+    objects = _run(bare, "rev-list", "--objects", "--no-walk", "--stdin", stdin=wanted, reason=Reason.CHECKOUT_FAILED)
+    ids = b"".join(line.split(b" ", 1)[0] + b"\n" for line in objects.splitlines())
+    target.write_bytes(_run(bare, "pack-objects", "-q", "--stdout", stdin=ids, reason=Reason.CHECKOUT_FAILED))

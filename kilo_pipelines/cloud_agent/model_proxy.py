@@ -1,0 +1,356 @@
+"""The model proxy: its own process, the only holder of the model key, one unix socket a session (threats, rule 5).
+
+The socket is the session's identity. Control goes over a socket in a 0700 directory. Prompts and answers stay in memory and
+in no log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kilo_pipelines.cloud_agent.transcript import Transcript, Turn
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.settings import Settings, private_dir
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES = 16 * 2**20
+# Longer answers are no review; the owner's budget ends them anyway.
+MAX_TOKENS = 32_000
+CONNECT_SECONDS = 10
+READ_SECONDS = 300  # a model may think for minutes before its first word
+_KEPT = ("messages", "tools", "tool_choice", "stream", "stream_options", "temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort")
+_COUNTED_ENDS = ("stop", "tool_calls")
+
+
+class Registration(BaseModel):
+    """A session as the runner announces it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    session_id: str
+    model: str
+    turns: int
+    tokens: int
+
+
+class Part(BaseModel):
+    """The conversation that comes next: its nonce and the texts that must reach the model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    nonce: str
+    covers: dict[str, str]
+
+
+@dataclass
+class Session:
+    """What is known of one session."""
+
+    registration: Registration
+    socket: Path
+    server: uvicorn.Server
+    task: asyncio.Task[None]
+    transcript: Transcript = field(default_factory=Transcript)
+    part: Part | None = None
+    chain: Any = field(default_factory=hashlib.sha256)
+
+
+class RefusedError(Exception):
+    """A request that the proxy doesn't pass on."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(code)
+        self.status, self.code = status, code
+
+
+def rebuild(body: dict[str, Any], model: str) -> dict[str, Any]:
+    """The request from an allow-list: text messages and function tools only, the model forced."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise RefusedError(400, "messages_missing")
+    kept = {name: body[name] for name in _KEPT if name in body}
+    kept["messages"] = [_message(one) for one in messages]
+    if "tools" in kept:
+        tools = kept["tools"] if isinstance(kept["tools"], list) else []
+        if any(not isinstance(tool, dict) or tool.get("type") != "function" for tool in tools):
+            raise RefusedError(400, "tool_kind_refused")
+        kept["tools"] = [{"type": "function", "function": tool.get("function")} for tool in tools]
+    asked = body.get("max_tokens")
+    kept["max_tokens"] = min(asked, MAX_TOKENS) if isinstance(asked, int) and asked > 0 else MAX_TOKENS
+    if kept.get("stream"):
+        kept["stream_options"] = {"include_usage": True}
+    return {**kept, "model": model}
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    allowed = {name: message[name] for name in ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content") if name in message}
+    content = allowed.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise RefusedError(400, "content_kind_refused")
+        allowed["content"] = [{"type": "text", "text": part.get("text", "")} for part in content]
+    elif content is not None and not isinstance(content, str):
+        raise RefusedError(400, "content_kind_refused")
+    return allowed
+
+
+def message_texts(body: dict[str, Any]) -> list[str]:
+    """Texts of the user's and tools' messages."""
+    texts = []
+    for message in body["messages"]:
+        if message.get("role") not in ("user", "tool"):
+            continue
+        content = message.get("content")
+        texts += [content] if isinstance(content, str) else [part["text"] for part in content or []]
+    return texts
+
+
+@dataclass
+class Answer:
+    """An answer as it is put together from a stream or a whole."""
+
+    text: str = ""
+    arguments: dict[int, str] = field(default_factory=dict)
+    finish: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def take(self, event: dict[str, Any]) -> None:
+        """One chunk (or the whole) of a completion."""
+        for choice in event.get("choices") or []:
+            delta = choice.get("delta") or choice.get("message") or {}
+            self.text += delta.get("content") or ""
+            for position, call in enumerate(delta.get("tool_calls") or []):
+                index = call.get("index", position)
+                self.arguments[index] = self.arguments.get(index, "") + ((call.get("function") or {}).get("arguments") or "")
+            self.finish = choice.get("finish_reason") or self.finish
+        usage = event.get("usage") or {}
+        self.tokens_in = usage.get("prompt_tokens") or self.tokens_in
+        self.tokens_out = usage.get("completion_tokens") or self.tokens_out
+
+
+class ModelProxy:
+    """Sessions and their listeners."""
+
+    def __init__(self, directory: Path, base_url: str, key: str) -> None:
+        self._directory = directory
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._client = httpx.AsyncClient(
+            headers={"authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            follow_redirects=False,
+            trust_env=False,
+        )
+        self._sessions: dict[str, Session] = {}
+
+    # -- control ---------------------------------------------------------------------------------------------------
+
+    def control(self) -> Starlette:
+        """The control application; its socket lies in a 0700 directory."""
+        return Starlette(
+            routes=[
+                Route("/health", self._health, methods=["GET"]),
+                Route("/sessions", self._register, methods=["POST"]),
+                Route("/sessions/{session}/part", self._next_part, methods=["POST"]),
+                Route("/sessions/{session}", self._evidence, methods=["GET"]),
+                Route("/sessions/{session}", self._close, methods=["DELETE"]),
+            ]
+        )
+
+    async def _health(self, _request: Request) -> Response:
+        return JSONResponse({"sessions": len(self._sessions)})
+
+    async def _register(self, request: Request) -> Response:
+        try:
+            registration = Registration.model_validate(await request.json())
+        except ValidationError as failure:
+            return JSONResponse({"error": str(failure)}, 400)
+        await self._drop(registration.session_id)
+        name = hashlib.sha256(registration.session_id.encode()).hexdigest()[:16]
+        path = self._directory / f"m-{name}.sock"
+        path.unlink(missing_ok=True)
+        application = Starlette(routes=[Route("/v1/chat/completions", self._completions(registration.session_id), methods=["POST"])])
+        config = uvicorn.Config(application, uds=str(path), log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server._serve())
+        while not server.started:
+            if task.done():
+                return JSONResponse({"error": "the session's socket can't be opened"}, 500)
+            await asyncio.sleep(0.01)
+        self._sessions[registration.session_id] = Session(registration, path, server, task)
+        return JSONResponse({"socket": str(path)})
+
+    async def _next_part(self, request: Request) -> Response:
+        session = self._sessions.get(request.path_params["session"])
+        if session is None:
+            return JSONResponse({"error": "unknown session"}, 404)
+        session.part = Part.model_validate(await request.json())
+        return JSONResponse({})
+
+    async def _evidence(self, request: Request) -> Response:
+        session = self._sessions.get(request.path_params["session"])
+        if session is None:
+            return JSONResponse({"error": "unknown session"}, 404)
+        session.transcript.sha256 = session.chain.hexdigest()
+        return JSONResponse(session.transcript.model_dump(mode="json"))
+
+    async def _close(self, request: Request) -> Response:
+        await self._drop(request.path_params["session"])
+        return JSONResponse({})
+
+    async def _drop(self, session_id: str) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            session.server.should_exit = True
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(session.task, 3)
+            session.socket.unlink(missing_ok=True)
+
+    # -- the agent's side --------------------------------------------------------------------------------------------
+
+    def _completions(self, session_id: str) -> Any:
+        async def endpoint(request: Request) -> Response:
+            session = self._sessions.get(session_id)
+            if session is None:
+                return JSONResponse({"error": {"message": "no session", "code": "no_session"}}, 503)
+            session.transcript.requests += 1
+            try:
+                body = rebuild(await _json(request), session.registration.model)
+                self._check_budget(session)
+                return await self._forward(session, body)
+            except RefusedError as refusal:
+                return JSONResponse({"error": {"message": refusal.code, "type": "proxy", "code": refusal.code}}, refusal.status)
+
+        return endpoint
+
+    @staticmethod
+    def _check_budget(session: Session) -> None:
+        """402 ends the agent at once; with 429 it would go on asking."""
+        transcript, limits = session.transcript, session.registration
+        if transcript.requests > 2 * limits.turns or len(transcript.turns) >= limits.turns or transcript.tokens_in + transcript.tokens_out >= limits.tokens:
+            transcript.last_failure = Reason.BUDGET_EXCEEDED
+            raise RefusedError(402, "budget_exceeded")
+
+    async def _forward(self, session: Session, body: dict[str, Any]) -> Response:
+        try:
+            upstream = await self._client.send(self._client.build_request("POST", self._url, json=body), stream=True)
+        except httpx.HTTPError as failure:
+            session.transcript.last_failure = Reason.MODEL_UNREACHABLE
+            log.warning("the model doesn't answer: %s", type(failure).__name__)
+            raise RefusedError(503, "model_unreachable") from None
+        if upstream.status_code != 200:
+            await upstream.aclose()
+            session.transcript.last_failure = Reason.MODEL_UNREACHABLE
+            log.warning("the model answers HTTP %s", upstream.status_code)
+            # A wrong key or a redirect is our operator's matter; retrying can't help.
+            raise RefusedError(upstream.status_code if upstream.status_code in (408, 429, 500, 502, 503, 504) else 402, "model_refused")
+        if body.get("stream"):
+            return StreamingResponse(self._pass_on(session, body, upstream), media_type="text/event-stream")
+        content = await upstream.aread()
+        await upstream.aclose()
+        answer = Answer()
+        with suppress(ValueError):
+            answer.take(json.loads(content))
+        self._record(session, body, answer)
+        return Response(content, media_type="application/json")
+
+    async def _pass_on(self, session: Session, body: dict[str, Any], upstream: httpx.Response) -> AsyncIterator[bytes]:
+        """Passes the stream on and reads it; only one that ended cleanly counts."""
+        answer, pending, ended = Answer(), b"", False
+        try:
+            async for chunk in upstream.aiter_bytes():
+                pending += chunk
+                *lines, pending = pending.split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data:"):
+                        data = line[5:].strip()
+                        ended = ended or data == b"[DONE]"
+                        with suppress(ValueError):
+                            answer.take(json.loads(data))
+                if ended:
+                    # Before the agent sees the end: it may be gone, with its result, the moment it does.
+                    self._record(session, body, answer)
+                    ended = False
+                yield chunk
+        except httpx.HTTPError:
+            session.transcript.last_failure = Reason.MODEL_UNREACHABLE
+        finally:
+            await upstream.aclose()
+
+    @staticmethod
+    def _record(session: Session, body: dict[str, Any], answer: Answer) -> None:
+        """Counts a turn when it is one: tools offered, the nonce in the request, a clean end."""
+        transcript = session.transcript
+        transcript.tokens_in += answer.tokens_in
+        transcript.tokens_out += answer.tokens_out
+        session.chain.update(json.dumps([body, answer.text, answer.arguments], sort_keys=True).encode())
+        part = session.part
+        if part is None or not body.get("tools") or answer.finish not in _COUNTED_ENDS:
+            return
+        texts = message_texts(body)
+        if not any(part.nonce in text for text in texts):
+            return
+        number = len(transcript.turns) + 1
+        transcript.turns.append(Turn(number=number, nonce=part.nonce, text=answer.text, arguments=[answer.arguments[key] for key in sorted(answer.arguments)]))
+        for entry_id, text in part.covers.items():
+            if entry_id not in transcript.covered and any(text in one for one in texts):
+                transcript.covered[entry_id] = number
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_BYTES:
+            raise RefusedError(413, "body_too_large")
+    try:
+        decoded = json.loads(bytes(body))
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "body_not_json") from None
+    if not isinstance(decoded, dict):
+        raise RefusedError(400, "body_not_json")
+    return decoded
+
+
+def control_socket(settings: Settings) -> Path:
+    """Where the runner finds the proxy."""
+    return settings.sockets / "proxy" / "control.sock"
+
+
+def main() -> None:
+    """Serves until SIGTERM."""
+    settings = Settings()
+    path = control_socket(settings)
+    private_dir(path.parent)
+    for stale in path.parent.glob("*.sock"):
+        stale.unlink()
+    if settings.model_base_url is None:
+        raise SystemExit("KILO_MODEL_BASE_URL is not set: the model proxy has nobody to ask")
+    key = settings.model_key_file.read_text().strip() if settings.model_key_file.exists() else ""
+    proxy = ModelProxy(path.parent, settings.model_base_url, key)
+    os.umask(0o077)
+    uvicorn.run(proxy.control(), uds=str(path), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    main()

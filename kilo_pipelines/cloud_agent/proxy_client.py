@@ -1,0 +1,52 @@
+"""The runner's side of the model proxy's control socket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from kilo_pipelines.cloud_agent.transcript import Transcript
+
+TIMEOUT_SECONDS = 10
+
+
+class ProxyError(Exception):
+    """The model proxy doesn't answer."""
+
+
+class ProxyClient:
+    """One session at the proxy."""
+
+    def __init__(self, socket: Path, session_id: str) -> None:
+        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://proxy", timeout=TIMEOUT_SECONDS)
+        self._session_id = session_id
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            answer = self._client.request(method, path, json=body).raise_for_status()
+        except httpx.HTTPError as failure:
+            raise ProxyError(f"the model proxy doesn't answer: {type(failure).__name__}") from None
+        decoded: dict[str, Any] = answer.json()
+        return decoded
+
+    def register(self, *, model: str, turns: int, tokens: int) -> Path:
+        """Opens the session; the path of its one socket."""
+        body = {"session_id": self._session_id, "model": model, "turns": turns, "tokens": tokens}
+        return Path(self._ask("POST", "/sessions", body)["socket"])
+
+    def next_part(self, nonce: str, covers: dict[str, str]) -> None:
+        """Announces the conversation that comes next."""
+        self._ask("POST", f"/sessions/{self._session_id}/part", {"nonce": nonce, "covers": covers})
+
+    def transcript(self) -> Transcript:
+        """What the proxy saw so far."""
+        return Transcript.model_validate(self._ask("GET", f"/sessions/{self._session_id}"))
+
+    def close(self) -> None:
+        """Closes the session's socket and forgets the session."""
+        try:
+            self._ask("DELETE", f"/sessions/{self._session_id}")
+        finally:
+            self._client.close()

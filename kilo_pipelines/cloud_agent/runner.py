@@ -1,0 +1,364 @@
+"""The self-hosted runner: fetch, facts, brief, sandbox, result, evidence; one session from its spec to its outcome.
+
+Runs in the main thread of its process (bubblewrap's parent-death signal is bound to it) and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kilo_pipelines.cloud_agent import git, relay
+from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, REPO, RESULT_PATH, AgentAdapter
+from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionControl, SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.cloud_agent.proxy_client import ProxyClient, ProxyError
+from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxProcess, SandboxSpec, SandboxUnavailableError, python_inside
+from kilo_pipelines.cloud_agent.transcript import Transcript, bind, canonical
+from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, ResultFileError, Workspace
+from kilo_pipelines.core.evidence import Evidence, LedgerEntry
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts
+
+WAIT_SECONDS = 0.25  # between two looks at the child and the heartbeat
+CHECKOUT_SECONDS = 120
+# Silence is measured at the proxy and at the agent's output; asking the proxy more often tells nothing new.
+SILENCE_LOOK_SECONDS = 2.0
+NONCE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """Where things lie on this host."""
+
+    repositories: Path
+    work_dir: Path
+    proxy_socket: Path
+    sandbox: Callable[[], Sandbox]
+
+
+class _EndedError(Exception):
+    """The session ends here with this status and reason."""
+
+    def __init__(self, status: SessionStatus, reason: str, detail: str | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.detail = status, reason, detail
+
+
+class SelfHostedRunner:
+    """Runs sessions of one agent program."""
+
+    def __init__(self, config: RunnerConfig, adapter: AgentAdapter) -> None:
+        self._config = config
+        self._adapter = adapter
+
+    def run(self, spec: SessionSpec, task: SessionTask, control: SessionControl, token: Callable[[], str]) -> SessionOutcome:
+        """The whole session. `token` mints a read-only repository token for the courier; it is asked once."""
+        session = _Run(self._config, self._adapter, spec, task, control)
+        try:
+            return session.carry_out(token)
+        except _EndedError as end:
+            return SessionOutcome(status=end.status, reason=end.reason, detail=end.detail, evidence=session.evidence(None, []))
+        except git.GitError as failure:
+            return SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason, detail=failure.detail[:2_000])
+        except (SandboxUnavailableError, ProxyError) as failure:
+            reason = Reason.SANDBOX_UNAVAILABLE if isinstance(failure, SandboxUnavailableError) else Reason.MODEL_UNREACHABLE
+            return SessionOutcome(status=SessionStatus.FAILED, reason=reason, detail=str(failure)[:2_000])
+        finally:
+            session.clean_up()
+
+
+class _Run:
+    def __init__(self, config: RunnerConfig, adapter: AgentAdapter, spec: SessionSpec, task: SessionTask, control: SessionControl) -> None:
+        self._config = config
+        self._adapter = adapter
+        self._spec = spec
+        self._task = task
+        self._control = control
+        self._deadline = time.monotonic() + spec.limits.hard_cap_s
+        self._workspace = Workspace(config.work_dir, spec.session_id)
+        self._proxy = ProxyClient(config.proxy_socket, str(spec.session_id))
+        self._process: SandboxProcess | None = None
+        self._facts: WorkspaceFacts | None = None
+        self._brief: Brief | None = None
+        self._transcript = Transcript()
+        self._uid: int | None = None
+
+    def carry_out(self, token: Callable[[], str]) -> SessionOutcome:
+        sandbox = self._config.sandbox()
+        self._uid = sandbox.session_uid(self._spec.session_id.int)
+        self._look()
+        bare = self._fetch(token)
+        self._look()
+        self._facts = git.read_facts(
+            bare, base=git.commit_of(bare, "refs/kilo/base"), head=self._spec.head_sha, policy_commit=git.commit_of(bare, "refs/kilo/default")
+        )
+        self._control.event("diff_made", {"files": len(self._facts.entries), "diff": self._facts.diff_hash[:12]})
+        nonces: list[str] = []
+        nonce = secrets.token_hex(NONCE_BYTES)
+        self._brief = self._task.compose(self._facts, nonce, RESULT_PATH)
+        if self._brief.refused is not None:
+            raise _EndedError(SessionStatus.FAILED, self._brief.refused)
+        self._check_out(sandbox, bare)
+        socket = self._proxy.register(model=self._spec.model, turns=self._spec.limits.turns, tokens=self._spec.limits.tokens)
+        results, turns = [], []
+        for number, part in enumerate(self._brief.parts, 1):
+            nonces.append(nonce)
+            self._control.event("part_started", {"part": number, "of": len(self._brief.parts), "files": len(part.covers)})
+            result, turn = self._converse(sandbox, socket, part, nonce)
+            results.append(result)
+            turns.append(turn)
+        merged = self._task.merge(results)
+        self._control.event("result_bound", {"turns": len(self._transcript.turns), "covered": len(self._transcript.covered)})
+        return SessionOutcome(status=SessionStatus.COMPLETED, result=merged, evidence=self.evidence(results, turns))
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Heartbeat and hard cap; ends the session when either says so."""
+        beat = self._control.beat()
+        if beat is Heartbeat.CANCEL:
+            raise _EndedError(SessionStatus.INTERRUPTED, Reason.INTERRUPTED)
+        if beat is Heartbeat.LOST:
+            raise _EndedError(SessionStatus.FAILED, Reason.SESSION_LOST)
+        if time.monotonic() > self._deadline:
+            raise _EndedError(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
+
+    def _fetch(self, token: Callable[[], str]) -> Path:
+        """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for."""
+        spec = self._spec
+        bare = git.bare_path(self._config.repositories, spec.owner_id, spec.repository.external_id)
+        refs = {
+            "refs/kilo/head": spec.checkout_ref,
+            "refs/kilo/base": f"refs/heads/{spec.base_ref}",
+            "refs/kilo/default": f"refs/heads/{spec.repository.default_branch}",
+        }
+        request = {"bare": str(bare), "clone_url": spec.repository.clone_url, "token": token(), "refs": refs}
+        self._control.event("fetch_started", {"repository": spec.repository.full_name})
+        courier = subprocess.Popen(
+            [sys.executable, "-m", "kilo_pipelines.cloud_agent.courier"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert courier.stdin is not None and courier.stdout is not None  # noqa: S101  # asked for above
+        try:
+            courier.stdin.write(json.dumps(request).encode())
+            courier.stdin.close()
+            while courier.poll() is None:
+                self._look()
+                time.sleep(WAIT_SECONDS / 5)
+            answer = json.loads(courier.stdout.read() or b"{}")
+        finally:
+            if courier.poll() is None:
+                courier.kill()
+                courier.wait()
+        if "refs" not in answer:
+            raise _EndedError(SessionStatus.FAILED, answer.get("reason", Reason.FETCH_FAILED), answer.get("detail"))
+        if answer["refs"]["refs/kilo/head"] != spec.head_sha:
+            raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the pull request's head is another commit by now")
+        return bare
+
+    def _check_out(self, sandbox: Sandbox, bare: Path) -> None:
+        """The checkout, inside the sandbox, from a pack."""
+        assert self._facts is not None  # noqa: S101
+        self._workspace.create(self._uid)
+        git.export_pack(bare, [self._facts.head_sha, self._facts.merge_base], self._workspace.inbox / "objects.pack")
+        (self._workspace.inbox / "objects.pack").chmod(0o644)
+        process = sandbox.spawn(
+            SandboxSpec(
+                argv=["/bin/sh", "-c", CHECKOUT_SCRIPT],
+                env={
+                    "PATH": "/usr/bin:/bin",
+                    "HOME": "/work/home",
+                    "GIT_CONFIG_NOSYSTEM": "1",
+                    "KILO_HEAD": self._facts.head_sha,
+                    "KILO_BASE": self._facts.merge_base,
+                },
+                cwd="/work",
+                limits=self._spec.limits,
+                writable=self._writable(),
+                readonly={self._workspace.inbox: "/work/in"},
+                uid=self._uid,
+            ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        self._process = process
+        until = time.monotonic() + CHECKOUT_SECONDS
+        while process.poll() is None and time.monotonic() < until:
+            self._look()
+            time.sleep(WAIT_SECONDS / 5)
+        if process.poll() != 0:
+            process.kill()
+            error = process.popen.stderr.read(2_000).decode(errors="replace") if process.popen.stderr else ""
+            raise _EndedError(SessionStatus.FAILED, Reason.CHECKOUT_FAILED, error.strip()[-500:])
+        self._control.event("checked_out", {"head": self._facts.head_sha[:12]})
+
+    def _writable(self) -> dict[Path, str]:
+        return {self._workspace.repo: REPO, self._workspace.out: OUT, self._workspace.home: "/work/home"}
+
+    def _converse(self, sandbox: Sandbox, socket: Path, part: BriefPart, nonce: str) -> tuple[dict[str, Any], int]:
+        """One part: the agent, its result, at most one repair turn; the result and the turn that it is bound to."""
+        self._workspace.clear_result()
+        self._proxy.next_part(nonce, part.covers)
+        self._agent(sandbox, socket, part.prompt)
+        result, problems = self._result(nonce)
+        if problems:
+            self._control.event("repair_asked", {"problems": len(problems)})
+            self._workspace.clear_result()
+            self._agent(sandbox, socket, self._task.repair_prompt(problems, nonce, RESULT_PATH))
+            result, problems = self._result(nonce)
+        if not self._transcript.turns:
+            raise _EndedError(SessionStatus.FAILED, Reason.NO_TURNS)
+        if result is None or problems:
+            missing = problems == [_MISSING]
+            raise _EndedError(SessionStatus.FAILED, Reason.RESULT_MISSING if missing else Reason.RESULT_INVALID, "; ".join(problems)[:500])
+        turn = bind(result, self._transcript.turns, nonce)
+        if turn is None:
+            raise _EndedError(SessionStatus.FAILED, Reason.RESULT_UNBOUND)
+        return result, turn
+
+    def _result(self, nonce: str) -> tuple[dict[str, Any] | None, list[str]]:
+        try:
+            content = self._workspace.read_result(self._spec.limits.result_bytes)
+            if content is None:
+                return None, [_MISSING]
+            decoded = json.loads(content)
+        except ResultFileError as failure:
+            return None, [str(failure)]
+        except (ValueError, RecursionError):
+            return None, ["the result file is not JSON"]
+        problems = self._task.validate(decoded, nonce)
+        return (decoded, problems) if isinstance(decoded, dict) else (None, problems or ["the result is not an object"])
+
+    def _agent(self, sandbox: Sandbox, socket: Path, prompt: str) -> None:
+        """One run of the agent program under the watchdogs; ends the session when the run was an error."""
+        prompt_file = self._workspace.root / "prompt"
+        output_file = self._workspace.root / "events"
+        prompt_file.write_text(prompt, encoding="utf-8", errors="backslashreplace")
+        prompt_file.chmod(0o600)
+        argv = [python_inside(), "-I", "/opt/relay.py", str(RELAY_PORT), "/run/model.sock", "--", *self._adapter.argv()]
+        spec = SandboxSpec(
+            argv=argv,
+            env=self._adapter.env(self._spec.model),
+            cwd=REPO,
+            limits=self._spec.limits,
+            writable=self._writable() | {socket: "/run/model.sock"},
+            readonly=self._adapter.readonly() | {Path(relay.__file__): "/opt/relay.py"},
+            uid=self._uid,
+        )
+        started = time.monotonic()
+        with open(prompt_file, "rb") as stdin, open(output_file, "wb") as stdout, open(self._workspace.root / "errors", "wb") as stderr:
+            self._process = sandbox.spawn(spec, stdin=stdin, stdout=stdout, stderr=stderr)
+        self._control.event("agent_started", {"agent": f"{self._adapter.name} {self._adapter.version}"})
+        try:
+            self._watch(self._process, output_file)
+        finally:
+            # The whole namespace is gone before anything that it wrote is read.
+            self._process.kill()
+        self._transcript = self._proxy.transcript()
+        events = _events(output_file)
+        status = self._process.popen.returncode
+        self._control.event("agent_ended", {"exit": status, "turns": len(self._transcript.turns), "seconds": round(time.monotonic() - started, 1)})
+        if self._adapter.failed(status, events):
+            reason = self._transcript.last_failure or Reason.AGENT_CRASHED
+            detail = f"exit {status}; {_last_line(self._workspace.root / 'errors')}"
+            raise _EndedError(SessionStatus.FAILED, reason, detail)
+
+    def _watch(self, process: SandboxProcess, output_file: Path) -> None:
+        """Waits for the end under heartbeat, hard cap and silence watchdog."""
+        signs, since, look = (0, 0), time.monotonic(), 0.0
+        while process.poll() is None:
+            self._look()
+            now = time.monotonic()
+            if now - look >= SILENCE_LOOK_SECONDS:
+                look = now
+                seen = (output_file.stat().st_size, self._proxy.transcript().requests)
+                if seen != signs:
+                    signs, since = seen, now
+                elif now - since > self._spec.limits.silence_s:
+                    raise _EndedError(SessionStatus.FAILED, Reason.SESSION_SILENT)
+            try:
+                process.popen.wait(WAIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+
+    # -- evidence and the end ------------------------------------------------------------------------------------------
+
+    def evidence(self, results: list[dict[str, Any]] | None, turns: list[int]) -> Evidence | None:
+        """The record of what was sent and what the result is bound to; None before the diff was made."""
+        if self._facts is None:
+            return None
+        excluded = self._brief.excluded if self._brief else {}
+        ledger = [
+            LedgerEntry(
+                **entry.model_dump(exclude={"text"}),
+                bytes=len(entry.text.encode()),
+                sent_turn=self._transcript.covered.get(entry.entry_id),
+                excluded=excluded.get(entry.entry_id),
+            )
+            for entry in self._facts.entries
+        ]
+        digest = hashlib.sha256(canonical(results).encode()).hexdigest() if results else None
+        return Evidence(
+            evidence_class="observed",
+            repository_id=self._spec.repository.external_id,
+            pull_number=self._spec.pull_number,
+            base_ref=self._spec.base_ref,
+            merge_base=self._facts.merge_base,
+            head=self._facts.head_sha,
+            diff_hash=self._facts.diff_hash,
+            turns=len(self._transcript.turns),
+            ledger=ledger,
+            result_sha256=digest,
+            result_turns=turns,
+            agent=self._adapter.name,
+            agent_version=self._adapter.version,
+            model=self._spec.model,
+            tokens_in=self._transcript.tokens_in,
+            tokens_out=self._transcript.tokens_out,
+            transcript_sha256=self._transcript.sha256 or None,
+            policy_commit=self._facts.policy_commit,
+            policy_truncated=self._facts.policy_truncated,
+        )
+
+    def clean_up(self) -> None:
+        """The tree is dead, the socket closed, the directories gone."""
+        if self._process is not None:
+            self._process.kill()
+        try:
+            self._proxy.close()
+        except ProxyError:
+            pass  # the proxy is gone and its sockets with it
+        self._workspace.remove()
+
+
+_MISSING = "the result file is missing"
+
+
+def _events(path: Path) -> list[dict[str, object]]:
+    """JSON objects of the agent's output, one a line; other lines are the agent's noise."""
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            found.append(event)
+    return found
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_bytes()[-2_000:].decode(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,92 @@
+"""A session's directories, and reading what an agent left there as what it is: hostile (threats, rule 4)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+from uuid import UUID
+
+# Runs inside the sandbox, as the session's uid: no credential, no network, and whatever hooks or filters the
+# tree brings have nothing to reach. The pack holds two commits without their history, hence the shallow file.
+CHECKOUT_SCRIPT = """
+set -eu
+cd /work/repo
+git init -q .
+git index-pack --stdin < /work/in/objects.pack > /dev/null
+printf '%s\\n%s\\n' "$KILO_HEAD" "$KILO_BASE" > .git/shallow
+git -c advice.detachedHead=false checkout -q --detach "$KILO_HEAD"
+rm -f /work/out/*
+"""
+
+
+class ResultFileError(Exception):
+    """The result is no file that may be read; the message says why."""
+
+
+class Workspace:
+    """Directories of one session below the platform's work directory."""
+
+    def __init__(self, work_dir: Path, session_id: UUID) -> None:
+        self.root = work_dir / str(session_id)
+        self.repo = self.root / "repo"
+        self.out = self.root / "out"
+        self.home = self.root / "home"
+        self.inbox = self.root / "in"
+
+    def create(self, uid: int | None) -> None:
+        """Fresh directories; with a uid they belong to it, except the inbox."""
+        self.remove()
+        self.root.mkdir(mode=0o700, parents=True)
+        for directory in (self.repo, self.out, self.home):
+            directory.mkdir(mode=0o700)
+            if uid is not None:
+                os.chown(directory, uid, uid)
+        self.inbox.mkdir(mode=0o755)
+
+    def read_result(self, limit: int) -> bytes | None:
+        """The result file: None when there is none, ResultFileError when it is anything but a small regular file.
+
+        Nothing is followed: the directory is opened first, the name within it, links refused; one link only.
+        """
+        directory = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            try:
+                descriptor = os.open("result.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+            except FileNotFoundError:
+                return None
+            except OSError as failure:
+                raise ResultFileError(f"the result can't be opened: {failure.strerror}") from None
+        finally:
+            os.close(directory)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                raise ResultFileError("the result is not a regular file with one link")
+            if found.st_size > limit:
+                raise ResultFileError(f"the result has {found.st_size} bytes, {limit} are allowed")
+            return file.read(limit + 1)
+
+    def clear_result(self) -> None:
+        """Removes a refused result before the repair turn."""
+        path = self.out / "result.json"
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes everything; rmtree follows no links."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def sweep(work_dir: Path, live: set[str]) -> int:
+    """Removes workspaces of sessions that no longer live; how many."""
+    removed = 0
+    if work_dir.is_dir():
+        for path in work_dir.iterdir():
+            if path.name not in live:
+                shutil.rmtree(path, ignore_errors=True)
+                removed += 1
+    return removed

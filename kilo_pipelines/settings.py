@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     offline: bool = Field(default=True, description="Run against the offline twin.")
     agent: Literal["kilo", "scripted"] = Field(default="kilo", description="Agent CLI that works in the sandbox.")
+    scripted_behaviour: str = Field(default="honest", description="How the scripted agent behaves; tests make it lie.")
     agents_max: int | None = Field(default=None, ge=1, description="Sessions at once on this host. Default: by free memory.")
     sandbox: Literal["bwrap", "none"] = Field(default="bwrap", description="`none` works only with the offline twin.")
     sensor_shards: int = Field(default=8, ge=1, le=32, description="Work sensors that wait for events.")

@@ -3,7 +3,6 @@
 Holds: shaping of rows into tables. Does not belong here: SQL, providers, rules.
 """
 
-from __future__ import annotations
 
 import pandas as pd
 from dagster import (

@@ -23,6 +23,7 @@ from kilo_pipelines.cloud_agent.proxy_client import ProxyClient, ProxyError
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxProcess, SandboxSpec, SandboxUnavailableError, python_inside
 from kilo_pipelines.cloud_agent.transcript import Transcript, bind, canonical
 from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, ResultFileError, Workspace
+from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts
@@ -306,6 +307,7 @@ class _Run:
                 bytes=len(entry.text.encode()),
                 sent_turn=self._transcript.covered.get(entry.entry_id),
                 excluded=excluded.get(entry.entry_id),
+                hunks=hunks_of(entry.text),
             )
             for entry in self._facts.entries
         ]

@@ -25,6 +25,7 @@ UID_RANGE = 10_000
 OPEN_FILES = 4_096
 # A session's CPU time, summed over one process: a review that computes for an hour is a miner.
 CPU_SECONDS = 3_600
+TMP_BYTES = 2**30  # memory of the machine: a session's /tmp is a tmpfs
 PYTHON_INSIDE = "/opt/python"
 
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_GREATER, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
@@ -133,7 +134,8 @@ class Sandbox:
         # As root no user namespace: the session's own uid must exist outside. As a user there is no way without one.
         argv += [] if self.as_root else ["--unshare-user"]
         argv += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox", "--seccomp", str(filter_fd)]
-        argv += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/run", "--dir", "/work", "--dir", "/opt"]
+        argv += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]
+        argv += ["--tmpfs", "/run", "--dir", "/work", "--dir", "/opt"]
         argv += ["--ro-bind", "/usr", "/usr"]
         for name in ("bin", "sbin", "lib", "lib32", "lib64"):
             argv += self._root_directory(Path("/") / name)

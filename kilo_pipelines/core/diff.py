@@ -3,59 +3,47 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import NamedTuple
 
 _HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 
 
-@dataclass(frozen=True)
-class DiffLines:
-    """Line numbers by side: RIGHT is the new file, LEFT the old; `hunks` keep multi-line ranges inside one hunk."""
+class Hunk(NamedTuple):
+    """Line ranges of one hunk: the old file's (LEFT) and the new file's (RIGHT), each as first line and number of lines."""
 
-    right: frozenset[int] = frozenset()
-    left: frozenset[int] = frozenset()
-    hunks: tuple[tuple[frozenset[int], frozenset[int]], ...] = field(default=())
+    old_start: int
+    old_lines: int
+    new_start: int
+    new_lines: int
 
-    def holds(self, side: str, line: int, start_line: int | None = None) -> bool:
-        """Whether a comment on these lines lies inside one hunk."""
-        lines = self.right if side == "RIGHT" else self.left
-        if line not in lines:
-            return False
-        if start_line is None or start_line == line:
-            return True
-        index = 0 if side == "RIGHT" else 1
-        return start_line < line and any(start_line in hunk[index] and line in hunk[index] for hunk in self.hunks)
+    def holds(self, side: str, line: int) -> bool:
+        """Whether a line of a side lies in this hunk."""
+        start, count = (self.new_start, self.new_lines) if side == "RIGHT" else (self.old_start, self.old_lines)
+        return start <= line < start + count
 
 
-def diff_lines(text: str) -> DiffLines:
-    """Lines of one file's unified diff. Text before the first hunk is ignored; lengths in the hunk headers are obeyed."""
-    hunks: list[tuple[set[int], set[int]]] = []
-    old = new = old_left = new_left = 0
+def hunks_of(text: str) -> list[Hunk]:
+    """Hunks of one file's unified diff; what looks like a hunk header inside a hunk's own lines is content."""
+    hunks: list[Hunk] = []
+    old_left = new_left = 0
     for line in text.split("\n"):
         if old_left <= 0 and new_left <= 0:
             match = _HUNK.match(line)
             if match:
-                old, new = int(match[1]), int(match[3])
-                old_left = int(match[2]) if match[2] is not None else 1
-                new_left = int(match[4]) if match[4] is not None else 1
-                hunks.append((set(), set()))
-            continue
-        right, left = hunks[-1]
-        mark = line[:1]
-        if mark == "+":
-            right.add(new)
-            new, new_left = new + 1, new_left - 1
-        elif mark == "-":
-            left.add(old)
-            old, old_left = old + 1, old_left - 1
-        elif mark == "\\":
-            continue
-        else:
-            right.add(new)
-            left.add(old)
-            old, new, old_left, new_left = old + 1, new + 1, old_left - 1, new_left - 1
-    return DiffLines(
-        right=frozenset().union(*(hunk[0] for hunk in hunks)),
-        left=frozenset().union(*(hunk[1] for hunk in hunks)),
-        hunks=tuple((frozenset(right), frozenset(left)) for right, left in hunks),
-    )
+                hunk = Hunk(int(match[1]), int(match[2] or 1), int(match[3]), int(match[4] or 1))
+                hunks.append(hunk)
+                old_left, new_left = hunk.old_lines, hunk.new_lines
+        elif line.startswith("+"):
+            new_left -= 1
+        elif line.startswith("-"):
+            old_left -= 1
+        elif not line.startswith("\\"):
+            old_left, new_left = old_left - 1, new_left - 1
+    return hunks
+
+
+def commentable(hunks: Sequence[Hunk], side: str, line: int, start_line: int | None = None) -> bool:
+    """Whether a comment on these lines lies inside one hunk."""
+    first = line if start_line is None else start_line
+    return first <= line and any(hunk.holds(side, first) and hunk.holds(side, line) for hunk in hunks)

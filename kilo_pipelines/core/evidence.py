@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kilo_pipelines.core.diff import Hunk
+
 
 class LedgerEntry(BaseModel):
     """One changed blob pair of the diff and what became of it.
@@ -34,6 +36,7 @@ class LedgerEntry(BaseModel):
     bytes: int = Field(ge=0, description="size of the entry's diff text in bytes")
     sent_turn: int | None = None
     excluded: str | None = None
+    hunks: list[Hunk] = Field(default=[], description="line ranges that may carry a comment")
 
 
 class Evidence(BaseModel):

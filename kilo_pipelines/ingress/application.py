@@ -5,23 +5,31 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import anyio
 from prometheus_client import generate_latest
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from kilo_pipelines import __version__
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
-from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, WEBHOOK_BYTES, BodyError, parse_object, read_body
-from kilo_pipelines.providers.github_webhooks import verify_signature
-from kilo_pipelines.services.code_review.events import PullRequestEvent
+from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, WEBHOOK_BYTES, BodyError, parse_object, read_body, storable
+from kilo_pipelines.providers.github_webhooks import (
+    InstallationRepositoriesShape,
+    InstallationShape,
+    RepositoryLabel,
+    installation_id,
+    shape_matches,
+    verify_signature,
+)
 from kilo_pipelines.store import AmbiguousInstallationError, Integration, NewDelivery, Repository, Store
 
 log = logging.getLogger(__name__)
@@ -29,6 +37,19 @@ log = logging.getLogger(__name__)
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
 _LIFECYCLE = frozenset({"installation", "installation_repositories"})
+
+# A dispatch finds its pull request among this many newest reviews of an owner.
+DISPATCH_LOOK_BACK = 1_000
+
+
+class Dispatch(BaseModel):
+    """Body of a dispatch: a pull request that the platform knows; `force` repeats a completed review."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    repository: str
+    pull_number: int
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,9 +73,11 @@ def public_application(ingress: Ingress) -> Starlette:
         try:
             answer = await _webhook(ingress, request)
         except BodyError as failure:
+            metrics.deliveries.labels(str(failure.reason)).inc()
             answer = _answer(failure.status, "refused", failure.reason)
         except SQLAlchemyError:
             log.exception("a delivery could not be stored")
+            metrics.deliveries.labels(str(Reason.STORE_UNAVAILABLE)).inc()
             answer = _answer(503, "refused", Reason.STORE_UNAVAILABLE)
         metrics.answer_seconds.observe(time.perf_counter() - started)
         return answer
@@ -67,6 +90,7 @@ def public_application(ingress: Ingress) -> Starlette:
             return _answer(failure.status, "refused", failure.reason)
         except SQLAlchemyError:
             log.exception("a callback could not be stored")
+            metrics.callbacks.labels(str(Reason.STORE_UNAVAILABLE)).inc()
             return _answer(503, "refused", Reason.STORE_UNAVAILABLE)
 
     return _guarded(
@@ -84,7 +108,16 @@ def _guarded(ingress: Ingress, routes: list[Route]) -> Starlette:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=sorted(ingress.allowed_hosts))])
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=sorted(ingress.allowed_hosts))],
+        exception_handlers={SQLAlchemyError: _store_unavailable},
+    )
+
+
+async def _store_unavailable(_request: Request, failure: Exception) -> Response:
+    log.error("the store doesn't answer", exc_info=failure)
+    return _answer(503, "refused", Reason.STORE_UNAVAILABLE)
 
 
 async def health(_request: Request) -> Response:
@@ -101,28 +134,31 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
 
     if not ingress.webhook_secret:
         return answer(503, "refused", Reason.WEBHOOK_SECRET_MISSING)
+    signatures = request.headers.getlist("x-hub-signature-256")
     body = await read_body(request, WEBHOOK_BYTES)
-    if not verify_signature(ingress.webhook_secret, body, request.headers.get("x-hub-signature-256")):
+    if len(signatures) != 1 or not await anyio.to_thread.run_sync(verify_signature, ingress.webhook_secret, body, signatures[0]):
         return answer(401, "refused", Reason.SIGNATURE_INVALID)
     payload = await anyio.to_thread.run_sync(parse_object, body)
     event, delivery = (request.headers.get(name, "")[:HEADER_LIMIT] for name in ("x-github-event", "x-github-delivery"))
     if not event or not delivery:
         return answer(400, "refused", Reason.HEADER_MISSING)
     if event == "ping":
-        return answer(200, "pong")
-    installation = payload.get("installation")
-    number = installation.get("id") if isinstance(installation, dict) else None
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**63:
+        return answer(200, "pong") if shape_matches(event, payload) else answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
+    number = installation_id(payload)
+    if number is None:
         return answer(400, "refused", Reason.INSTALLATION_ID_MISSING)
     try:
         integration = await anyio.to_thread.run_sync(ingress.store.owners.by_installation, "github", number)
     except AmbiguousInstallationError:
         return answer(404, "refused", Reason.INTEGRATION_AMBIGUOUS)
+    if integration is None and event == "installation":
+        # A new or long gone installation: connecting one is a person's act, and there is nothing to disconnect.
+        return answer(200, "ignored", Reason.INTEGRATION_UNKNOWN)
     if integration is None:
         return answer(404, "refused", Reason.INTEGRATION_UNKNOWN)
     if integration.suspended and event not in _LIFECYCLE:
         return answer(200, "ignored", Reason.INTEGRATION_SUSPENDED)
-    if not _shape_matches(event, payload):
+    if not shape_matches(event, payload):
         return answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
     skip = None if event == "pull_request" else Reason.LIFECYCLE_APPLIED if event in _LIFECYCLE else Reason.EVENT_UNKNOWN
     action = payload.get("action")
@@ -131,7 +167,7 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
         integration_id=integration.id,
         provider_delivery_id=delivery,
         event=event,
-        action=action[:HEADER_LIMIT] if isinstance(action, str) else None,
+        action=storable(action)[:HEADER_LIMIT] if isinstance(action, str) else None,
         body=body,
         headers={name: request.headers[name][:HEADER_LIMIT] for name in _KEPT_HEADERS if name in request.headers},
     )
@@ -147,39 +183,27 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
     return answer(202, receipt.outcome, delivery=str(receipt.delivery_id))
 
 
-def _shape_matches(event: str, payload: dict[str, Any]) -> bool:
-    """The event header isn't signed: the body must be what it says (threats, rule 15)."""
-    if event == "pull_request":
-        try:
-            PullRequestEvent.model_validate(payload)
-        except ValidationError:
-            return False
-        return True
-    # An event that nothing handles must at least not be a pull request in disguise.
-    return not ("pull_request" in payload and "number" in payload and event in _LIFECYCLE)
-
-
 def _apply_lifecycle(store: Store, integration: Integration, event: str, payload: dict[str, Any]) -> None:
-    """Keeps the integration in step with the installation; repeating it changes nothing."""
-    action = payload.get("action")
+    """Keeps the integration in step with the installation; repeating it changes nothing. The shape was checked before."""
     if event == "installation":
-        if action == "deleted":
+        change = InstallationShape.model_validate(payload)
+        if change.action == "deleted":
             store.owners.disconnect(integration)
-        elif action in ("suspend", "unsuspend"):
-            store.owners.set_suspended(integration, action == "suspend")
+        elif change.action in ("suspend", "unsuspend"):
+            store.owners.set_suspended(integration, change.action == "suspend")
         return
-    added = [one for one in payload.get("repositories_added") or [] if isinstance(one, dict)]
-    removed = [one for one in payload.get("repositories_removed") or [] if isinstance(one, dict)]
+    lists = InstallationRepositoriesShape.model_validate(payload)
     store.owners.change_repositories(
         integration,
-        # The event doesn't tell the default branch; it is read again before anything is fetched.
-        added=[
-            Repository(one["id"], one["full_name"], "HEAD", bool(one.get("private", True)))
-            for one in added
-            if isinstance(one.get("id"), int) and isinstance(one.get("full_name"), str)
-        ],
-        removed=[one["id"] for one in removed if isinstance(one.get("id"), int)],
+        added=[_labelled(store, integration, one) for one in lists.repositories_added],
+        removed=[one.id for one in lists.repositories_removed],
     )
+
+
+def _labelled(store: Store, integration: Integration, one: RepositoryLabel) -> Repository:
+    """The event doesn't tell the default branch: a known one stays, else git's own word for it stands until it is read."""
+    known = store.owners.repository(integration.owner_id, one.id)
+    return Repository(one.id, one.full_name, known.default_branch if known else "HEAD", one.private)
 
 
 async def _callback(ingress: Ingress, request: Request) -> Response:
@@ -193,9 +217,11 @@ async def _callback(ingress: Ingress, request: Request) -> Response:
         session = UUID(request.path_params["session"])
     except ValueError:
         return answer(401, "refused", Reason.CALLBACK_REFUSED)
-    body = await read_body(request, CALLBACK_BYTES)
     token = request.headers.get("x-callback-token", "")
-    parse_object(body)
+    if not token:
+        return answer(401, "refused", Reason.CALLBACK_REFUSED)
+    body = await read_body(request, CALLBACK_BYTES)
+    await anyio.to_thread.run_sync(parse_object, body)
     outcome = await anyio.to_thread.run_sync(ingress.store.sessions.record_callback, session, token, body)
     if outcome == "refused":
         return answer(401, "refused", Reason.CALLBACK_REFUSED)
@@ -203,7 +229,7 @@ async def _callback(ingress: Ingress, request: Request) -> Response:
         return answer(410, "refused", Reason.CALLBACK_EXPIRED)
     if outcome == "conflict":
         return answer(409, "refused", Reason.CALLBACK_CONFLICT)
-    return answer(200, outcome)
+    return answer(202 if outcome == "accepted" else 200, outcome)
 
 
 def admin_application(ingress: Ingress) -> Starlette:
@@ -250,16 +276,84 @@ def admin_application(ingress: Ingress) -> Starlette:
         )
         return _answer(200, "cancelled") if done else _answer(409, "refused", Reason.MOVED_ON)
 
-    return _guarded(
-        ingress,
-        [
-            Route("/health", health, methods=["GET"]),
-            Route("/metrics", show_metrics, methods=["GET"]),
-            Route("/api/v1/reviews", list_reviews, methods=["GET"]),
-            Route("/api/v1/reviews/{item}", show_review, methods=["GET"]),
-            Route("/api/v1/reviews/{item}/cancel", cancel_review, methods=["POST"]),
-        ],
-    )
+    async def dispatch_review(request: Request) -> Response:
+        found = await principal(request)
+        if found is None or found[1] == "reader":
+            return _answer(401, "refused")
+        try:
+            wanted = Dispatch.model_validate(parse_object(await read_body(request, CALLBACK_BYTES)))
+        except ValidationError:
+            return _answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
+        except BodyError as failure:
+            return _answer(failure.status, "refused", failure.reason)
+        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.list)]
+        newest_of = partial(ingress.store.reviews.list, limit=DISPATCH_LOOK_BACK)
+        reviews = [one for owner in owners for one in await anyio.to_thread.run_sync(newest_of, owner)]
+        same = [one for one in reviews if (one.repository, one.pull_number) == (wanted.repository, wanted.pull_number)]
+        if not same:
+            return _answer(404, "not_found")
+        actor = "operator" if found[0] is None else f"owner:{found[0]}"
+        newest = max(same, key=lambda one: one.created_at)
+        done = await anyio.to_thread.run_sync(lambda: ingress.store.queue.reopen(newest.item_id, actor=actor, force=wanted.force))
+        return _answer(202, "dispatched", review=str(newest.item_id)) if done else _answer(409, "refused", Reason.MOVED_ON)
+
+    async def list_owners(request: Request) -> Response:
+        found = await principal(request)
+        if found is None:
+            return _answer(401, "refused")
+        owners = await anyio.to_thread.run_sync(ingress.store.owners.list)
+        return JSONResponse({"owners": _plain([asdict(one) for one in owners if found[0] in (None, one.id)])})
+
+    async def list_integrations(request: Request) -> Response:
+        found = await principal(request)
+        if found is None:
+            return _answer(401, "refused")
+        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.list)]
+        lists = {str(owner): await anyio.to_thread.run_sync(ingress.store.owners.integrations, owner) for owner in owners}
+        return JSONResponse(
+            {"integrations": _plain([{"owner_id": owner} | one for owner, some in lists.items() for one in some])}
+        )
+
+    async def describe(request: Request) -> Response:
+        if await principal(request) is None:
+            return _answer(401, "refused")
+        return JSONResponse(_description(routes))
+
+    routes = [
+        Route("/health", health, methods=["GET"]),
+        Route("/metrics", show_metrics, methods=["GET"]),
+        Route("/api/v1/reviews", list_reviews, methods=["GET"]),
+        Route("/api/v1/reviews/dispatch", dispatch_review, methods=["POST"]),
+        Route("/api/v1/reviews/{item}", show_review, methods=["GET"]),
+        Route("/api/v1/reviews/{item}/cancel", cancel_review, methods=["POST"]),
+        Route("/api/v1/owners", list_owners, methods=["GET"]),
+        Route("/api/v1/integrations", list_integrations, methods=["GET"]),
+        Route("/api/v1/openapi.json", describe, methods=["GET"]),
+    ]
+    return _guarded(ingress, routes)
+
+
+def _description(routes: list[Route]) -> dict[str, Any]:
+    """The control API in OpenAPI's words: paths, methods and who asks."""
+    paths: dict[str, Any] = {}
+    for route in routes:
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            names = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in route.param_convertors
+            ]
+            operation = {
+                "operationId": route.name,
+                "parameters": names,
+                "responses": {"default": {"description": "JSON with an outcome"}},
+            }
+            paths.setdefault(route.path, {})[method.lower()] = operation
+    return {
+        "openapi": "3.0.3",
+        "info": {"title": "kilo-pipelines control API", "version": __version__},
+        "security": [{"apiKey": []}],
+        "components": {"securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}}},
+        "paths": paths,
+    }
 
 
 async def _review_of(ingress: Ingress, request: Request, owner: UUID | None) -> Any:

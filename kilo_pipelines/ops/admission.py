@@ -1,6 +1,5 @@
 """Admission: from a stored delivery to a work item or a stored reason; the database only, decided by the services."""
 
-from __future__ import annotations
 
 from pydantic import ValidationError
 
@@ -26,7 +25,7 @@ def admit(tx: AdmissionTx) -> None:
     decision = code_review.decide(
         event,
         setting=tx.config(SERVICE),
-        repository=tx.repository(event.repository.id),
+        repository_known=tx.repository(event.repository.id) is not None,
         items=tx.items(SERVICE, subject),
     )
     for item_id in decision.supersede:

@@ -1,6 +1,5 @@
 """The op of a self-hosted session: claim, run under a lease, store the outcome, call back."""
 
-from __future__ import annotations
 
 import time
 from typing import Any
@@ -12,6 +11,7 @@ from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionOutcome, Sessi
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.ids import Ids
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
+from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.store import SessionClaim, Store
@@ -23,7 +23,8 @@ INTERRUPT_POLL_SECONDS = 1.0
 class LeasedControl:
     """The engine's half of a running session: lease, interrupt column, events."""
 
-    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim) -> None:
+    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim, lease_s: float) -> None:
+        self._lease_s = lease_s
         self._context = context
         self._store = store
         self._claim = claim
@@ -35,29 +36,43 @@ class LeasedControl:
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + INTERRUPT_POLL_SECONDS
-            self._last = Heartbeat(self._store.sessions.beat(self._claim.session_id, self._claim.fence))
+            self._last = Heartbeat(self._store.sessions.beat(self._claim, self._lease_s))
         return self._last
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """Keeps the step and shows it in the run's log."""
-        self._store.sessions.event(self._claim.session_id, self._claim.fence, kind, data)
+        self._store.sessions.event(self._claim, kind, data)
         self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
 
 
 @op(out=Out(Nothing), description="Runs one agent session in the sandbox and reports how it ended.")
-def run_agent_session(context: OpExecutionContext, config: Ids, store: StoreResource, cloud_agent: CloudAgentResource) -> None:
+def run_agent_session(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource) -> None:
     platform = store.get()
     session_id = UUID(config.ids[0])
     claim = platform.sessions.claim(session_id, run_id=context.run_id, lease_s=cloud_agent.lease_seconds())
     if not isinstance(claim, SessionClaim):
         context.log.info(f"nothing to run: {claim.outcome} (session is {claim.state})")
         return
-    control = LeasedControl(context, platform, claim)
+    lease_s = cloud_agent.lease_seconds()
+    control = LeasedControl(context, platform, claim, lease_s)
     spec = SessionSpec.model_validate(claim.spec)
+    if not cloud_agent.agent_ready(spec.agent):
+        unavailable = SessionOutcome(status=SessionStatus.FAILED, reason=Reason.AGENT_UNAVAILABLE)
+        _report(context, platform, cloud_agent, claim, unavailable)
+        return
+
+    def token() -> str:
+        item = platform.queue.get(claim.item_id)
+        if item is None:
+            raise ProviderError(Reason.OWNER_CHANGED, retryable=False)
+        return github.clone_token(item.installation_id, item.repository_id)
+
     try:
-        outcome = cloud_agent.runner().run(spec, CodeReviewTask(spec.task), control)
+        outcome = cloud_agent.runner(spec.agent).run(spec, CodeReviewTask(spec.task), control, token)
+    except ProviderError as failure:
+        outcome = SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason)
     except DagsterExecutionInterruptedError:
-        _after_interrupt(context, platform, claim)
+        _after_interrupt(context, platform, claim, lease_s)
         raise
     if control.beat() is Heartbeat.LOST:
         context.log.warning("the lease went to somebody else: this outcome is not reported")
@@ -65,21 +80,20 @@ def run_agent_session(context: OpExecutionContext, config: Ids, store: StoreReso
     _report(context, platform, cloud_agent, claim, outcome)
 
 
-def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionClaim) -> None:
+def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionClaim, lease_s: float) -> None:
     """Terminated in the UI (the interrupt column says so) or the worker stops: then the engine tries again."""
-    if store.sessions.beat(claim.session_id, claim.fence) == Heartbeat.CANCEL:
-        store.sessions.finish(claim.session_id, claim.fence, status=SessionStatus.INTERRUPTED, reason=Reason.INTERRUPTED)
+    if store.sessions.beat(claim, lease_s) == Heartbeat.CANCEL:
+        store.sessions.finish(claim, status=SessionStatus.INTERRUPTED, reason=Reason.INTERRUPTED)
         context.log.info("interrupted: the sandbox is gone and the session is closed")
     else:
-        store.sessions.requeue(claim.session_id, claim.fence, reason=Reason.WORKER_STOPPING)
+        store.sessions.requeue(claim, Reason.WORKER_STOPPING)
         context.log.info("the worker stops: the session waits for another one")
 
 
 def _report(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentResource, claim: SessionClaim, outcome: SessionOutcome) -> None:
     """Stores the outcome (guarded by the fence), then calls back; the stored row is the truth, the callback the news."""
     stored = store.sessions.finish(
-        claim.session_id,
-        claim.fence,
+        claim,
         status=outcome.status,
         reason=outcome.reason,
         detail=outcome.detail,

@@ -1,36 +1,61 @@
 """Ops of Code Review: launch (claim, re-read, session) and settle (verdict, effects, slot)."""
 
-from __future__ import annotations
 
-from datetime import timedelta
-from uuid import UUID
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
 
 from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines import tags
+from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.owners import review_slots
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review import launch, outcome
-from kilo_pipelines.store import Claimed, Store
+from kilo_pipelines.services.code_review.admission import SERVICE
+from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.store import Claimed, ItemRow, SessionRow, Store
 
-SERVICE = "code_review"
-
-# A provider that refused or was away is asked again after this long; the item waits meanwhile without a slot.
-PROVIDER_RETRY = timedelta(seconds=30)
+# A provider that was away is asked again after this long; the item waits meanwhile without a slot.
+PROVIDER_RETRY_SECONDS = 30.0
 
 
-def _say(context: OpExecutionContext, item_id: str, word: str, **links: str | None) -> None:
-    """One log line per item, the outcome tag (of a run for one item) and links in the op's metadata."""
+def _say(context: OpExecutionContext, item_id: UUID, word: str, **links: str | None) -> None:
+    """One log line an item, the outcome tag (of a run for one item) and links in the op's metadata."""
     context.log.info(f"item {item_id}: {word}")
     if tags.ITEM in context.run.tags:
         context.instance.add_run_tags(context.run_id, {tags.OUTCOME: word})
-    urls = {name: MetadataValue.url(url) for name, url in links.items() if url}
-    context.add_output_metadata({"outcome": word, **urls})
+    context.add_output_metadata({"outcome": word, **{name: MetadataValue.url(url) for name, url in links.items() if url}})
+
+
+def marker_of(store: Store) -> Marker:
+    """Markers under the platform's own key."""
+    return Marker(store.cipher.derive("comment-markers"))
+
+
+def subject_of(item: ItemRow | Claimed, attempt: int, subject_key: str, details_url: str | None, **present: Any) -> outcome.ReviewSubject:
+    """What is reviewed, out of the stored row and what the provider says at present."""
+    item_id = item.item_id if isinstance(item, Claimed) else item.id
+    details = {**item.details, **present}
+    return outcome.ReviewSubject(
+        item_id=str(item_id),
+        attempt=attempt,
+        subject_key=subject_key,
+        repository_id=item.repository_id,
+        full_name=details["full_name"],
+        pull_number=details["pull_number"],
+        base_ref=details["base_ref"],
+        head_sha=details["head_sha"],
+        details_url=details_url,
+        settings=CodeReviewConfig.model_validate(details["settings"]),
+    )
 
 
 @op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Claims reviews, re-reads their pull requests, launches sessions.")
@@ -42,34 +67,126 @@ def launch_reviews(
 
 
 def _launch(context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID) -> None:
+    if _reopened_by_person(context, store, item_id):
+        return
     claim = store.queue.claim(item_id, SERVICE, run_id=context.run_id, slots=review_slots, lease_s=cloud_agent.lease_seconds())
     if not isinstance(claim, Claimed):
-        _say(context, str(item_id), claim.outcome)
+        _say(context, item_id, claim.outcome)
         return
+    details = claim.details
+    marker = marker_of(store)
     try:
-        pull = github.reader(claim.installation_id, claim.repository_id).pull(claim.details["full_name"], claim.details["pull_number"])
+        reader = github.reader(claim.installation_id, claim.repository_id)
+        pull = reader.pull(details["full_name"], details["pull_number"])
+        summary = reader.summary_comment(details["full_name"], details["pull_number"], marker.make("summary", claim.subject_key))
     except ProviderError as failure:
         _provider_failed(context, store, claim, failure)
         return
-    stop = launch.reason_not_to_start(pull, claim.details)
+    stop = launch.stop_reason(pull, claim.repository_id)
     if stop is not None:
-        store.queue.conclude(claim, stop)
-        _say(context, str(item_id), stop, pull_request=pull.url)
+        store.queue.conclude(claim, *stop)
+        _say(context, item_id, stop[1], pull_request=pull.url)
         return
-    session_id = store.sessions.launch(
+    head = launch.head_of(pull)
+    previous = store.reviews.previous_head(claim.owner_id, claim.repository_id, pull.number, pull.head_sha)
+    task = launch.task_of(pull, details, previous_summary=summary, previous_head=previous)
+    session_id = uuid4()
+    subject = subject_of(claim, claim.attempt, claim.subject_key, cloud_agent.details_url(context.run_id), **head)
+    launched = store.sessions.launch(
         claim,
-        spec=launch.session_spec(pull, claim.details, cloud_agent.defaults()).model_dump(mode="json"),
-        head=launch.head_of(pull),
-        effects=outcome.start_effects(claim.item_id, pull),
+        session_id=session_id,
+        spec=cloud_agent.spec(session_id, claim.owner_id, pull, task),
+        head=head,
+        effects=outcome.start_effects(subject, marker),
+        cap_s=cloud_agent.cap_seconds(),
     )
-    _say(context, str(item_id), "launched", pull_request=pull.url)
-    context.log.info(f"session {session_id}")
+    _say(context, item_id, "launched" if launched else "late_writer", pull_request=pull.url)
+    context.log.info(f"session {session_id}, attempt {claim.attempt}, fence {claim.fence}")
+
+
+def _reopened_by_person(context: OpExecutionContext, store: Store, item_id: UUID) -> bool:
+    """Re-execute in the UI: a failed or cancelled item gets a new attempt; anything else is said and left alone.
+
+    True when this run has nothing more to do.
+    """
+    if context.run.parent_run_id is None:
+        return False
+    item = store.queue.get(item_id)
+    force = context.run.tags.get("force") == "true"
+    if item is not None and WorkState(item.state) in FINAL and store.queue.reopen(item_id, actor="dagster-ui", force=force):
+        return False
+    if item is not None and item.state == WorkState.WAITING:
+        return False
+    _say(context, item_id, Reason.MOVED_ON)
+    return True
 
 
 def _provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, failure: ProviderError) -> None:
     """The item waits and is tried again, or ends with the provider's reason: nothing is kept half-way."""
     if failure.retryable:
-        store.queue.release(claim.item_id, claim.fence, not_before=failure.retry_after_s or PROVIDER_RETRY)
+        wait = timedelta(seconds=failure.retry_after_s or PROVIDER_RETRY_SECONDS)
+        store.queue.release(claim, not_before=datetime.now(UTC) + wait, reason=failure.reason)
     else:
-        store.queue.fail(claim.item_id, claim.fence, Reason(failure.reason))
-    _say(context, str(claim.item_id), failure.reason)
+        store.queue.conclude(claim, WorkState.FAILED, failure.reason)
+    _say(context, claim.item_id, failure.reason)
+
+
+@op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Turns ended sessions into verdicts, effects and free slots.")
+def settle_reviews(
+    context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource
+) -> None:
+    for item_id in config.ids:
+        _settle(context, store.get(), github, cloud_agent, UUID(item_id))
+
+
+def _settle(context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID) -> None:
+    item = store.queue.get(item_id)
+    if item is None:
+        _say(context, item_id, Reason.MOVED_ON)
+        return
+    existing = _existing_comments(context, github, item)
+    marker = marker_of(store)
+    with store.settlements.open(item_id) as tx:
+        if tx is None:
+            return
+        session = tx.session()
+        subject = subject_of(tx.item, tx.item.attempt, tx.item.subject_key, cloud_agent.details_url(context.run_id))
+        siblings = [
+            outcome.Sibling(row["pull_number"], row["state"], (row["verdict"] or {}).get("conclusion"))
+            for row in tx.siblings()
+            if row["reason"] != Reason.PULL_CLOSED
+        ]
+        if WorkState(tx.item.state) is WorkState.RUNNING and session is not None and session.ended_at is not None:
+            found = outcome.interpret(subject, _end_of(session), existing, siblings, marker)
+            evidence = session.evidence
+            tx.conclude(state=found.state, reason=found.reason, verdict=found.stored_verdict(), evidence=evidence, effects=found.effects)
+        elif WorkState(tx.item.state) in FINAL and not tx.item.announced:
+            found = outcome.announce(subject, tx.item.state, Reason(tx.item.reason or Reason.USER_CANCELLED), siblings, marker)
+            evidence = session.evidence if session else None
+            tx.announce(found.stored_verdict(), evidence, found.effects)
+        else:
+            _say(context, item_id, Reason.MOVED_ON)
+            return
+    ledger = Evidence.model_validate(evidence) if evidence else None
+    _say(context, item_id, found.reason, pull_request=item.details["url"])
+    context.log.info(
+        f"verdict {found.verdict.conclusion} ({found.verdict.reason}); findings {found.counts};"
+        f" covered {ledger.covered if ledger else 0} of {ledger.changed_blobs if ledger else 0} blobs"
+    )
+
+
+def _existing_comments(context: OpExecutionContext, github: GitHubResource, item: ItemRow) -> list[Any]:
+    """Inline comments that stand there already; without them a repeated finding would be posted twice, never lost."""
+    try:
+        reader = github.reader(item.installation_id, item.repository_id)
+        return list(reader.review_comments(item.details["full_name"], item.details["pull_number"]))
+    except ProviderError as failure:
+        context.log.warning(f"existing comments are not known: {failure.reason}")
+        return []
+
+
+def _end_of(session: SessionRow) -> outcome.SessionEnd:
+    evidence = Evidence.model_validate(session.evidence) if session.evidence else None
+    return outcome.SessionEnd(str(session.id), session.state, session.reason, session.result, evidence)
+
+

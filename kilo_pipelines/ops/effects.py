@@ -1,8 +1,9 @@
 """The one hand that applies effects (invariant 5)."""
 
-from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
+from uuid import UUID
 
 from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, RetryPolicy, op
 
@@ -23,25 +24,32 @@ RETRY_CAP_SECONDS = 900.0
 def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubResource, item_ids: list[str]) -> int:
     """Applies what is due for these items in the order of their subjects; returns how many were applied."""
     applied = 0
-    while (effect := store.outbox.claim_next(item_ids)) is not None:
+    for effect in _due(store, item_ids):
         try:
             receipt = github.apply(effect.installation_id, effect.repository_id, effect.intent)
         except ProviderError as failure:
             _put_back(context, store, effect, failure)
             continue
-        store.outbox.applied(effect.id, effect.lease_no, receipt)
+        store.outbox.applied(effect, receipt)
         applied += 1
         context.log.info(f"{effect.intent.kind} {'written' if receipt.created else 'brought up to date'}: {receipt.url or receipt.external_id}")
     return applied
 
 
+def _due(store: Store, item_ids: list[str]) -> Iterator[ClaimedEffect]:
+    """Effects of these items one after the other, as long as there are due ones."""
+    for item_id in item_ids:
+        while (effect := store.outbox.claim_next(UUID(item_id))) is not None:
+            yield effect
+
+
 def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, failure: ProviderError) -> None:
     if failure.reason == Reason.OWNER_CHANGED:
-        store.outbox.drop(effect.id, effect.lease_no, failure.reason)
+        store.outbox.drop(effect, failure.reason)
         context.log.warning(f"{effect.intent.kind} dropped: the repository left this owner's installation")
         return
     wait = failure.retry_after_s or min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2**effect.tries)
-    state = store.outbox.retry(effect.id, effect.lease_no, timedelta(seconds=wait), failure.reason, final=not failure.retryable)
+    state = store.outbox.retry(effect, timedelta(seconds=wait), failure.reason, final=not failure.retryable)
     context.log.warning(f"{effect.intent.kind} not applied ({failure.reason}): {state}")
 
 

@@ -1,6 +1,5 @@
 """The configuration of every service run: ids, nothing else (no op loads anything that run config names)."""
 
-from __future__ import annotations
 
 from uuid import UUID
 

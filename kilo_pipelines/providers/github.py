@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cached_property
+from email.utils import parsedate_to_datetime
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,8 +50,10 @@ class PullState:
     body: str
     author: str
     author_type: str
+    labels: list[str]
     head_sha: str
     head_ref: str
+    head_repository_id: int | None
     base_sha: str
     base_ref: str
     url: str
@@ -78,21 +83,36 @@ class InstalledRepository:
 
 
 @contextmanager
-def provider_errors() -> Iterator[None]:
-    """Turns PyGithub's exceptions into ProviderError; bodies and tokens stay out of messages."""
+def provider_errors(forget: Callable[[], None] | None = None) -> Iterator[None]:
+    """Turns PyGithub's exceptions into ProviderError; bodies and tokens stay out of messages.
+
+    With `forget` a refused token is dropped first, and the call may be tried again with a new one.
+    """
     try:
         yield
     except RateLimitExceededException as failure:
         raise ProviderError(Reason.PROVIDER_RATE_LIMITED, retryable=True, retry_after_s=_retry_after(failure) or 60.0) from None
     except GithubException as failure:
+        if failure.status == 401 and forget is not None:
+            forget()
+            raise ProviderError(Reason.PROVIDER_REFUSED, retryable=True, detail="HTTP 401: the token was refused") from None
         raise _of_status(failure) from None
     except requests.RequestException as failure:
         raise ProviderError(Reason.PROVIDER_UNAVAILABLE, retryable=True, detail=type(failure).__name__) from None
+    except json.JSONDecodeError:  # an answer that ends in its middle
+        raise ProviderError(Reason.PROVIDER_UNAVAILABLE, retryable=True, detail="the answer is not JSON") from None
 
 
 def _retry_after(failure: GithubException) -> float | None:
-    value = (failure.headers or {}).get("retry-after")
-    return float(value) if value and value.isdigit() else None
+    """Seconds that the answer asks for: Retry-After, else the reset of a used-up limit by the provider's own clock."""
+    headers = failure.headers or {}
+    value = headers.get("retry-after")
+    if value and value.isdecimal():
+        return float(value)
+    reset, date = headers.get("x-ratelimit-reset", ""), headers.get("date")
+    if headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal() and date:
+        return max(1.0, float(reset) - parsedate_to_datetime(date).timestamp())
+    return None
 
 
 def _of_status(failure: GithubException) -> ProviderError:
@@ -116,6 +136,8 @@ class GitHubApp:
 
     def __init__(self, api_url: str, app_id: int, private_key_pem: str, clock: Clock) -> None:
         _check_address(api_url)
+        # PyGithub logs answers at DEBUG, and the answer to the minting of a token is the token.
+        logging.getLogger("github.Requester").setLevel(logging.INFO)
         self.api_url = api_url
         self._clock = clock
         # PyGithub spaces its requests for api.github.com; our own outbox paces writes, a local server needs no pause.
@@ -162,9 +184,12 @@ class GitHubApp:
             token = self.token(installation_id, repository_ids, permissions)
         except ProviderError as failure:
             if failure.reason in (Reason.PROVIDER_INVALID, Reason.PROVIDER_NOT_FOUND):
-                raise ProviderError(Reason.OWNER_CHANGED, retryable=False, detail="the repository is not in the installation") from None
+                raise ProviderError(
+                    Reason.OWNER_CHANGED, retryable=False, detail="the repository is not in the installation"
+                ) from None
             raise
-        return GitHubInstallation(Github(auth=Auth.Token(token), **self._options), self.bot_login, repository_ids)
+        forget = partial(self.forget, installation_id)
+        return GitHubInstallation(Github(auth=Auth.Token(token), **self._options), self.bot_login, repository_ids, forget)
 
     def installed_repositories(self, installation_id: int) -> list[InstalledRepository]:
         """Every repository of an installation."""
@@ -176,14 +201,19 @@ class GitHubApp:
 class GitHubInstallation:
     """Reads and writes with one scoped token."""
 
-    def __init__(self, client: Github, bot_login: str, repository_ids: list[int]) -> None:
+    def __init__(self, client: Github, bot_login: str, repository_ids: list[int], forget: Callable[[], None]) -> None:
         self._client = client
+        self._forget = forget
         self.bot_login = bot_login
         self._repository_ids = repository_ids
 
+    def errors(self) -> AbstractContextManager[None]:
+        """`provider_errors` for calls with this client's token."""
+        return provider_errors(self._forget)
+
     def repository(self, full_name: str) -> Repository:
         """The repository, provided that its id is one that this token was minted for."""
-        with provider_errors():
+        with self.errors():
             found = self._client.get_repo(full_name)
         if found.id not in self._repository_ids:
             raise ProviderError(Reason.OWNER_CHANGED, retryable=False, detail="another repository has this name now")
@@ -192,13 +222,13 @@ class GitHubInstallation:
     def pull_object(self, full_name: str, number: int) -> PullRequest:
         """PyGithub's pull request."""
         repository = self.repository(full_name)
-        with provider_errors():
+        with self.errors():
             return repository.get_pull(number)
 
     def pull(self, full_name: str, number: int) -> PullState:
         """The pull request's present state."""
         repository = self.repository(full_name)
-        with provider_errors():
+        with self.errors():
             pull = repository.get_pull(number)
             return PullState(
                 repository_id=repository.id,
@@ -208,10 +238,13 @@ class GitHubInstallation:
                 merged=pull.merged,
                 title=pull.title,
                 body=pull.body or "",
-                author=pull.user.login,
-                author_type=pull.user.type,
+                # A deleted account leaves no user; GitHub shows it as "ghost".
+                author=pull.user.login if pull.user else "ghost",
+                author_type=pull.user.type if pull.user else "User",
+                labels=[label.name for label in pull.labels],
                 head_sha=pull.head.sha,
                 head_ref=pull.head.ref,
+                head_repository_id=pull.head.repo.id if pull.head.repo else None,
                 base_sha=pull.base.sha,
                 base_ref=pull.base.ref,
                 url=pull.html_url,
@@ -223,7 +256,7 @@ class GitHubInstallation:
     def review_comments(self, full_name: str, number: int) -> list[ExistingReviewComment]:
         """All inline comments, every page."""
         pull = self.pull_object(full_name, number)
-        with provider_errors():
+        with self.errors():
             return [
                 ExistingReviewComment(one.path, one.line, one.body, one.user is not None and one.user.login == self.bot_login)
                 for one in pull.get_review_comments()
@@ -232,6 +265,10 @@ class GitHubInstallation:
     def summary_comment(self, full_name: str, number: int, marker: str) -> str | None:
         """Body of our newest summary: our author *and* our marker, every page (contract A21, weakness 7)."""
         pull = self.pull_object(full_name, number)
-        with provider_errors():
-            ours = [one for one in pull.get_issue_comments() if one.user.login == self.bot_login and marker in (one.body or "")]
-        return max(ours, key=lambda one: one.updated_at).body if ours else None
+        with self.errors():
+            ours = [
+                one
+                for one in pull.get_issue_comments()
+                if one.user is not None and one.user.login == self.bot_login and marker in (one.body or "")
+            ]
+            return max(ours, key=lambda one: one.updated_at).body if ours else None

@@ -16,10 +16,11 @@ from github.PullRequestReview import PullRequestReview
 from github.Repository import Repository
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kilo_pipelines.core.diff import diff_lines
+from kilo_pipelines.core.diff import commentable, hunks_of
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.providers.github import GitHubInstallation, ProviderError, provider_errors
+from kilo_pipelines.core.text import cut
+from kilo_pipelines.providers.github import GitHubInstallation, ProviderError
 
 # GitHub refuses longer bodies of reviews, comments and check summaries (65,536 characters); the rest is for the cut's own note.
 MAX_BODY = 65_000
@@ -108,7 +109,7 @@ def _here(installation: GitHubInstallation, full_name: str) -> Repository:
         if failure.reason != Reason.PROVIDER_NOT_FOUND:
             raise
         raise _left(full_name) from failure
-    with provider_errors():
+    with installation.errors():
         _, answer = repository.requester.requestJsonAndCheck("GET", "/installation/repositories", parameters={"per_page": 100})
     if repository.id not in {one["id"] for one in answer["repositories"]}:
         raise _left(full_name)
@@ -125,13 +126,13 @@ def _check_run(installation: GitHubInstallation, wanted: CheckRunPayload) -> Eff
         "name": wanted.name,
         "external_id": wanted.external_id,
         "status": wanted.status,
-        "output": {"title": wanted.title, "summary": _cut(wanted.summary)},
+        "output": {"title": wanted.title, "summary": cut(wanted.summary, MAX_BODY)},
     }
     if wanted.conclusion is not None:
         values["conclusion"] = wanted.conclusion
     if wanted.details_url is not None:
         values["details_url"] = wanted.details_url
-    with provider_errors():
+    with installation.errors():
         runs = _commit(repository, wanted.head_sha).get_check_runs(check_name=wanted.name, filter="all")
         found = next((run for run in runs if run.external_id == wanted.external_id and _ours(run, installation)), None)
         if found is None:
@@ -147,12 +148,16 @@ def _ours(run: CheckRun, installation: GitHubInstallation) -> bool:
 
 def _commit(repository: Repository, sha: str) -> Commit:
     """A commit by its id, without asking for it."""
-    return Commit(repository.requester, url=f"{repository.url}/commits/{sha}", attributes={"sha": sha, "url": f"{repository.url}/commits/{sha}"})
+    return Commit(
+        repository.requester,
+        url=f"{repository.url}/commits/{sha}",
+        attributes={"sha": sha, "url": f"{repository.url}/commits/{sha}"},
+    )
 
 
 def _review(installation: GitHubInstallation, wanted: ReviewPayload) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
-    with provider_errors():
+    with installation.errors():
         pull = repository.get_pull(wanted.pull_number)
         for review in pull.get_reviews():
             by_us = review.user is not None and review.user.login == installation.bot_login
@@ -180,7 +185,7 @@ def _post_review(
 
 
 def _inline(comment: InlineComment) -> Any:
-    body: dict[str, Any] = {"path": comment.path, "line": comment.line, "side": comment.side, "body": _cut(comment.body)}
+    body: dict[str, Any] = {"path": comment.path, "line": comment.line, "side": comment.side, "body": cut(comment.body, MAX_BODY)}
     if comment.start_line is not None and comment.start_line < comment.line:
         body |= {"start_line": comment.start_line, "start_side": comment.side}
     return body
@@ -191,11 +196,12 @@ def _commentable(pull: PullRequest, comments: list[InlineComment]) -> tuple[list
 
     When all of them lie in its diff the refusal had another cause: then none is sent inline again.
     """
-    lines = {file.filename: diff_lines(file.patch or "") for file in pull.get_files()}
-    kept, refused = [], []
+    hunks = {file.filename: hunks_of(file.patch or "") for file in pull.get_files()}
+    kept: list[InlineComment] = []
+    refused: list[InlineComment] = []
     for comment in comments:
-        shown = lines.get(comment.path)
-        (kept if shown and shown.holds(comment.side, comment.line, comment.start_line) else refused).append(comment)
+        shown = hunks.get(comment.path, [])
+        (kept if commentable(shown, comment.side, comment.line, comment.start_line) else refused).append(comment)
     return (kept, refused) if refused else ([], comments)
 
 
@@ -212,7 +218,7 @@ def _with_refused(body: str, refused: list[InlineComment]) -> str:
 
 def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
-    with provider_errors():
+    with installation.errors():
         pull = repository.get_pull(wanted.pull_number)
         ours = [
             one
@@ -229,10 +235,7 @@ def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload) -
 
 def _reaction(installation: GitHubInstallation, wanted: ReactionPayload) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
-    with provider_errors():
+    with installation.errors():
         made = repository.get_pull(wanted.pull_number).as_issue().create_reaction(wanted.content)
         return EffectReceipt(external_id=str(made.id), created=True)
 
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_BODY else f"{text[:MAX_BODY]}\n\n…cut here: GitHub takes no longer text."

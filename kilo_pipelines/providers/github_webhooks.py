@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 _SIGNATURE = re.compile(r"sha256=[0-9a-f]{64}")
 # GitHub's ids are positive and fit a database's bigint.
@@ -162,11 +162,29 @@ def event_of_shape(payload: Mapping[str, Any]) -> str | None:
     if "repositories_added" in payload or "repositories_removed" in payload:
         return "installation_repositories"
     installation = payload.get("installation")
-    if isinstance(installation, dict) and "account" in installation and "access_tokens_url" in installation and "repository" not in payload:
+    if isinstance(installation, dict) and "account" in installation and "repository" not in payload:
         return "installation"
     if "zen" in payload and "hook_id" in payload:
         return "ping"
     return None
+
+
+def shape_matches(event: str, payload: Mapping[str, Any]) -> bool:
+    """Whether a body is what its unsigned event header says (threats, rule 15).
+
+    A body of ours under the name of an event that nothing handles would be stored as settled, and the real one, when it
+    came, would be a duplicate: so what looks like one of our events must be named so.
+    """
+    shape = SHAPES.get(event)
+    if event_of_shape(payload) != (event if shape else None):
+        return False
+    if shape is None:
+        return True
+    try:
+        shape.model_validate(payload)
+    except ValidationError:
+        return False
+    return True
 
 
 def installation_id(payload: Mapping[str, Any]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 from dagster import ConfigurableResource
 
@@ -22,8 +23,6 @@ POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks
 
 @lru_cache(maxsize=4)
 def _app(api_url: str, app_id: int, key_file: str) -> GitHubApp:
-    from pathlib import Path  # noqa: PLC0415
-
     return GitHubApp(api_url, app_id, Path(key_file).read_text(), SystemClock())
 
 
@@ -39,6 +38,10 @@ class GitHubResource(ConfigurableResource):
     def reader(self, installation_id: int, repository_id: int) -> GitHubInstallation:
         """A client that may read one repository."""
         return self._app().installation(installation_id, [repository_id], READ)
+
+    def clone_token(self, installation_id: int, repository_id: int) -> str:
+        """A read-only token for fetching one repository."""
+        return self._app().token(installation_id, [repository_id], {"metadata": "read", "contents": "read"})
 
     def apply(self, installation_id: int, repository_id: int, intent: EffectIntent) -> EffectReceipt:
         """Makes one intended write; raises ProviderError with a reason and whether it may be tried again."""

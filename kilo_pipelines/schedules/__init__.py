@@ -3,7 +3,6 @@
 Holds: cron expressions and which runs they ask for. Does not belong here: the work itself, SQL, rules.
 """
 
-from __future__ import annotations
 
 from dagster import (
     DefaultScheduleStatus,

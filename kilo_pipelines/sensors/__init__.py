@@ -4,7 +4,6 @@ Holds: waiting for work and turning offers into run requests. What a sensor comm
 (invariant 2): admissions, offers, reaped leases. Does not belong here: claims, providers, SQL.
 """
 
-from __future__ import annotations
 
 import time
 

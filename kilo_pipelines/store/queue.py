@@ -268,6 +268,7 @@ class Queue:
             owner_id=owner_id,
             owner_kind=item["kind"],
             item_id=item_id,
+            subject_key=item["subject_key"],
             fence=fence,
             attempt=attempt,
             repository_id=item["repository_id"],

@@ -118,6 +118,7 @@ class Claimed:
     owner_id: UUID
     owner_kind: str
     item_id: UUID
+    subject_key: str
     fence: int
     attempt: int
     repository_id: int

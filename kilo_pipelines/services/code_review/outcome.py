@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kilo_pipelines.core.diff import DiffLines, diff_lines
+from kilo_pipelines.core.diff import Hunk, commentable
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.markers import Marker
-from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import SEVERITIES, Conclusion, EvidenceKey, Verdict, conclude, fault_of, worst
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.services.code_review import render
@@ -118,15 +118,14 @@ class Interpretation:
         }
 
 
-def lines_by_path(texts: dict[str, str]) -> dict[str, DiffLines]:
-    """Commentable lines by path out of the entries' diff texts."""
-    return {path: diff_lines(text) for path, text in texts.items()}
+def hunks_by_path(evidence: Evidence | None) -> dict[str, list[Hunk]]:
+    """Line ranges that may carry a comment, by path."""
+    return {entry.path: entry.hunks for entry in evidence.ledger} if evidence else {}
 
 
 def interpret(
     subject: ReviewSubject,
     session: SessionEnd,
-    diff: dict[str, DiffLines],
     existing: Sequence[ExistingComment],
     siblings: Sequence[Sibling],
     marker: Marker,
@@ -142,7 +141,7 @@ def interpret(
     verdict = conclude(fault, [finding.severity for finding in findings], subject.settings.gate_threshold, advisory=subject.settings.advisory)
     counts = {severity: Counter(finding.severity for finding in findings)[severity] for severity in SEVERITIES}
     state = WorkState.COMPLETED if verdict.earned else WorkState.CANCELLED if session.status == "interrupted" else WorkState.FAILED
-    posts = _review_effects(subject, review, findings, diff, existing, session, marker) if review and verdict.earned else []
+    posts = _review_effects(subject, review, findings, existing, session, marker) if review and verdict.earned else []
     ending = [_check(subject, verdict, counts, session, siblings, marker), *_reaction(subject, state)]
     reason = verdict.reason if fault is not None else Reason.REVIEWED
     return Interpretation(state, reason, verdict, counts, [*posts, *ending])
@@ -160,17 +159,17 @@ def _review_effects(
     subject: ReviewSubject,
     review: ReviewResult,
     findings: list[Finding],
-    diff: dict[str, DiffLines],
     existing: Sequence[ExistingComment],
     session: SessionEnd,
     marker: Marker,
 ) -> list[EffectIntent]:
+    hunks = hunks_by_path(session.evidence)
     inline: list[dict[str, Any]] = []
     elsewhere: list[Finding] = []
     repeated = 0
     for finding in findings:
         body = render.inline_comment(finding, marker.make("finding", subject.subject_key, finding.path, finding.title))
-        if not diff.get(finding.path, DiffLines()).holds(finding.side, finding.line, finding.start_line):
+        if not commentable(hunks.get(finding.path, []), finding.side, finding.line, finding.start_line):
             elsewhere.append(finding)
         elif any(one.is_ours and one.path == finding.path and one.line == finding.line and _title_of(one.body) == _title_of(body) for one in existing):
             repeated += 1
@@ -217,7 +216,7 @@ def _title_of(body: str) -> str:
 def _comment(finding: Finding, body: str) -> dict[str, Any]:
     comment: dict[str, Any] = {"path": finding.path, "line": finding.line, "side": finding.side, "body": body}
     if finding.start_line is not None and finding.start_line < finding.line:
-        comment |= {"start_line": finding.start_line, "start_side": finding.side}
+        comment["start_line"] = finding.start_line
     return comment
 
 
@@ -298,7 +297,3 @@ def announce(subject: ReviewSubject, state: str, reason: Reason, siblings: Seque
     effects = [_check(subject, verdict, counts, end, siblings, marker), *_reaction(subject, work_state)]
     return Interpretation(work_state, reason, verdict, counts, effects)
 
-
-def remedy(reason: Reason) -> str:
-    """What a person may do about a reason."""
-    return MEANING[reason][1]

@@ -1,0 +1,98 @@
+"""The self-hosted Cloud Agent as a Dagster resource."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import httpx
+from dagster import ConfigurableResource
+
+from kilo_pipelines.cloud_agent.adapters import AgentAdapter
+from kilo_pipelines.cloud_agent.adapters.kilo import KiloAdapter
+from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
+from kilo_pipelines.cloud_agent.install import installed, package_directory
+from kilo_pipelines.cloud_agent.model_proxy import control_socket
+from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
+from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
+from kilo_pipelines.cloud_agent.sandbox import Sandbox
+from kilo_pipelines.providers.github import PullState
+from kilo_pipelines.settings import Settings
+
+CALLBACK_SECONDS = 10  # contract A9
+
+
+class CloudAgentResource(ConfigurableResource):
+    """Builds session specs, runs sessions on this host, calls back."""
+
+    def lease_seconds(self) -> float:
+        """How long a claim stands without a heartbeat."""
+        return Settings().lease_seconds
+
+    def cap_seconds(self) -> float:
+        """Hard cap of a session."""
+        return Settings().session_cap_seconds
+
+    def details_url(self, run_id: str) -> str | None:
+        """The run's page; only a public address may stand on a pull request, and the twin's reader is on this machine."""
+        settings = Settings()
+        return f"{settings.dagster_url}/runs/{run_id}" if settings.offline else None
+
+    def spec(self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any]) -> dict[str, Any]:
+        """What a session works on."""
+        settings = Settings()
+        spec = SessionSpec(
+            session_id=session_id,
+            owner_id=owner_id,
+            service="code_review",
+            repository=RepositoryRef(
+                provider="github",
+                external_id=pull.repository_id,
+                full_name=pull.full_name,
+                clone_url=pull.clone_url,
+                default_branch=pull.default_branch,
+            ),
+            pull_number=pull.number,
+            base_ref=pull.base_ref,
+            base_sha=pull.base_sha,
+            head_sha=pull.head_sha,
+            checkout_ref=f"refs/pull/{pull.number}/head",
+            agent=settings.agent,
+            model=settings.model,
+            limits=SessionLimits(silence_s=settings.session_silence_seconds, hard_cap_s=settings.session_cap_seconds),
+            task=task,
+        )
+        return spec.model_dump(mode="json")
+
+    def runner(self, agent: str) -> SelfHostedRunner:
+        """A runner for one agent program."""
+        settings = Settings()
+        adapter: AgentAdapter = KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
+        config = RunnerConfig(settings.repos_dir, settings.work_dir, control_socket(settings), lambda: Sandbox.find(package_directory()))
+        return SelfHostedRunner(config, adapter)
+
+    def agent_ready(self, agent: str) -> bool:
+        """Whether the agent's program is installed."""
+        return agent != "kilo" or installed()
+
+    def call_back(self, session_id: UUID, token: str, outcome: SessionOutcome) -> int:
+        """Tells the ingress that a session ended; HTTP status, 0 when nobody answered. The stored row is the truth."""
+        settings = Settings()
+        body = {
+            "sessionId": str(session_id),
+            "cloudAgentSessionId": str(session_id),
+            "status": str(outcome.status),
+            "errorMessage": outcome.reason,
+            "idempotencyKey": str(session_id),
+        }
+        try:
+            answer = httpx.post(
+                f"{settings.public_url}/callbacks/sessions/{session_id}",
+                json=body,
+                headers={"x-callback-token": token},
+                timeout=CALLBACK_SECONDS,
+                trust_env=False,
+            )
+        except httpx.HTTPError:
+            return 0
+        return answer.status_code

@@ -1,0 +1,39 @@
+"""docs/ingress.md names every route and every metric, and no others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ingress import metrics
+from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
+from kilo_pipelines.store import Cipher, Store
+
+PAGE = (Path(__file__).parents[2] / "docs" / "ingress.md").read_text()
+
+
+def test_every_route_is_documented_and_every_documented_route_exists() -> None:
+    nowhere = "postgresql+psycopg://nobody@/nothing"  # engines connect at their first use: never here
+    store = Store(nowhere, nowhere, Cipher({"00000000": bytes(32)}, "00000000"), SystemClock())
+    ingress = Ingress(store, None, frozenset({"localhost"}))
+    served = {
+        (method, route.path)
+        for application in (public_application(ingress), admin_application(ingress))
+        for route in application.routes
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    documented = set(re.findall(r"^\| (GET|POST) \| `(/[^`]*)`", PAGE, re.MULTILINE))
+    assert documented == served
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in metrics.registry.collect()}
+    assert set(re.findall(r"^\| `(kilo_[a-z_]+)`", PAGE, re.MULTILINE)) == names
+
+
+def test_every_reason_on_the_page_exists() -> None:
+    rows = [row for row in PAGE.splitlines() if re.match(r"\|.*\| \d{3}", row)]
+    named = {name for row in rows for name in re.findall(r"`([a-z]+_[a-z_]+)`", row)} - {"pull_request"}
+    assert named <= set(Reason)

@@ -44,9 +44,11 @@ class KiloRunLauncher(CeleryRunLauncher):
         return open_store(Settings())
 
     def launch_run(self, context: LaunchRunContext) -> None:
-        """Hands the run's id to the queue that its tags name."""
+        """Hands the run's id to the queue that its tags name; the queue alone decides the route."""
         run = context.dagster_run
-        self._launch_celery_task_run(run=run, task_signature=self.celery.signature(EXECUTE_RUN, args=(run.run_id,)), routing_key="")
+        queue = run.tags.get(tags.QUEUE, tags.QUEUE_MAINTENANCE)
+        result = self.celery.send_task(EXECUTE_RUN, args=(run.run_id,), queue=queue)
+        self._instance.add_run_tags(run.run_id, {DAGSTER_CELERY_TASK_ID_TAG: result.task_id})
 
     def terminate(self, run_id: str) -> bool:
         """Cancels the run and the work item that it stands for.

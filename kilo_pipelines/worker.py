@@ -19,7 +19,7 @@ from dagster import DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._utils.interrupts import capture_interrupts
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from kilo_pipelines.tags import QUEUE_MAINTENANCE, QUEUES
 
@@ -45,7 +45,8 @@ def make_app(broker_url: str) -> Celery:
         task_acks_late=False,
         task_ignore_result=True,
         task_default_queue=QUEUE_MAINTENANCE,
-        task_queues=[Queue(name) for name in QUEUES],
+        # Own exchanges: queues left to the default one would all get each other's tasks.
+        task_queues=[Queue(name, Exchange(name), routing_key=name) for name in QUEUES],
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         worker_max_tasks_per_child=RUNS_PER_CHILD,

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from kilo_twin import model, world
 from kilo_twin.githttp import serve_git
 from kilo_twin.rest import Rest
+from kilo_twin.shapes import account
 from kilo_twin.state import ACCOUNT, Twin, git, now
 from kilo_twin.webhooks import Webhooks
 
@@ -92,6 +93,21 @@ class Control:
                 check=True,
                 capture_output=True,
             )
+        # The App is installed on all repositories: GitHub tells about a new one before anything happens in it.
+        listed = [{"id": repository["id"], "node_id": "Ug==", "name": name, "full_name": full_name, "private": False}]
+        self.webhooks.send(
+            "installation_repositories",
+            "added",
+            {
+                "action": "added",
+                "installation": self.webhooks.shapes.installation(),
+                "repository_selection": "all",
+                "repositories_added": listed,
+                "repositories_removed": [],
+                "requester": None,
+                "sender": account(ACCOUNT, "Organization"),
+            },
+        )
         title = git(target, "log", "-1", "--format=%s", "refs/heads/proposed").decode(errors="replace").strip()
         pull = self.twin.open_pull(
             full_name, title=title, body=f"{base}..{head}", author="grace", author_type="User", head_ref="proposed", base_ref="main"

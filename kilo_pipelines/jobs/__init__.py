@@ -44,15 +44,14 @@ def agent_session() -> None:
 
 
 @job(
-    name="apply_effects",
     executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
     description="Applies effects that a run left behind: after a provider outage, a crash or a back-off.",
 )
-def apply_effects_job() -> None:
+def outbox() -> None:
     apply_waiting_effects()
 
 
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
-    return [code_review, settle_code_review, agent_session, apply_effects_job]
+    return [code_review, settle_code_review, agent_session, outbox]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from uuid import UUID
 
-from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, RetryPolicy, op
+from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, Out, RetryPolicy, op
 
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.ids import Ids, ids_of_run
@@ -53,11 +53,11 @@ def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, 
     context.log.warning(f"{effect.intent.kind} not applied ({failure.reason}): {state}")
 
 
-@op(ins={"start": In(Nothing)}, out={}, retry_policy=TRANSPORT_RETRY, description="Applies the effects of this run's items.")
+@op(ins={"start": In(Nothing)}, out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Applies the effects of this run's items.")
 def apply_effects(context: OpExecutionContext, store: StoreResource, github: GitHubResource) -> None:
     apply_effects_of(context, store.get(), github, ids_of_run(context))
 
 
-@op(out={}, retry_policy=TRANSPORT_RETRY, description="Applies effects that are due for the named items.")
+@op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Applies effects that are due for the named items.")
 def apply_waiting_effects(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource) -> None:
     apply_effects_of(context, store.get(), github, config.ids)

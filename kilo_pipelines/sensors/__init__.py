@@ -10,7 +10,7 @@ import time
 from dagster import DefaultSensorStatus, RunRequest, SensorDefinition, SensorEvaluationContext, SensorResult, SkipReason, sensor
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import agent_session, apply_effects_job, code_review, settle_code_review
+from kilo_pipelines.jobs import agent_session, outbox, code_review, settle_code_review
 from kilo_pipelines.ops.admission import admit
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import Offer, Store
@@ -32,13 +32,13 @@ _OP_OF = {
     code_review.name: "launch_reviews",
     settle_code_review.name: "settle_reviews",
     agent_session.name: "run_agent_session",
-    apply_effects_job.name: "apply_waiting_effects",
+    outbox.name: "apply_waiting_effects",
 }
 
 
 def run_request(offer: Offer) -> RunRequest:
     """The run that an offer asks for: ids as configuration, labels as tags."""
-    job_name = apply_effects_job.name if offer.kind == "effects" else _JOB_OF[(offer.kind, offer.service)]
+    job_name = outbox.name if offer.kind == "effects" else _JOB_OF[(offer.kind, offer.service)]
     op_name = _OP_OF[job_name]
     ids = [str(one) for one in offer.ids]
     return RunRequest(
@@ -71,7 +71,7 @@ def wait_for_work(store: Store, seconds: float) -> list[RunRequest]:
 def _shard(number: int) -> SensorDefinition:
     @sensor(
         name=f"work_{number:02d}",
-        jobs=[code_review, settle_code_review, agent_session, apply_effects_job],
+        jobs=[code_review, settle_code_review, agent_session, outbox],
         minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
         default_status=DefaultSensorStatus.RUNNING,
         description="Waits for deliveries, callbacks and waiting items; admits and offers them.",
@@ -90,7 +90,7 @@ def _shard(number: int) -> SensorDefinition:
 
 @sensor(
     name="recovery",
-    jobs=[apply_effects_job],
+    jobs=[outbox],
     minimum_interval_seconds=RECOVERY_INTERVAL_SECONDS,
     default_status=DefaultSensorStatus.RUNNING,
     description="Reaps expired leases and deadlines: what a dead process held goes back to waiting.",

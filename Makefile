@@ -1,0 +1,65 @@
+# Needs Python 3.11+, make and git; everything else is installed below .venv and .cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OPENAPI := .cache/openapi/.installed
+AGENT ?= kilo
+SCENARIO ?= review
+
+.PHONY: up down demo test test-unit check deps format lock doctor clean
+
+up: $(STAMP)
+	@exec $(BIN)/kilo-pipelines up
+
+down: $(STAMP)
+	@$(BIN)/kilo-pipelines down
+
+demo: $(STAMP)
+	@exec $(BIN)/kilo-pipelines demo --agent $(AGENT) --scenario $(SCENARIO) $(if $(REPO),--repo $(REPO) --base $(or $(BASE),HEAD~1) --head $(or $(HEAD),HEAD))
+
+doctor: $(STAMP)
+	@$(BIN)/kilo-pipelines doctor
+
+deps: $(STAMP) $(OPENAPI)
+
+$(STAMP): requirements.lock pyproject.toml kilo_pipelines/cloud_agent/install.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile -r requirements.lock 2>&1 | grep -v "^WARNING: Location" || true
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . 2>&1 | grep -v "^WARNING: Location" || true
+	$(BIN)/python -m pip check
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
+	$(BIN)/python -m kilo_pipelines.cloud_agent.install
+	@touch $@
+
+# GitHub's published description of its API, for tests only.
+$(OPENAPI): tests/contracts/package.json | $(STAMP)
+	@mkdir -p .cache/openapi && cp tests/contracts/package.json .cache/openapi/
+	$(BIN)/python -m kilo_pipelines.cloud_agent.install npm .cache/openapi install --silent --ignore-scripts --no-audit --no-fund --no-package-lock
+	@touch $@
+
+test: deps
+	$(BIN)/python -m pytest tests/unit -q -n 2
+	$(BIN)/python -m pytest tests --ignore tests/unit -q
+
+test-unit: deps
+	$(BIN)/python -m pytest tests/unit -q -n 2
+
+check: deps
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/dagster definitions validate -m kilo_pipelines.definitions
+
+format: deps
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Versions and hashes only: the lock names no address.
+lock: deps
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate --generate-hashes --extra dev -o requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) .cache

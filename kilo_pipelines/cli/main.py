@@ -1,0 +1,401 @@
+"""`kilo-pipelines`: up, down, status, doctor, demo, owners, integrations, reviews. `--json` everywhere, honest exit codes.
+
+0: done, or everything is well; 1: it could not be done, or something is missing; 2: the command was misused (click's own).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+from uuid import UUID
+
+import click
+import psutil
+
+from kilo_pipelines import __version__
+from kilo_pipelines.cli import doctor as doctor_checks
+from kilo_pipelines.cli import setup, supervisor, world
+from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.services.code_review import admission
+from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.settings import Settings, SettingsError
+from kilo_pipelines.store import NewItem, Store
+from kilo_pipelines.store.embedded import EmbeddedPostgresError
+
+as_json = click.option("--json", "plain", is_flag=True, help="Prints one JSON document instead of text.")
+
+
+def _show(plain: bool, value: Any, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(value, default=str) if plain else text())
+
+
+def _end(plain: bool, message: str, code: int = 1) -> NoReturn:
+    if plain:
+        click.echo(json.dumps({"error": message}))
+    else:
+        click.echo(f"kilo-pipelines: {message}", err=True)
+    sys.exit(code)
+
+
+def _store(plain: bool) -> tuple[Settings, Store]:
+    settings = Settings()
+    if not supervisor.is_running(settings) and settings.database_url is None:
+        _end(plain, f"the platform of {settings.home} isn't running: start it with `kilo-pipelines up`")
+    try:
+        return settings, setup.open_store(settings)
+    except SettingsError as failure:
+        _end(plain, str(failure))
+
+
+@click.group()
+@click.version_option(__version__)
+def main() -> None:
+    """A self-hosted automation platform for coding agents."""
+
+
+@main.command()
+@click.option("--agent", type=click.Choice(["kilo", "scripted"]), help="Agent CLI; kept for this home.")
+@click.option("--once", is_flag=True, help="Stops after the first review instead of at Ctrl-C.")
+def up(agent: str | None, once: bool) -> None:
+    """Starts the whole platform and shows a pull request being reviewed; Ctrl-C stops it."""
+    if agent:
+        os.environ["KILO_AGENT"] = agent
+    settings = world.decide(Settings())
+    platform = supervisor.Platform(settings, world.say)
+    stop = _stop_on_signals()
+    started = time.monotonic()
+    code = 0
+    try:
+        platform.lock()
+        world.start_platform(platform)
+        world.table(platform)
+        world.say(f"everything answers after {time.monotonic() - started:.1f} s")
+        if settings.offline:
+            _live_review(settings, stop)
+        if not once:
+            world.say("Ctrl-C stops everything.")
+            platform.watch(lambda: platform._stopping.set() if stop.is_set() else None)
+    except (supervisor.SupervisorError, EmbeddedPostgresError, ValueError, OSError) as failure:
+        code = world.fail(str(failure))
+    except KeyboardInterrupt:
+        world.say("stopping")
+    finally:
+        stopping = time.monotonic()
+        platform.stop()
+        world.say(f"stopped in {time.monotonic() - stopping:.1f} s")
+    sys.exit(code)
+
+
+def _live_review(settings: Settings, stop: threading.Event) -> None:
+    """Something to see: the first time a pull request, afterwards a new commit on it."""
+    store = setup.open_store(settings)
+    owner_id = setup.ensure_demo_owner(settings, store, setup.twin_credentials(settings), "critical")
+    world.say("a pull request is on its way:")
+    if not stop.is_set():
+        world.follow(store, owner_id, world.next_pull(settings, store, owner_id), settings, world.say)
+
+
+def _stop_on_signals() -> threading.Event:
+    """SIGINT and SIGTERM interrupt what the main thread does; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def handler(_number: int, _frame: Any) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return stop
+
+
+@main.command()
+@as_json
+def down(plain: bool) -> None:
+    """Stops the platform that `up` started, from another terminal."""
+    settings = Settings()
+    state = supervisor.read_state(settings)
+    if not supervisor.is_running(settings) or "pid" not in state:
+        _end(plain, f"no platform runs in {settings.home}")
+    process = psutil.Process(int(str(state["pid"])))
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(supervisor.STOP_SECONDS + 5)
+    except psutil.TimeoutExpired:
+        _end(plain, f"process {process.pid} doesn't end; its children are {[one.pid for one in process.children()]}")
+    _show(plain, {"stopped": True}, lambda: "stopped")
+
+
+@main.command()
+@as_json
+def status(plain: bool) -> None:
+    """Shows what runs; exit status 1 when nothing does."""
+    settings = Settings()
+    running = supervisor.is_running(settings)
+    children: list[dict[str, Any]] = list(supervisor.read_state(settings).get("children", [])) if running else []
+    for child in children:
+        child["alive"] = psutil.pid_exists(int(child["pid"]))
+    work = {f"{what}.{state}": count for (what, state), count in setup.open_store(settings).queue.gauges().items()} if running else {}
+    report = {"home": str(settings.home), "running": running, "processes": children, "work": work}
+
+    def text() -> str:
+        if not running:
+            return f"no platform runs in {settings.home}"
+        lines = [
+            f"{child['name']:<16} {'runs' if child['alive'] else 'DEAD'}  pid {child['pid']:<8} restarts {child['restarts']}  {child['address']}"
+            for child in children
+        ]
+        return "\n".join([*lines, "work: " + (", ".join(f"{count} {name}" for name, count in work.items()) or "nothing waits")])
+
+    _show(plain, report, text)
+    sys.exit(0 if running and all(child["alive"] for child in children) else 1)
+
+
+@main.command()
+@as_json
+def doctor(plain: bool) -> None:
+    """Checks everything that the platform needs; each missing thing comes with its remedy."""
+    checks = doctor_checks.run(Settings())
+    bad = [check for check in checks if not check.ok and check.required]
+
+    def text() -> str:
+        return "\n".join(
+            f"{'ok     ' if check.ok else 'MISSING' if check.required else 'note   '} {check.name}: {check.found}"
+            + (f"\n        {check.remedy}" if not check.ok else "")
+            for check in checks
+        )
+
+    _show(plain, {"ok": not bad, "checks": [asdict(check) for check in checks]}, text)
+    sys.exit(1 if bad else 0)
+
+
+@main.command()
+@click.option("--agent", type=click.Choice(["kilo", "scripted"]), default="kilo", show_default=True)
+@click.option("--scenario", type=click.Choice(["review"]), default="review", show_default=True)
+@click.option("--repo", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A local git repository.")
+@click.option("--base", default="HEAD~1", show_default=True, help="Base revision of --repo.")
+@click.option("--head", default="HEAD", show_default=True, help="Head revision of --repo.")
+@click.option("--keep", is_flag=True, help="Keeps the scratch home.")
+def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, keep: bool) -> None:
+    """Runs a scenario on free ports in a scratch home and ends; the last line of stdout is one JSON object."""
+    del scenario  # one for now; click refuses others
+    home = Path(tempfile.mkdtemp(prefix="kilo-demo-"))
+    world.scratch_environment(home)
+    os.environ["KILO_AGENT"] = agent
+    settings = world.decide(Settings())
+    platform = supervisor.Platform(settings, world.say)
+    _stop_on_signals()
+    answer: dict[str, Any] = {}
+    try:
+        platform.lock()
+        world.start_platform(platform)
+        world.say(f"everything answers; agent: {agent}")
+        answer = world.demo(settings, platform, repo, base, head)
+    except (supervisor.SupervisorError, EmbeddedPostgresError, ValueError, OSError) as failure:
+        world.fail(str(failure))
+    except KeyboardInterrupt:
+        world.fail("interrupted")
+    finally:
+        platform.stop()
+        if keep or not answer.get("ok"):
+            world.say(f"the home is kept: {home}")
+        else:
+            shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(settings.sockets, ignore_errors=True)
+    ok = bool(answer.pop("ok", False))
+    if answer:
+        click.echo(json.dumps(answer))
+    sys.exit(0 if ok else 1)
+
+
+@main.group()
+def owners() -> None:
+    """Owners: persons and organizations that work is done for."""
+
+
+@owners.command("list")
+@as_json
+def owners_list(plain: bool) -> None:
+    """Lists owners."""
+    _, store = _store(plain)
+    found = [asdict(one) for one in store.owners.list()]
+    _show(plain, found, lambda: "\n".join(f"{one['id']}  {one['kind']:<12} {one['plan']:<8} {one['name']}" for one in found) or "no owners")
+
+
+@owners.command("create")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(["user", "organization"]), required=True)
+@click.option("--plan", type=click.Choice(["default", "funded"]), default="default", show_default=True)
+@as_json
+def owners_create(name: str, kind: str, plan: str, plain: bool) -> None:
+    """Creates an owner and enables Code Review with its defaults."""
+    _, store = _store(plain)
+    owner = store.owners.create(kind, name, plan)
+    store.owners.put_config(
+        owner.id, admission.SERVICE, CodeReviewConfig().model_dump(mode="json"), enabled=True, expected_revision=0, actor="operator"
+    )
+    _show(plain, asdict(owner), lambda: str(owner.id))
+
+
+@main.group()
+def integrations() -> None:
+    """Connections of owners to GitHub."""
+
+
+@integrations.command("list")
+@as_json
+def integrations_list(plain: bool) -> None:
+    """Lists integrations with their repositories."""
+    _, store = _store(plain)
+    found = [{"owner": str(owner.id), **one} for owner in store.owners.list() for one in store.owners.integrations(owner.id)]
+    _show(
+        plain,
+        found,
+        lambda: "\n".join(f"{one['owner']}  {one['provider']} {one['installation_id']}  {one['account']}: {', '.join(one['repositories'])}" for one in found)
+        or "no integrations",
+    )
+
+
+@integrations.command("connect")
+@click.option("--owner", type=click.UUID, required=True)
+@click.option("--installation", type=int, required=True, help="GitHub's number of the App's installation.")
+@click.option("--account", required=True, help="Login of the account that installed the App.")
+@as_json
+def integrations_connect(owner: UUID, installation: int, account: str, plain: bool) -> None:
+    """Connects an installation after GitHub confirmed that this App holds it."""
+    settings, store = _store(plain)
+    holder = store.owners.by_installation("github", installation)
+    if holder is not None and holder.owner_id != owner:
+        _end(plain, f"installation {installation} belongs to another owner already")
+    try:
+        made = setup.connect_installation(settings, store, owner, installation, account)
+    except (ValueError, setup.ProviderError) as failure:
+        _end(plain, str(failure))
+    _show(plain, {"integration": str(made)}, lambda: str(made))
+
+
+@main.group()
+def reviews() -> None:
+    """Code reviews."""
+
+
+def _find(store: Store, review: UUID, plain: bool) -> Any:
+    row = store.reviews.get(review)
+    if row is None:
+        _end(plain, f"no review {review}")
+    return row
+
+
+@reviews.command("list")
+@click.option("--limit", default=50, show_default=True)
+@as_json
+def reviews_list(limit: int, plain: bool) -> None:
+    """Lists reviews of all owners, newest first."""
+    _, store = _store(plain)
+    rows = [row for owner in store.owners.list() for row in store.reviews.list(owner.id, limit=limit)]
+    rows.sort(key=lambda row: row.created_at, reverse=True)
+    _show(
+        plain,
+        [asdict(row) for row in rows[:limit]],
+        lambda: "\n".join(
+            f"{row.item_id}  {row.state:<10} {row.reason or '':<18} {(row.verdict or {}).get('conclusion', ''):<10} {row.repository}#{row.pull_number}"
+            f" {row.head_sha[:12]}"
+            for row in rows[:limit]
+        )
+        or "no reviews",
+    )
+
+
+@reviews.command("show")
+@click.argument("review", type=click.UUID)
+@as_json
+def reviews_show(review: UUID, plain: bool) -> None:
+    """Shows a review with its evidence: what was sent to the model, what was not."""
+    _, store = _store(plain)
+    row = _find(store, review, plain)
+    effects = store.outbox.of_item(review)
+    events = store.sessions.events(row.session_id) if row.session_id else []
+
+    def text() -> str:
+        lines = [f"{row.repository}#{row.pull_number} {row.title}", f"{row.url}", f"head {row.head_sha} into {row.base_ref}", f"state {row.state}, attempt {row.attempt}"]
+        if row.reason:
+            meaning, remedy = MEANING[Reason(row.reason)]
+            lines.append(f"reason {row.reason}: {meaning} {remedy}")
+        if row.verdict:
+            lines.append(f"check {row.verdict['conclusion']}, findings {row.verdict['counts']}")
+        if row.evidence:
+            evidence = Evidence.model_validate(row.evidence)
+            lines.append(
+                f"evidence {evidence.evidence_class}: {evidence.covered} of {evidence.changed_blobs} blobs in {evidence.turns} turns,"
+                f" diff {evidence.diff_hash[:16]}, agent {evidence.agent} {evidence.agent_version}, model {evidence.model}"
+            )
+            for entry in evidence.ledger:
+                how = f"turn {entry.sent_turn}" if entry.sent_turn else entry.excluded or "NEVER SENT"
+                lines.append(f"  {how:<14} {entry.status:<9} {entry.path}")
+        lines += [f"effect {one['kind']:<24} {one['state']:<8} {one['url'] or one['reason'] or ''}" for one in effects]
+        lines += [f"event  {one['at']:%H:%M:%S} {one['kind']} {one['data']}" for one in events]
+        return "\n".join(lines)
+
+    _show(plain, {**asdict(row), "effects": effects, "events": events}, text)
+
+
+@reviews.command("dispatch")
+@click.option("--owner", type=click.UUID, required=True)
+@click.option("--repository", required=True, help="owner/name")
+@click.option("--pull", type=int, required=True)
+@as_json
+def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> None:
+    """Asks for a review by hand."""
+    settings, store = _store(plain)
+    config = store.owners.config(owner, admission.SERVICE)
+    known = {name: one for one in store.owners.integrations(owner) for name in one["repositories"]}
+    if config is None or not config.enabled or repository not in known:
+        _end(plain, f"{repository} isn't connected to this owner, or Code Review is off")
+    try:
+        installation = known[repository]["installation_id"]
+        app = setup.github_app(settings)
+        ids = [one.external_id for one in app.installed_repositories(installation) if one.full_name == repository]
+        state = app.installation(installation, ids, {"metadata": "read", "pull_requests": "read"}).pull(repository, pull)
+    except (ValueError, setup.ProviderError) as failure:
+        _end(plain, str(failure))
+    item = store.reviews.dispatch(
+        owner,
+        NewItem(
+            service=admission.SERVICE,
+            subject_key=admission.subject(state.repository_id, pull),
+            repository_id=state.repository_id,
+            priority=1,
+            details={**asdict(state), "pull_number": pull, "trigger": "manual", "settings": config.config},
+        ),
+        actor="operator",
+    )
+    if item is None:
+        _end(plain, "this pull request has an active review already")
+    _show(plain, {"review": str(item)}, lambda: str(item))
+
+
+@reviews.command("cancel")
+@click.argument("review", type=click.UUID)
+@as_json
+def reviews_cancel(review: UUID, plain: bool) -> None:
+    """Cancels an active review; its session stops and its slot is free."""
+    _, store = _store(plain)
+    if not store.queue.cancel(review, reason=Reason.USER_CANCELLED, actor="operator"):
+        _end(plain, "this review is over already, or unknown")
+    _show(plain, {"cancelled": True}, lambda: "cancelled")
+
+
+if __name__ == "__main__":
+    main()

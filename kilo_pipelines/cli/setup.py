@@ -1,0 +1,135 @@
+"""First start and every start: secrets, database, the twin's credentials, the demo owner."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.ingress.keys import ensure_operator_key
+from kilo_pipelines.providers.github import GitHubApp, ProviderError
+from kilo_pipelines.services.code_review.admission import SERVICE
+from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.settings import Settings, private_dir, write_secret
+from kilo_pipelines.store import Cipher, Repository, Store
+from kilo_pipelines.store.migrate import migrate, provision, read_logins
+
+DEMO_OWNER = "acme"
+
+
+def prepare_secrets(settings: Settings) -> None:
+    """Makes what the platform needs for itself and never shows."""
+    private_dir(settings.secrets_dir)
+    if not settings.encryption_key_file.exists():
+        write_secret(settings.encryption_key_file, Cipher.new_key_file())
+    password = settings.secrets_dir / "broker-password"
+    if not password.exists():
+        write_secret(password, secrets.token_urlsafe(24))
+
+
+def prepare_database(settings: Settings, admin_url: str) -> None:
+    """Roles, databases, our schema and Dagster's tables."""
+    path = settings.secrets_dir / "database.json"
+    logins = provision(admin_url, read_logins(path))
+    write_secret(path, json.dumps(logins))
+    migrate(logins["migrator"])
+    marker = settings.home / "run" / "dagster-tables"
+    if not marker.exists():
+        subprocess.run(
+            [sys.executable, "-c", "import sys; from dagster_postgres import DagsterPostgresStorage as S; S(sys.stdin.read())"],
+            input=logins["dagster"],
+            text=True,
+            check=True,
+            capture_output=True,
+        )
+        marker.write_text("made\n")
+
+
+def open_store(settings: Settings) -> Store:
+    """The store for the command line."""
+    logins = settings.database_logins()
+    return Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
+
+
+def write_config(settings: Settings, values: dict[str, Any]) -> None:
+    """Keeps what was decided for this home; the environment still wins over it."""
+    lines = "".join(f"KILO_{name.upper()}={value}\n" for name, value in values.items())
+    (settings.home / "config.env").write_text(lines)
+
+
+def twin_credentials(settings: Settings) -> dict[str, Any]:
+    """What the twin shows its operator, as GitHub does at the App's page."""
+    found: dict[str, Any] = json.loads((settings.home / "twin" / "credentials.json").read_text())
+    return found
+
+
+def adopt_twin(settings: Settings, credentials: dict[str, Any]) -> None:
+    """Stores the twin's App key, webhook secret and model key where the real ones would lie.
+
+    Refuses to overwrite real ones: the twin and real credentials never meet (threats, rule 25).
+    """
+    origin = settings.secrets_dir / "origin"
+    if settings.github_private_key_file.exists() and (not origin.exists() or origin.read_text() != "twin"):
+        raise ValueError("this home holds credentials of a real GitHub App: start it with KILO_OFFLINE=false, or use another KILO_HOME")
+    write_secret(origin, "twin")
+    write_secret(settings.github_private_key_file, credentials["private_key_pem"])
+    write_secret(settings.webhook_secret_file, credentials["webhook_secret"])
+    write_secret(settings.model_key_file, credentials["model_api_key"])
+
+
+def github_app(settings: Settings) -> GitHubApp:
+    """The App for the command line."""
+    if settings.github_app_id is None or not settings.github_private_key_file.exists():
+        raise ValueError(f"set KILO_GITHUB_APP_ID and store the App's private key in {settings.github_private_key_file}")
+    return GitHubApp(settings.github_api_url, settings.github_app_id, settings.github_private_key_file.read_text(), SystemClock())
+
+
+def connect_installation(settings: Settings, store: Store, owner_id: UUID, installation_id: int, account: str) -> UUID:
+    """Connects an installation with the repositories that GitHub names."""
+    found = github_app(settings).installed_repositories(installation_id)
+    repositories = [Repository(one.external_id, one.full_name, one.default_branch, one.private) for one in found]
+    return store.owners.connect(
+        owner_id, provider="github", installation_id=installation_id, account=account, repositories=repositories, actor="operator"
+    )
+
+
+def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, Any], gate: str) -> UUID:
+    """The seeded world's owner, its installation and Code Review with a gate."""
+    owner = next((one for one in store.owners.list() if one.name == DEMO_OWNER), None) or store.owners.create("organization", DEMO_OWNER)
+    connect_installation(settings, store, owner.id, credentials["installation_id"], credentials["account"])
+    known = store.owners.config(owner.id, SERVICE)
+    wanted = CodeReviewConfig(gate_threshold=gate).model_dump(mode="json")  # type: ignore[arg-type]  # validated by pydantic
+    if known is None:
+        store.owners.put_config(owner.id, SERVICE, wanted, enabled=True, expected_revision=0, actor="operator")
+    ensure_operator_key(store, settings.operator_key_file)
+    return owner.id
+
+
+def twin_call(settings: Settings, *arguments: str) -> dict[str, Any]:
+    """One command of the twin, in a process of its own."""
+    argv = [sys.executable, "-m", "kilo_twin", *arguments, "--home", str(settings.home / "twin"), "--port", str(settings.twin_port)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[2])
+    if done.returncode:
+        raise ValueError(f"the twin refused: {done.stderr.strip() or done.stdout.strip()}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+__all__ = [
+    "ProviderError",
+    "adopt_twin",
+    "connect_installation",
+    "ensure_demo_owner",
+    "github_app",
+    "open_store",
+    "prepare_database",
+    "prepare_secrets",
+    "twin_call",
+    "twin_credentials",
+    "write_config",
+]

@@ -1,0 +1,235 @@
+"""Running the whole platform from one command: `up` until Ctrl-C, `demo` to its own end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from kilo_pipelines.cli import setup, supervisor
+from kilo_pipelines.cli.supervisor import Platform
+from kilo_pipelines.settings import Settings
+from kilo_pipelines.store import Store
+from kilo_pipelines.store.rows import ReviewRow
+
+# A session's own cap is longer; a demonstration that takes ten minutes has failed.
+REVIEW_SECONDS = 600.0
+
+
+def say(line: str) -> None:
+    """One line for people, at once."""
+    print(line, flush=True)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def start_platform(platform: Platform) -> None:
+    """Everything in its order, as much at once as possible."""
+    settings = platform.settings
+    setup.prepare_secrets(settings)
+    first = [supervisor.redis(settings)]
+    if settings.offline:
+        first.append(supervisor.twin(settings))
+    if settings.database_url is None:
+        server, child = supervisor.postgres(settings)
+        platform.start([child])
+        server.wait_ready(20)
+        admin_url = server.admin_url
+    else:
+        admin_url = settings.database_url
+    platform.start(first)
+    setup.prepare_database(settings, admin_url)
+    if settings.offline:
+        setup.adopt_twin(settings, setup.twin_credentials(settings))
+    store = setup.open_store(settings)
+    store.database.check_roles()
+    store.sessions.ensure_capacity(supervisor.agents_max(settings))
+    platform.start([*supervisor.outer_processes(settings), *supervisor.dagster_processes(settings)])
+
+
+def decide(settings: Settings, **more: Any) -> Settings:
+    """Keeps this home's choices in its config.env, with the twin's addresses when offline."""
+    values: dict[str, Any] = {
+        "public_port": settings.public_port,
+        "admin_port": settings.admin_port,
+        "dagster_port": settings.dagster_port,
+        "twin_port": settings.twin_port,
+        "agent": settings.agent,
+        "offline": settings.offline,
+        **more,
+    }
+    if settings.offline:
+        values |= {
+            "github_api_url": f"{settings.twin_url}/api/v3",
+            "github_app_id": 4242,
+            "model_base_url": f"{settings.twin_url}/model/v1",
+            "model": "scripted-reviewer",
+        }
+    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    setup.write_config(settings, values)
+    return Settings()
+
+
+@dataclass
+class Followed:
+    """A pull request on its way, with the moments that were seen."""
+
+    pull: dict[str, Any]
+    sent_at: float
+    answered: float
+    launched: float | None = None
+    reviewed: float | None = None
+    row: ReviewRow | None = None
+
+
+def follow(store: Store, owner_id: UUID, pull: dict[str, Any], settings: Settings, line: Callable[[str], None]) -> Followed:
+    """Waits for the review of a pull request's present head and for its effects, telling each step once."""
+    done = Followed(pull, time.monotonic(), float(pull["delivery"]["duration"]))
+    line(f"  pull request  {pull['url']}")
+    line(f"  delivery      {pull['delivery']['guid']} answered {pull['delivery']['status_code']} in {done.answered * 1000:.0f} ms")
+    told: set[str] = set()
+
+    def tell(key: str, text: str) -> None:
+        if key not in told:
+            told.add(key)
+            line(f"  {text}")
+
+    while time.monotonic() - done.sent_at < REVIEW_SECONDS:
+        row = next(
+            (one for one in store.reviews.list(owner_id, limit=20) if one.pull_number == pull["number"] and one.head_sha == pull["head_sha"] and one.repository == pull["repository"]), None
+        )
+        if row is not None:
+            done.row = row
+            if row.run_id:
+                tell("run", f"run           {settings.dagster_url}/runs/{row.run_id}")
+            if row.session_id:
+                done.launched = done.launched or time.monotonic() - done.sent_at
+                tell("session", f"session       {row.session_id}, launched after {done.launched:.1f} s")
+            if row.session_run_id:
+                tell("agent", f"agent         {settings.dagster_url}/runs/{row.session_run_id}")
+                for event in store.sessions.events(row.session_id) if row.session_id else []:
+                    tell(f"event:{event['id']}", "              " + event["kind"] + " " + " ".join(f"{key}={value}" for key, value in event["data"].items()))
+            if row.ended_at is not None and _effects_ended(store, row):
+                done.reviewed = time.monotonic() - done.sent_at
+                verdict = row.verdict or {}
+                tell("end", f"review        {row.state} ({row.reason}), {verdict.get('counts', {})}")
+                tell("check", f"check         {verdict.get('conclusion')} after {done.reviewed:.1f} s")
+                return done
+        time.sleep(0.1)
+    return done
+
+
+def _effects_ended(store: Store, row: ReviewRow) -> bool:
+    effects = store.outbox.of_item(row.item_id)
+    return bool(effects) and row.verdict is not None and all(one["state"] not in ("pending", "applying") for one in effects)
+
+
+def table(platform: Platform) -> None:
+    """What runs where."""
+    settings = platform.settings
+    say(f"kilo-pipelines runs in {settings.home} (agent: {settings.agent}, sessions at once: {supervisor.agents_max(settings)})")
+    for child in platform.children:
+        pid = child.popen.pid if child.popen else 0
+        say(f"  {child.name:<19} pid {pid:<8} {child.address}")
+    say(f"  Dagster UI          {settings.dagster_url}/runs")
+    if settings.offline:
+        say(f"  offline GitHub      {settings.twin_url}/acme/orders")
+    say(f"  operator's API key  {settings.operator_key_file}")
+    say(f"  logs                {settings.logs_dir}")
+
+
+def next_pull(settings: Settings, store: Store, owner_id: UUID) -> dict[str, Any]:
+    """The first time a pull request, afterwards a new commit on it."""
+    for row in store.reviews.list(owner_id, limit=200):
+        if row.repository == "acme/orders" and row.pull_number == 1:
+            return setup.twin_call(settings, "push", "--pull", "1")
+    return setup.twin_call(settings, "open-pull", "--kind", "planted")
+
+
+def demo(settings: Settings, platform: Platform, repository: Path | None, base: str, head: str) -> dict[str, Any]:
+    """The scenario `review`: its JSON object, with `ok`."""
+    store = setup.open_store(settings)
+    credentials = setup.twin_credentials(settings)
+    owner_id = setup.ensure_demo_owner(settings, store, credentials, "critical")
+    if repository is not None:
+        return _demo_repository(settings, store, owner_id, repository, base, head)
+    say("a pull request with planted defects:")
+    planted = follow(store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "planted"), settings, say)
+    say("a clean pull request:")
+    clean = follow(store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "clean"), settings, say)
+    seen = [_read_back(settings, one) for one in (planted, clean)]
+    answer = _answer(settings, store, planted, seen[0])
+    answer["clean"] = {"conclusion": seen[1]["conclusion"]}
+    answer["ok"] = bool(seen[0]["inline"]) and seen[0]["conclusion"] == "failure" and seen[1]["conclusion"] == "success"
+    return answer
+
+
+def _demo_repository(settings: Settings, store: Store, owner_id: UUID, repository: Path, base: str, head: str) -> dict[str, Any]:
+    """One pull request of a given repository; `ok` when its review concluded with an earned verdict."""
+    say(f"a pull request of {repository.resolve().name}, {base}..{head}:")
+    pull = setup.twin_call(settings, "import-repo", "--path", str(repository.resolve()), "--base", base, "--head", head)
+    followed = follow(store, owner_id, pull, settings, say)
+    seen = _read_back(settings, followed)
+    answer = _answer(settings, store, followed, seen)
+    answer["clean"] = {"conclusion": None}
+    answer["ok"] = bool(followed.row and (followed.row.verdict or {}).get("earned"))
+    return answer
+
+
+def _read_back(settings: Settings, followed: Followed) -> dict[str, Any]:
+    """What stands on the pull request, read by another process over REST."""
+    read = setup.twin_call(settings, "read", "--pull", str(followed.pull["number"]), "--repo", followed.pull["repository"])
+    checks = [one for one in read["check_runs"] if one["name"] == "kilo/code-review"]
+    summaries = [one for one in read["comments"] if "kilo-pipelines:summary" in one["body"]]
+    return {
+        "inline": len(read["review_comments"]),
+        "summary_url": summaries[0]["html_url"] if summaries else None,
+        "conclusion": checks[0]["conclusion"] if checks else None,
+    }
+
+
+def _answer(settings: Settings, store: Store, followed: Followed, seen: dict[str, Any]) -> dict[str, Any]:
+    row = followed.row
+    ledger = (row.evidence or {}).get("ledger", []) if row else []
+    return {
+        "delivery": followed.pull["delivery"]["guid"],
+        "runs": [run for run in (row.run_id, row.session_run_id) if run] if row else [],
+        "session": str(row.session_id) if row and row.session_id else None,
+        "review": {"inline": seen["inline"], "summary_url": seen["summary_url"]},
+        "check": {"conclusion": seen["conclusion"]},
+        "clean": {"conclusion": None},
+        "evidence": {
+            "turns": (row.evidence or {}).get("turns", 0) if row else 0,
+            "changed_blobs": len(ledger),
+            "covered": sum(1 for entry in ledger if entry["sent_turn"] is not None),
+        },
+        "seconds": {
+            "answered": round(followed.answered, 3),
+            "launched": round(followed.launched, 2) if followed.launched else None,
+            "reviewed": round(followed.reviewed, 2) if followed.reviewed else None,
+        },
+        "agent": settings.agent,
+    }
+
+
+def scratch_environment(home: Path) -> None:
+    """Free ports and a home of its own for this process and its children."""
+    os.environ["KILO_HOME"] = str(home)
+    for name in ("PUBLIC", "ADMIN", "DAGSTER", "TWIN"):
+        os.environ[f"KILO_{name}_PORT"] = str(free_port())
+
+
+def fail(message: str) -> int:
+    """One line of what went wrong, on stderr."""
+    print(f"kilo-pipelines: {message}", file=sys.stderr)
+    return 1

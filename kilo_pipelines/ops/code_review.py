@@ -31,8 +31,8 @@ def _say(context: OpExecutionContext, item_id: UUID, word: str, **links: str | N
     """One log line an item, the outcome tag (of a run for one item) and links in the op's metadata."""
     context.log.info(f"item {item_id}: {word}")
     if tags.ITEM in context.run.tags:
-        context.instance.add_run_tags(context.run_id, {tags.OUTCOME: word})
-    context.add_output_metadata({"outcome": word, **{name: MetadataValue.url(url) for name, url in links.items() if url}})
+        context.instance.add_run_tags(context.run_id, {tags.OUTCOME: str(word)})
+    context.add_output_metadata({"outcome": str(word), **{name: MetadataValue.url(url) for name, url in links.items() if url}})
 
 
 def marker_of(store: Store) -> Marker:

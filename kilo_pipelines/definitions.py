@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagster import Definitions
+from dagster import Definitions, in_process_executor
 from dagster import definitions as lazy_definitions
 
 from kilo_pipelines.assets import default_assets
@@ -25,6 +25,8 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
         jobs=[*default_jobs(), refresh_outcomes],
         sensors=default_sensors(shards),
         schedules=default_schedules(),
+        # A warm worker's child may have no children of its own, and one process a run is what it is for.
+        executor=in_process_executor,
         resources={
             "store": StoreResource(),
             "github": GitHubResource(),

@@ -14,7 +14,6 @@ from dagster import Field, StringSource
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._serdes import ConfigurableClassData
 from dagster_celery.launcher import CeleryRunLauncher
-from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG
 
 from kilo_pipelines import tags
 from kilo_pipelines.core.reasons import Reason
@@ -48,7 +47,7 @@ class KiloRunLauncher(CeleryRunLauncher):
         run = context.dagster_run
         queue = run.tags.get(tags.QUEUE, tags.QUEUE_MAINTENANCE)
         result = self.celery.send_task(EXECUTE_RUN, args=(run.run_id,), queue=queue)
-        self._instance.add_run_tags(run.run_id, {DAGSTER_CELERY_TASK_ID_TAG: result.task_id})
+        self._instance.add_run_tags(run.run_id, {tags.TASK: result.task_id})
 
     def terminate(self, run_id: str) -> bool:
         """Cancels the run and the work item that it stands for.
@@ -63,7 +62,7 @@ class KiloRunLauncher(CeleryRunLauncher):
         if item is not None:
             self._store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="dagster-ui")
         self._instance.report_run_canceling(run)
-        task_id = run.tags.get(DAGSTER_CELERY_TASK_ID_TAG)
+        task_id = run.tags.get(tags.TASK)
         if task_id is not None:
             self.celery.control.revoke(task_id, terminate=True, signal="SIGTERM")
         if not self._has_started(run_id):

@@ -18,8 +18,10 @@ OUTCOME = "kilo/outcome"
 
 ALL = (OWNER, SERVICE, REPOSITORY, SUBJECT, ITEM, SESSION, ATTEMPT, OUTCOME)
 
-# Celery's own tag for the queue of a run; the queues are served by one worker each (design, section 10).
-QUEUE = "dagster-celery/queue"
+# How the launcher routes a run and finds its task again; the prefix keeps both off the runs page.
+QUEUE = ".dagster/kilo-queue"
+TASK = ".dagster/kilo-task"
+# Each queue is served by one worker (design, section 10).
 QUEUE_DISPATCH = "dispatch"
 QUEUE_MAINTENANCE = "maintenance"
 QUEUE_AGENTS = "agents"

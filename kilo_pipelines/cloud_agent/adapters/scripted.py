@@ -21,6 +21,7 @@ BEHAVIOURS = (
     "obey_attacker",
     "crash",
     "hang",
+    "slow",
     "no_result",
     "symlink_result",
     "explore",

@@ -151,6 +151,12 @@ def hang(prompt):
     time.sleep(3600)
 
 
+def slow(prompt):
+    """Honest, but long enough at work to be interrupted."""
+    time.sleep(8)
+    converse(prompt)
+
+
 def no_result(prompt):
     ask([{"role": "user", "content": f"{prompt}\n"}])
 

@@ -1,0 +1,78 @@
+"""Fixtures that several folders share: an embedded PostgreSQL for the session, a fresh database for each test module."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from kilo_pipelines.core.clock import ManualClock
+from kilo_pipelines.store import Cipher, Store
+from kilo_pipelines.store.embedded import EmbeddedPostgres
+from kilo_pipelines.store.migrate import migrate, provision
+from tests.support.store import World
+
+
+@pytest.fixture(scope="session")
+def postgres_admin() -> Iterator[str]:
+    """URL of the superuser of a server of this test session."""
+    home = Path(tempfile.mkdtemp(prefix="kilo-t-"))
+    server = EmbeddedPostgres(home / "pg", home / "s")
+    home.chmod(0o711)
+    server.prepare()
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(server.command(), stdout=log, stderr=log, start_new_session=True, cwd="/")
+    server.wait_ready(30)
+    yield server.admin_url
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@dataclass
+class Database:
+    """One fresh database of the platform."""
+
+    logins: dict[str, str]
+    store: Store
+    clock: ManualClock
+
+
+_known: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def database(postgres_admin: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """Provisioned and migrated, under the same logins as in production; the clock is moved by hand."""
+    global _known  # noqa: PLW0603  # passwords of the roles stay the same over the session
+    suffix = f"_{uuid4().hex[:10]}"
+    logins = provision(postgres_admin, _known or None, suffix=suffix)
+    _known = logins
+    migrate(logins["migrator"])
+    key = tmp_path_factory.mktemp("key") / "encryption.key"
+    key.write_text(Cipher.new_key_file())
+    key.chmod(0o600)
+    clock = ManualClock(datetime.now(UTC))
+    store = Store(logins["app"], logins["system"], Cipher.from_file(key), clock)
+    yield Database(logins, store, clock)
+    store.database.dispose()
+    with psycopg.connect(postgres_admin.replace("+psycopg", ""), autocommit=True) as connection:
+        for name in ("kilo", "dagster"):
+            connection.execute(f'drop database "{name}{suffix}" with (force)'.encode())
+
+
+@pytest.fixture
+def world(database: Database) -> World:
+    """A fresh owner with one repository in the module's database."""
+    return World(database.store, database.clock)
+
+

@@ -1,0 +1,100 @@
+"""An owner with a repository in a real database, and the short ways to put work into it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+from uuid import UUID, uuid4
+
+from kilo_pipelines.core.clock import ManualClock
+from kilo_pipelines.core.effects import EffectIntent, EffectKind
+from kilo_pipelines.store import AdmissionTx, Claimed, NewDelivery, NewItem, Repository, SessionClaim, Store
+
+_numbers = itertools.count(1000)
+
+
+class World:
+    """One owner's corner of the database."""
+
+    def __init__(self, store: Store, clock: ManualClock, kind: str = "organization") -> None:
+        self.store, self.clock = store, clock
+        self.installation = next(_numbers)
+        self.repository = next(_numbers)
+        self.owner = store.owners.create(kind, f"owner-{self.installation}")
+        self.integration = store.owners.connect(
+            self.owner.id,
+            provider="github",
+            installation_id=self.installation,
+            account="octo",
+            repositories=[Repository(self.repository, "octo/demo", "main", False)],
+            actor="test",
+        )
+
+    def delivery(self, **more: Any) -> NewDelivery:
+        body = json.dumps({"nonce": uuid4().hex, **more}).encode()
+        return NewDelivery(self.owner.id, self.integration, uuid4().hex, "pull_request", "opened", body, {})
+
+    def details(self, pull: int, head: str | None = None) -> dict[str, Any]:
+        return {
+            "full_name": "octo/demo",
+            "pull_number": pull,
+            "title": "t",
+            "author": "grace",
+            "author_type": "User",
+            "url": "http://localhost/pull",
+            "base_ref": "main",
+            "base_sha": "b" * 40,
+            "head_ref": "topic",
+            "head_sha": head or uuid4().hex + "00000000",
+            "trigger": "webhook",
+            "settings": {},
+        }
+
+    def item(self, pull: int | None = None, head: str | None = None) -> UUID:
+        """A waiting item, as an admission makes it."""
+        opened: list[UUID] = []
+        number = pull or next(_numbers)
+
+        def admit(tx: AdmissionTx) -> None:
+            if tx.delivery.id != receipt.delivery_id:
+                tx.skip("event_unknown")
+                return
+            opened.append(tx.open(NewItem("code_review", f"github:{self.repository}:pull:{number}", self.repository, 0, self.details(number, head))))
+
+        receipt = self.store.inbox.record(self.delivery())
+        while not opened:
+            assert self.store.inbox.admit_next(admit, 50)
+        return opened[0]
+
+    def claim(self, item: UUID, cap: int = 20, lease: float = 30) -> Any:
+        return self.store.queue.claim(item, "code_review", run_id=uuid4().hex, slots=lambda _kind, _plan: cap, lease_s=lease)
+
+    def launched(self, item: UUID | None = None) -> tuple[Claimed, UUID]:
+        """A running item with a queued session."""
+        claim = self.claim(item or self.item())
+        assert isinstance(claim, Claimed), claim
+        session = uuid4()
+        head = {name: claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
+        assert self.store.sessions.launch(claim, session_id=session, spec={}, head=head, effects=[], cap_s=60)
+        return claim, session
+
+    def session_claim(self, session: UUID, lease: float = 30) -> Any:
+        self.store.sessions.ensure_capacity(64)
+        return self.store.sessions.claim(session, run_id=uuid4().hex, lease_s=lease)
+
+    def running(self) -> tuple[Claimed, SessionClaim]:
+        claim, session = self.launched()
+        held = self.session_claim(session)
+        assert isinstance(held, SessionClaim), held
+        return claim, held
+
+    def state(self, item: UUID) -> str:
+        found = self.store.queue.get(item)
+        assert found is not None
+        return found.state
+
+
+def intent(key: str, subject: str = "s") -> EffectIntent:
+    """An effect that nobody applies."""
+    return EffectIntent(kind=EffectKind.GITHUB_REACTION, intent_key=key, subject_key=subject, payload={"content": "eyes"})

@@ -141,7 +141,7 @@ class Twin:
             git(path, "read-tree", parent, env=index)
         for name, content in files.items():
             if content is None:
-                git(path, "update-index", "--force-remove", "--", name, env=index)
+                git(path, "update-index", "--index-info", stdin=f"0 {'0' * 40}\t{name}\n".encode(), env=index)
             else:
                 blob = git(path, "hash-object", "-w", "--stdin", stdin=content.encode()).decode().strip()
                 git(path, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", env=index)

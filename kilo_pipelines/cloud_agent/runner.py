@@ -159,6 +159,7 @@ class _Run:
                 time.sleep(WAIT_SECONDS / 5)
             answer = json.loads(courier.stdout.read() or b"{}")
         finally:
+            courier.stdout.close()
             if courier.poll() is None:
                 courier.kill()
                 courier.wait()
@@ -199,9 +200,11 @@ class _Run:
         while process.poll() is None and time.monotonic() < until:
             self._look()
             time.sleep(WAIT_SECONDS / 5)
-        if process.poll() != 0:
-            process.kill()
-            error = process.popen.stderr.read(2_000).decode(errors="replace") if process.popen.stderr else ""
+        process.kill()
+        assert process.popen.stderr is not None  # noqa: S101  # asked for above
+        with process.popen.stderr as stderr:
+            error = stderr.read(2_000).decode(errors="replace")
+        if process.popen.returncode != 0:
             raise _EndedError(SessionStatus.FAILED, Reason.CHECKOUT_FAILED, error.strip()[-500:])
         self._control.event("checked_out", {"head": self._facts.head_sha[:12]})
 

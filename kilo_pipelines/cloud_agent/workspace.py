@@ -60,13 +60,15 @@ class Workspace:
                 raise ResultFileError(f"the result can't be opened: {failure.strerror}") from None
         finally:
             os.close(directory)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(file.fileno())
+        try:
+            found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                 raise ResultFileError("the result is not a regular file with one link")
             if found.st_size > limit:
                 raise ResultFileError(f"the result has {found.st_size} bytes, {limit} are allowed")
-            return file.read(limit + 1)
+            return os.read(descriptor, limit)
+        finally:
+            os.close(descriptor)
 
     def clear_result(self) -> None:
         """Removes a refused result before the repair turn."""

@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -168,6 +169,22 @@ def symlink_result(prompt):
     os.symlink("/etc/passwd", path)
 
 
+def sockets():
+    """Every socket below /; asked of each file, because a directory lists a bound one as what it covers."""
+    found = []
+    for place, names, files in os.walk("/"):
+        if place == "/":
+            names.remove("proc")
+        for name in files:
+            path = os.path.join(place, name)
+            try:
+                if stat.S_ISSOCK(os.lstat(path).st_mode):
+                    found.append(path)
+            except OSError:
+                continue
+    return found
+
+
 def explore(prompt):
     """Tells what the sandbox lets an agent see; the report is written where the test reads it."""
     def shell(command):
@@ -194,7 +211,7 @@ def explore(prompt):
         "capabilities": [line for line in open("/proc/self/status") if line.startswith(("Cap", "NoNewPrivs"))],
         "processes": sorted(int(one) for one in os.listdir("/proc") if one.isdigit()),
         "interfaces": sorted(os.listdir("/sys/class/net")) if os.path.isdir("/sys/class/net") else shell("cut -d: -f1 /proc/net/dev"),
-        "sockets": [line for line in shell("find / -type s -not -path '/proc/*' 2>/dev/null") if line],
+        "sockets": sockets(),
         "writable": [line for line in shell("find / -xdev -maxdepth 3 -writable -not -path '/proc/*' -not -path '/dev/*' -not -path '/tmp*' 2>/dev/null") if line],
         "descriptors": sorted(os.readlink(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{one}")),
         "user_namespace": shell("unshare -Ur true 2>&1 && echo made")[0],

@@ -1,0 +1,155 @@
+"""A twin and a model proxy as processes, and sessions run against them without the database or Dagster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+
+from kilo_pipelines.cloud_agent.adapters import AgentAdapter
+from kilo_pipelines.cloud_agent.install import package_directory
+from kilo_pipelines.cloud_agent.model_proxy import control_socket
+from kilo_pipelines.cloud_agent.protocol import Heartbeat, RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
+from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
+from kilo_pipelines.cloud_agent.sandbox import Sandbox
+from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.core.markers import Marker
+from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.providers.github import GitHubApp
+from kilo_pipelines.services.code_review.brief import CodeReviewTask
+from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.services.code_review.launch import task_of
+from kilo_pipelines.services.code_review.outcome import Interpretation, ReviewSubject, SessionEnd, interpret
+from kilo_pipelines.settings import Settings, write_secret
+
+
+class Control:
+    """Heartbeats that a test decides about, events that it can read."""
+
+    def __init__(self, cancel_after: float | None = None) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self._cancel_at = None if cancel_after is None else time.monotonic() + cancel_after
+
+    def beat(self) -> Heartbeat:
+        return Heartbeat.CANCEL if self._cancel_at and time.monotonic() > self._cancel_at else Heartbeat.OK
+
+    def event(self, kind: str, data: dict[str, Any]) -> None:
+        self.events.append((kind, data))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+class SessionWorld:
+    """The offline world below the engine."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="kilo-s-"))
+        self.port = free_port()
+        self.twin_home = self.home / "twin"
+        argv = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(self.twin_home), "--port", str(self.port)]
+        self._twin = subprocess.Popen([*argv, "--webhook-url", "http://127.0.0.1:9/nobody"])
+        self._wait(lambda: httpx.get(f"http://localhost:{self.port}/health").status_code == 200)
+        self.credentials = json.loads((self.twin_home / "credentials.json").read_text())
+        self.settings = Settings(home=self.home, run_dir=self.home / "s", model_base_url=f"http://localhost:{self.port}/model/v1")
+        write_secret(self.settings.model_key_file, self.credentials["model_api_key"])
+        env = os.environ | {
+            "KILO_HOME": str(self.home),
+            "KILO_RUN_DIR": str(self.home / "s"),
+            "KILO_MODEL_BASE_URL": str(self.settings.model_base_url),
+        }
+        self._proxy = subprocess.Popen([sys.executable, "-m", "kilo_pipelines.cloud_agent.model_proxy"], env=env)
+        self._wait(lambda: control_socket(self.settings).exists())
+        self.app = GitHubApp(
+            f"http://localhost:{self.port}/api/v3", self.credentials["app_id"], self.credentials["private_key_pem"], SystemClock()
+        )
+
+    @staticmethod
+    def _wait(ready: Any) -> None:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                if ready():
+                    return
+            except httpx.TransportError:
+                pass
+            assert time.monotonic() < deadline, "not ready"
+            time.sleep(0.05)
+
+    def control(self, call: str, **body: Any) -> dict[str, Any]:
+        headers = {"authorization": f"Bearer {self.credentials['control_token']}"}
+        answer: dict[str, Any] = httpx.post(f"http://localhost:{self.port}/_twin/{call}", json=body, headers=headers, timeout=60).json()
+        assert "error" not in answer, answer
+        return answer
+
+    def spec(self, pull: dict[str, Any], limits: SessionLimits | None = None, **settings: Any) -> SessionSpec:
+        reader = self.app.installation(
+            self.credentials["installation_id"], [pull["repository_id"]], {"metadata": "read", "pull_requests": "read", "contents": "read"}
+        )
+        state = reader.pull(pull["repository"], pull["number"])
+        config = CodeReviewConfig.model_validate(settings).model_dump(mode="json")
+        return SessionSpec(
+            session_id=uuid4(),
+            owner_id=uuid4(),
+            service="code_review",
+            repository=RepositoryRef(
+                provider="github",
+                external_id=state.repository_id,
+                full_name=state.full_name,
+                clone_url=state.clone_url,
+                default_branch=state.default_branch,
+            ),
+            pull_number=state.number,
+            base_ref=state.base_ref,
+            base_sha=state.base_sha,
+            head_sha=state.head_sha,
+            checkout_ref=f"refs/pull/{state.number}/head",
+            agent="scripted",
+            model="scripted-reviewer",
+            limits=limits or SessionLimits(),
+            task=task_of(state, {"full_name": state.full_name, "settings": config}, previous_summary=None, previous_head=None),
+        )
+
+    def run(self, spec: SessionSpec, adapter: AgentAdapter, control: Control | None = None) -> SessionOutcome:
+        config = RunnerConfig(self.home / "repositories", self.home / "work", control_socket(self.settings), lambda: Sandbox.find(package_directory()))
+
+        def token() -> str:
+            return self.app.token(self.credentials["installation_id"], [spec.repository.external_id], {"metadata": "read", "contents": "read"})
+
+        return SelfHostedRunner(config, adapter).run(spec, CodeReviewTask(spec.task), control or Control(), token)
+
+    def judge(self, spec: SessionSpec, outcome: SessionOutcome, gate: str = "critical") -> Interpretation:
+        """What the platform would conclude of this outcome."""
+        subject = ReviewSubject(
+            "item",
+            1,
+            "subject",
+            spec.repository.external_id,
+            spec.repository.full_name,
+            spec.pull_number,
+            spec.base_ref,
+            spec.head_sha,
+            None,
+            CodeReviewConfig.model_validate({"gate_threshold": gate}),
+        )
+        evidence: Evidence | None = outcome.evidence
+        end = SessionEnd(str(spec.session_id), str(outcome.status), outcome.reason, outcome.result, evidence)
+        return interpret(subject, end, [], [], Marker(b"k" * 32))
+
+    def close(self) -> None:
+        for process in (self._proxy, self._twin):
+            process.terminate()
+            process.wait(10)
+        shutil.rmtree(self.home, ignore_errors=True)

@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from dagster import DynamicPartitionsDefinition
 
-OWNERS = DynamicPartitionsDefinition(name="owners")
+OWNERS_NAME = "owners"
+OWNERS = DynamicPartitionsDefinition(name=OWNERS_NAME)

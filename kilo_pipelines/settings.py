@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="KILO_", extra="ignore", env_file_encoding="utf-8")
 
     home: Path = Field(default_factory=default_home, description="Where the platform keeps its state, logs and secrets.")
-    run_dir: Path | None = Field(default=None, description="Directory of sockets (0700, short path). Default: under /tmp, by home.")
+    run_dir: Path | None = Field(
+        default=None, description="Directory of sockets (0700, short path). Default: under /tmp, by home."
+    )
     host: str = Field(default="127.0.0.1", description="Address that the listeners bind to.")
     public_port: int = Field(default=8080, description="Webhooks and callbacks.")
     admin_port: int = Field(default=8081, description="Control API, metrics.")

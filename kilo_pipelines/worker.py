@@ -116,4 +116,4 @@ def execute_run(_task: Any, run_id: str) -> int:
 @worker_init.connect
 def _load_definitions_before_fork(**_signal: Any) -> None:
     """Children share the parent's imported modules: their first run starts at once and their memory is shared."""
-    import kilo_pipelines.definitions  # noqa: F401, PLC0415
+    import kilo_pipelines.definitions  # noqa: F401

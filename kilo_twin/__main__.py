@@ -39,7 +39,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.command == "serve":
         twin = application(arguments.home, arguments.port, arguments.webhook_url)
-        uvicorn.run(twin, host="127.0.0.1", port=arguments.port, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        uvicorn.run(
+            twin, host="127.0.0.1", port=arguments.port, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+        )
         return 0
     try:
         answer = _client(arguments)
@@ -81,7 +83,8 @@ def read_back(base: str, credentials: dict[str, Any], full_name: str, number: in
     assertion = jwt.encode(claims, credentials["private_key_pem"], algorithm="RS256")
     api = f"{base}/api/v3"
     token = httpx.post(
-        f"{api}/app/installations/{credentials['installation_id']}/access_tokens", headers={"authorization": f"Bearer {assertion}"}
+        f"{api}/app/installations/{credentials['installation_id']}/access_tokens",
+        headers={"authorization": f"Bearer {assertion}"},
     ).json()["token"]
     headers = {"authorization": f"Bearer {token}"}
 

@@ -41,7 +41,10 @@ class Rule:
 _SQL = r"(?:select|insert|update|delete|drop)\b"
 RULES = (
     Rule(
-        re.compile(rf"""\b(?:execute|executemany|executescript|raw|query)\(\s*(?:f["'].*{_SQL}.*\{{|["'].*{_SQL}.*["']\s*(?:%|\+|\.format\())""", re.I),
+        re.compile(
+            rf"""\b(?:execute|executemany|executescript|raw|query)\(\s*(?:f["'].*{_SQL}.*\{{|["'].*{_SQL}.*["']\s*(?:%|\+|\.format\())""",
+            re.I,
+        ),
         "critical",
         "SQL is built from a value",
         "The value becomes part of the statement, so its sender can change what the statement does. Pass it as a parameter.",
@@ -80,10 +83,14 @@ def routes(api_key: str) -> list[Route]:
     def refused(request: Request) -> Response | None:
         if secrets.compare_digest(request.headers.get("authorization", ""), f"Bearer {api_key}"):
             return None
-        return JSONResponse({"error": {"message": "Incorrect API key provided", "type": "invalid_request_error", "code": "invalid_api_key"}}, 401)
+        return JSONResponse(
+            {"error": {"message": "Incorrect API key provided", "type": "invalid_request_error", "code": "invalid_api_key"}}, 401
+        )
 
     async def models(request: Request) -> Response:
-        return refused(request) or JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "twin"}]})
+        return refused(request) or JSONResponse(
+            {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "twin"}]}
+        )
 
     async def completions(request: Request) -> Response:
         answer = refused(request)
@@ -97,7 +104,10 @@ def routes(api_key: str) -> list[Route]:
         choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
         return JSONResponse({**_head(body, "chat.completion"), "choices": [choice], "usage": usage})
 
-    return [Route("/model/v1/models", models, methods=["GET"]), Route("/model/v1/chat/completions", completions, methods=["POST"])]
+    return [
+        Route("/model/v1/models", models, methods=["GET"]),
+        Route("/model/v1/chat/completions", completions, methods=["POST"]),
+    ]
 
 
 def _head(body: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -143,7 +153,10 @@ def reply(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
         return {"content": "Scripted review"}, "stop"
     step = conversation.next_calls()
     if step:
-        return {"content": None, "tool_calls": [_call(name, arguments, conversation.made + index) for index, (name, arguments) in enumerate(step)]}, "tool_calls"
+        return {
+            "content": None,
+            "tool_calls": [_call(name, arguments, conversation.made + index) for index, (name, arguments) in enumerate(step)],
+        }, "tool_calls"
     return {"content": "The review is written. It was made by a scripted model."}, "stop"
 
 
@@ -168,9 +181,7 @@ class Conversation:
         for message in messages:
             if message.get("role") == "user" and "Result path:" in _text(message.get("content")):
                 text = _text(message.get("content"))
-                if "Changed files:" in text:
-                    self.brief = text
-                elif not self.brief:
+                if "Changed files:" in text or not self.brief:
                     self.brief = text
                 self._asked_again, written = written, False
             for call in message.get("tool_calls") or []:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -47,6 +48,7 @@ class Rest:
         self.twin = twin
         self.shapes = Shapes(twin)
         key = serialization.load_pem_private_key(twin.credentials["private_key_pem"].encode(), password=None)
+        assert isinstance(key, RSAPrivateKey)  # noqa: S101  # made by ourselves
         self._public_key = key.public_key()
 
     # -- who asks -------------------------------------------------------------------------------------------------
@@ -59,7 +61,9 @@ class Rest:
 
     def _as_app(self, request: Request) -> None:
         try:
-            claims = jwt.decode(self._bearer(request), self._public_key, algorithms=["RS256"], options={"require": ["iat", "exp", "iss"]})  # type: ignore[arg-type]
+            claims = jwt.decode(
+                self._bearer(request), self._public_key, algorithms=["RS256"], options={"require": ["iat", "exp", "iss"]}
+            )
         except jwt.ExpiredSignatureError:
             raise ApiError(401, "'Expiration time' claim ('exp') must be a numeric value representing the future time") from None
         except jwt.PyJWTError:
@@ -93,7 +97,9 @@ class Rest:
             raise ApiError(404, "Not Found")
         return repository
 
-    def _pull(self, request: Request, permission: str = "pull_requests", level: str = "read") -> tuple[dict[str, Any], dict[str, Any]]:
+    def _pull(
+        self, request: Request, permission: str = "pull_requests", level: str = "read"
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         repository = self._repository(request, permission, level)
         pull = repository["pulls"].get(str(request.path_params["number"]))
         if pull is None:
@@ -203,7 +209,9 @@ class Rest:
         installed = [one["id"] for one in self.twin.data["repositories"].values() if one["installed"]]
         wanted = body.get("repository_ids") or installed
         if not set(wanted) <= set(installed):
-            raise ApiError(422, "There is at least one repository that does not exist or is not accessible to the parent installation.")
+            raise ApiError(
+                422, "There is at least one repository that does not exist or is not accessible to the parent installation."
+            )
         allowed = self.shapes.app()["permissions"]
         permissions = body.get("permissions") or allowed
         for name, level in permissions.items():
@@ -226,7 +234,9 @@ class Rest:
 
     def installation_repositories(self, request: Request, _body: dict[str, Any]) -> Response:
         grant = self._as_installation(request, "metadata")
-        found = [self.shapes.repository(one) for one in self.twin.data["repositories"].values() if one["id"] in grant["repositories"]]
+        found = [
+            self.shapes.repository(one) for one in self.twin.data["repositories"].values() if one["id"] in grant["repositories"]
+        ]
         return self._page(request, found, "repositories")
 
     def get_repository(self, request: Request, _body: dict[str, Any]) -> Response:
@@ -244,7 +254,9 @@ class Rest:
     def get_issue(self, request: Request, _body: dict[str, Any]) -> Response:
         repository, pull = self._pull(request)
         whole = self.shapes.pull(repository, pull)
-        return JSONResponse({**whole, "url": whole["issue_url"], "pull_request": {"url": whole["url"], "html_url": whole["html_url"]}})
+        return JSONResponse(
+            {**whole, "url": whole["issue_url"], "pull_request": {"url": whole["url"], "html_url": whole["html_url"]}}
+        )
 
     def _changes(self, repository: dict[str, Any], pull: dict[str, Any]) -> list[dict[str, Any]]:
         path = self.twin.path(repository["full_name"])
@@ -321,7 +333,9 @@ class Rest:
 
     def list_review_comments(self, request: Request, _body: dict[str, Any]) -> Response:
         repository, pull = self._pull(request)
-        return self._page(request, [self.shapes.review_comment(repository, pull["number"], one) for one in pull["review_comments"]])
+        return self._page(
+            request, [self.shapes.review_comment(repository, pull["number"], one) for one in pull["review_comments"]]
+        )
 
     def list_comments(self, request: Request, _body: dict[str, Any]) -> Response:
         repository, pull = self._pull(request, "pull_requests")
@@ -384,7 +398,15 @@ class Rest:
         if not body.get("name") or self.twin.resolve(repository["full_name"], body.get("head_sha", "")) is None:
             raise ApiError(422, "Invalid request. No commit found for SHA")
         run = {"id": self.twin.new_id(), "name": body["name"], "head_sha": body["head_sha"], "started_at": now()}
-        run |= {"status": "queued", "conclusion": None, "completed_at": None, "external_id": "", "details_url": None, "title": None, "summary": None}
+        run |= {
+            "status": "queued",
+            "conclusion": None,
+            "completed_at": None,
+            "external_id": "",
+            "details_url": None,
+            "title": None,
+            "summary": None,
+        }
         self._write_run(run, body)
         repository["check_runs"].append(run)
         self.twin.save()
@@ -475,7 +497,19 @@ class Rest:
 
     def list_deliveries(self, request: Request, _body: dict[str, Any]) -> Response:
         self._as_app(request)
-        names = ("id", "guid", "delivered_at", "redelivery", "duration", "status", "status_code", "event", "action", "installation_id", "repository_id")
+        names = (
+            "id",
+            "guid",
+            "delivered_at",
+            "redelivery",
+            "duration",
+            "status",
+            "status_code",
+            "event",
+            "action",
+            "installation_id",
+            "repository_id",
+        )
         return self._page(request, [{name: one[name] for name in names} for one in reversed(self.twin.data["deliveries"])])
 
 
@@ -485,7 +519,9 @@ def _changed_files(path: Any, base: str, head: str) -> list[dict[str, Any]]:
     found = []
     for meta, name in zip(listing[::2], listing[1::2], strict=False):
         _, _, _, new, letter = meta.split()
-        text = git(path, "diff", "--text", "--no-ext-diff", "--no-textconv", "--no-renames", base, head, "--", name).decode(errors="replace")
+        text = git(path, "diff", "--text", "--no-ext-diff", "--no-textconv", "--no-renames", base, head, "--", name).decode(
+            errors="replace"
+        )
         patch = text[text.find("\n@@") + 1 :] if "\n@@" in text else ""
         lines = _lines(patch)
         status = {"A": "added", "D": "removed"}.get(letter, "modified")
@@ -513,6 +549,3 @@ def _lines(patch: str) -> dict[str, list[int]]:
             seen_left.append(old)
             old, new = old + 1, new + 1
     return {"right": right, "left": left, "seen_right": seen_right, "seen_left": seen_left}
-
-
-

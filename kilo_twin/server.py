@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import subprocess
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ class Control:
         repository, pull = self._known(full_name, number)
         before = self.twin.head_sha(full_name, pull)
         pull["pushes"] = pull.get("pushes", 0) + 1
-        head = self.twin.commit(full_name, before, files if files is not None else world.next_push(pull["pushes"]), f"Push {pull['pushes']}")
+        head = self.twin.commit(
+            full_name, before, files if files is not None else world.next_push(pull["pushes"]), f"Push {pull['pushes']}"
+        )
         self.twin.set_ref(full_name, f"refs/heads/{pull['head_ref']}", head)
         self.twin.follow_head(full_name, pull)
         pull["updated_at"] = now()
@@ -86,7 +89,18 @@ class Control:
         repository = self.twin.create_repository(name)
         target = self.twin.path(full_name)
         for revision, branch in ((base, "main"), (head, "proposed")):
-            sha = git(Path(path), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}", env={"HOME": str(self.twin.home)}).decode().strip()
+            sha = (
+                git(
+                    Path(path),
+                    "rev-parse",
+                    "--verify",
+                    "--end-of-options",
+                    f"{revision}^{{commit}}",
+                    env={"HOME": str(self.twin.home)},
+                )
+                .decode()
+                .strip()
+            )
             subprocess.run(
                 ["git", "push", "-q", str(target), f"{sha}:refs/heads/{branch}"],
                 cwd=path,
@@ -110,7 +124,13 @@ class Control:
         )
         title = git(target, "log", "-1", "--format=%s", "refs/heads/proposed").decode(errors="replace").strip()
         pull = self.twin.open_pull(
-            full_name, title=title, body=f"{base}..{head}", author="grace", author_type="User", head_ref="proposed", base_ref="main"
+            full_name,
+            title=title,
+            body=f"{base}..{head}",
+            author="grace",
+            author_type="User",
+            head_ref="proposed",
+            base_ref="main",
         )
         return self._sent(repository, pull, "opened")
 
@@ -135,7 +155,13 @@ class Control:
             event, more = "edited", {"changes": {"base": {"ref": {"from": before}, "sha": {"from": ""}}}}
         elif action == "same-head":
             pull = self.twin.open_pull(
-                full_name, title="The same again", body="", author="mallory", author_type="User", head_ref=pull["head_ref"], base_ref=pull["base_ref"]
+                full_name,
+                title="The same again",
+                body="",
+                author="mallory",
+                author_type="User",
+                head_ref=pull["head_ref"],
+                base_ref=pull["base_ref"],
             )
             event = "opened"
         else:
@@ -177,13 +203,13 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
         if not secrets.compare_digest(request.headers.get("authorization", ""), f"Bearer {twin.credentials['control_token']}"):
             return JSONResponse({"error": "control token missing or wrong"}, 401)
         body = await request.json() if await request.body() else {}
-        calls = {
+        calls: dict[str, Callable[..., dict[str, Any]]] = {
             "open-pull": control.open_pull,
             "push": control.push,
             "import-repository": control.import_repository,
             "act": control.act,
             "redeliver": control.webhooks.redeliver,
-            "faults": lambda faults: twin.faults.extend(faults) or {"faults": len(twin.faults)},
+            "faults": lambda faults: _add_faults(twin, faults),
             "send": control.webhooks.send,
             "uninstall": lambda repository: _uninstall(twin, repository),
         }
@@ -194,7 +220,9 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
         return JSONResponse(answer)
 
     async def page(request: Request) -> Response:
-        return _pull_page(twin, f"{request.path_params['owner']}/{request.path_params['repo']}", str(request.path_params["number"]))
+        return _pull_page(
+            twin, f"{request.path_params['owner']}/{request.path_params['repo']}", str(request.path_params["number"])
+        )
 
     async def listing(request: Request) -> Response:
         return _list_page(twin, f"{request.path_params['owner']}/{request.path_params['repo']}")
@@ -213,6 +241,11 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             Route("/{owner}/{repo}", listing),
         ]
     )
+
+
+def _add_faults(twin: Twin, faults: list[dict[str, Any]]) -> dict[str, Any]:
+    twin.faults.extend(faults)
+    return {"faults": len(twin.faults)}
 
 
 def _uninstall(twin: Twin, repository: str) -> dict[str, Any]:

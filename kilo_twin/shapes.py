@@ -336,7 +336,13 @@ class Shapes:
             "html_url": f"{self.twin.base_url}/apps/{APP_SLUG}",
             "created_at": "2026-01-01T00:00:00Z",
             "updated_at": "2026-01-01T00:00:00Z",
-            "permissions": {"checks": "write", "contents": "read", "metadata": "read", "pull_requests": "write", "issues": "write"},
+            "permissions": {
+                "checks": "write",
+                "contents": "read",
+                "metadata": "read",
+                "pull_requests": "write",
+                "issues": "write",
+            },
             "events": ["pull_request"],
         }
 

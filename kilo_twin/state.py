@@ -35,7 +35,9 @@ def now() -> str:
 
 def git(repository: Path, *args: str, stdin: bytes | None = None, env: dict[str, str] | None = None) -> bytes:
     """Output of one git command in a bare repository; RuntimeError with git's words when it fails."""
-    done = subprocess.run(["git", "-C", str(repository), *args], input=stdin, capture_output=True, env=_GIT_ENV | (env or {}), check=False)
+    done = subprocess.run(
+        ["git", "-C", str(repository), *args], input=stdin, capture_output=True, env=_GIT_ENV | (env or {}), check=False
+    )
     if done.returncode:
         raise RuntimeError(f"git {args[0]}: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout
@@ -160,14 +162,20 @@ class Twin:
             if ref.startswith("-"):
                 continue
             try:
-                return git(self.path(full_name), "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
+                return (
+                    git(self.path(full_name), "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}")
+                    .decode()
+                    .strip()
+                )
             except RuntimeError:
                 continue
         return None
 
     # -- pull requests --------------------------------------------------------------------------------------------
 
-    def open_pull(self, full_name: str, *, title: str, body: str, author: str, author_type: str, head_ref: str, base_ref: str) -> dict[str, Any]:
+    def open_pull(
+        self, full_name: str, *, title: str, body: str, author: str, author_type: str, head_ref: str, base_ref: str
+    ) -> dict[str, Any]:
         """A pull request between two existing branches."""
         repository = self.data["repositories"][full_name]
         number = repository["next_number"]

@@ -100,7 +100,10 @@ _REVIEW_MD = """# What reviewers look at
 def seed_history() -> list[tuple[str, dict[str, str | None]]]:
     """Commits of the default branch: message and changed files."""
     return [
-        ("Start of the orders service", {"README.md": "# orders\n\nA small service.\n", "orders/__init__.py": "", "orders/totals.py": _TOTALS}),
+        (
+            "Start of the orders service",
+            {"README.md": "# orders\n\nA small service.\n", "orders/__init__.py": "", "orders/totals.py": _TOTALS},
+        ),
         ("Keep orders in SQLite", {"orders/db.py": _DB, "orders/config.py": _CONFIG}),
         ("Show an order over HTTP", {"orders/app.py": _APP}),
         ("Export orders as CSV", {"orders/export.py": _EXPORT, "tests/test_totals.py": _TEST}),
@@ -260,13 +263,20 @@ def pull(kind: str, variant: int) -> PullSeed:
     if kind == "planted":
         return PullSeed("Customers, archives and discounts", "Adds what the shop asked for.", f"shop-{variant}", dict(_PLANTED))
     if kind == "clean":
-        return PullSeed("Customers and archives, done carefully", "Parameters, lists, errors.", f"careful-{variant}", dict(_CLEAN))
+        return PullSeed(
+            "Customers and archives, done carefully", "Parameters, lists, errors.", f"careful-{variant}", dict(_CLEAN)
+        )
     if kind == "hidden":
         files: dict[str, str | None] = {".gitattributes": "*.py -diff\n*.py binary\n", "orders/db.py": _PLANTED_DB}
         return PullSeed("Attributes", "Only formatting.", f"attributes-{variant}", files)
     if kind == "large":
         rows = "\n".join(f"    {number}: 'value {number}'," for number in range(12_000))
-        return PullSeed("A table", "Generated.", f"table-{variant}", {f"orders/table_{part}.py": f"ROWS = {{\n{rows}\n}}\n" for part in range(3)})
+        return PullSeed(
+            "A table",
+            "Generated.",
+            f"table-{variant}",
+            {f"orders/table_{part}.py": f"ROWS = {{\n{rows}\n}}\n" for part in range(3)},
+        )
     raise ValueError(f"kind must be one of {', '.join(KINDS)}")
 
 

@@ -53,7 +53,7 @@ _known: dict[str, str] = {}
 @pytest.fixture(scope="module")
 def database(postgres_admin: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     """Provisioned and migrated, under the same logins as in production; the clock is moved by hand."""
-    global _known  # noqa: PLW0603  # passwords of the roles stay the same over the session
+    global _known  # passwords of the roles stay the same over the session
     suffix = f"_{uuid4().hex[:10]}"
     logins = provision(postgres_admin, _known or None, suffix=suffix)
     _known = logins
@@ -74,5 +74,3 @@ def database(postgres_admin: str, tmp_path_factory: pytest.TempPathFactory) -> I
 def world(database: Database) -> World:
     """A fresh owner with one repository in the module's database."""
     return World(database.store, database.clock)
-
-

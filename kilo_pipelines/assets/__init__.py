@@ -3,7 +3,6 @@
 Holds: shaping of rows into tables. Does not belong here: SQL, providers, rules.
 """
 
-
 import pandas as pd
 from dagster import (
     AssetExecutionContext,
@@ -64,7 +63,7 @@ def outcome_numbers(table: pd.DataFrame) -> dict[str, float]:
     op_tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
     description="Outcomes of an owner's code reviews over the last thirty days.",
 )
-def review_outcomes(context: AssetExecutionContext, store: StoreResource) -> MaterializeResult:
+def review_outcomes(context: AssetExecutionContext, store: StoreResource) -> MaterializeResult[None]:
     rows = store.get().reviews.outcomes(context.partition_key, days=WINDOW_DAYS)
     table = outcome_table(rows)
     shown = table.head(TABLE_ROWS).astype(object).where(lambda cells: cells.notna(), None)

@@ -57,7 +57,11 @@ def _python() -> Check:
 
 def _git() -> Check:
     found = shutil.which("git")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip() if found else "not on PATH"
+    version = (
+        subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+        if found
+        else "not on PATH"
+    )
     return Check("git", found is not None, version, "install git")
 
 
@@ -91,7 +95,9 @@ def _sandbox(settings: Settings) -> Check:
 def _agent(settings: Settings) -> Check:
     if settings.agent == "scripted":
         return Check("agent", True, "scripted", "")
-    return Check("agent", installed(), f"kilo {VERSION}" if installed() else f"kilo {VERSION} is not installed", "run `make deps`")
+    return Check(
+        "agent", installed(), f"kilo {VERSION}" if installed() else f"kilo {VERSION} is not installed", "run `make deps`"
+    )
 
 
 def _github(settings: Settings) -> list[Check]:
@@ -140,7 +146,9 @@ def _port(name: str, number: int) -> Check:
 
 def _memory() -> Check:
     free = psutil.virtual_memory().available
-    return Check("memory", free >= MEMORY_BYTES, f"{free / 2**30:.1f} GiB available", "3 GiB are needed with the Kilo CLI", required=False)
+    return Check(
+        "memory", free >= MEMORY_BYTES, f"{free / 2**30:.1f} GiB available", "3 GiB are needed with the Kilo CLI", required=False
+    )
 
 
 def _disk(settings: Settings) -> Check:

@@ -147,7 +147,11 @@ def status(plain: bool) -> None:
     children: list[dict[str, Any]] = list(supervisor.read_state(settings).get("children", [])) if running else []
     for child in children:
         child["alive"] = psutil.pid_exists(int(child["pid"]))
-    work = {f"{what}.{state}": count for (what, state), count in setup.open_store(settings).queue.gauges().items()} if running else {}
+    work = (
+        {f"{what}.{state}": count for (what, state), count in setup.open_store(settings).queue.gauges().items()}
+        if running
+        else {}
+    )
     report = {"home": str(settings.home), "running": running, "processes": children, "work": work}
 
     def text() -> str:
@@ -230,8 +234,12 @@ def owners() -> None:
 def owners_list(plain: bool) -> None:
     """Lists owners."""
     _, store = _store(plain)
-    found = [asdict(one) for one in store.owners.list()]
-    _show(plain, found, lambda: "\n".join(f"{one['id']}  {one['kind']:<12} {one['plan']:<8} {one['name']}" for one in found) or "no owners")
+    found = [asdict(one) for one in store.owners.all()]
+    _show(
+        plain,
+        found,
+        lambda: "\n".join(f"{one['id']}  {one['kind']:<12} {one['plan']:<8} {one['name']}" for one in found) or "no owners",
+    )
 
 
 @owners.command("create")
@@ -244,7 +252,12 @@ def owners_create(name: str, kind: str, plan: str, plain: bool) -> None:
     _, store = _store(plain)
     owner = store.owners.create(kind, name, plan)
     store.owners.put_config(
-        owner.id, admission.SERVICE, CodeReviewConfig().model_dump(mode="json"), enabled=True, expected_revision=0, actor="operator"
+        owner.id,
+        admission.SERVICE,
+        CodeReviewConfig().model_dump(mode="json"),
+        enabled=True,
+        expected_revision=0,
+        actor="operator",
     )
     _show(plain, asdict(owner), lambda: str(owner.id))
 
@@ -259,12 +272,17 @@ def integrations() -> None:
 def integrations_list(plain: bool) -> None:
     """Lists integrations with their repositories."""
     _, store = _store(plain)
-    found = [{"owner": str(owner.id), **one} for owner in store.owners.list() for one in store.owners.integrations(owner.id)]
+    found = [{"owner": str(owner.id), **one} for owner in store.owners.all() for one in store.owners.integrations(owner.id)]
     _show(
         plain,
         found,
-        lambda: "\n".join(f"{one['owner']}  {one['provider']} {one['installation_id']}  {one['account']}: {', '.join(one['repositories'])}" for one in found)
-        or "no integrations",
+        lambda: (
+            "\n".join(
+                f"{one['owner']}  {one['provider']} {one['installation_id']}  {one['account']}: {', '.join(one['repositories'])}"
+                for one in found
+            )
+            or "no integrations"
+        ),
     )
 
 
@@ -304,17 +322,19 @@ def _find(store: Store, review: UUID, plain: bool) -> Any:
 def reviews_list(limit: int, plain: bool) -> None:
     """Lists reviews of all owners, newest first."""
     _, store = _store(plain)
-    rows = [row for owner in store.owners.list() for row in store.reviews.list(owner.id, limit=limit)]
+    rows = [row for owner in store.owners.all() for row in store.reviews.of_owner(owner.id, limit=limit)]
     rows.sort(key=lambda row: row.created_at, reverse=True)
     _show(
         plain,
         [asdict(row) for row in rows[:limit]],
-        lambda: "\n".join(
-            f"{row.item_id}  {row.state:<10} {row.reason or '':<18} {(row.verdict or {}).get('conclusion', ''):<10} {row.repository}#{row.pull_number}"
-            f" {row.head_sha[:12]}"
-            for row in rows[:limit]
-        )
-        or "no reviews",
+        lambda: (
+            "\n".join(
+                f"{row.item_id}  {row.state:<10} {row.reason or '':<18} {(row.verdict or {}).get('conclusion', ''):<10} {row.repository}#{row.pull_number}"
+                f" {row.head_sha[:12]}"
+                for row in rows[:limit]
+            )
+            or "no reviews"
+        ),
     )
 
 
@@ -329,7 +349,12 @@ def reviews_show(review: UUID, plain: bool) -> None:
     events = store.sessions.events(row.session_id) if row.session_id else []
 
     def text() -> str:
-        lines = [f"{row.repository}#{row.pull_number} {row.title}", f"{row.url}", f"head {row.head_sha} into {row.base_ref}", f"state {row.state}, attempt {row.attempt}"]
+        lines = [
+            f"{row.repository}#{row.pull_number} {row.title}",
+            f"{row.url}",
+            f"head {row.head_sha} into {row.base_ref}",
+            f"state {row.state}, attempt {row.attempt}",
+        ]
         if row.reason:
             meaning, remedy = MEANING[Reason(row.reason)]
             lines.append(f"reason {row.reason}: {meaning} {remedy}")

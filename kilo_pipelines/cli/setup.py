@@ -75,7 +75,9 @@ def adopt_twin(settings: Settings, credentials: dict[str, Any]) -> None:
     """
     origin = settings.secrets_dir / "origin"
     if settings.github_private_key_file.exists() and (not origin.exists() or origin.read_text() != "twin"):
-        raise ValueError("this home holds credentials of a real GitHub App: start it with KILO_OFFLINE=false, or use another KILO_HOME")
+        raise ValueError(
+            "this home holds credentials of a real GitHub App: start it with KILO_OFFLINE=false, or use another KILO_HOME"
+        )
     write_secret(origin, "twin")
     write_secret(settings.github_private_key_file, credentials["private_key_pem"])
     write_secret(settings.webhook_secret_file, credentials["webhook_secret"])
@@ -100,7 +102,9 @@ def connect_installation(settings: Settings, store: Store, owner_id: UUID, insta
 
 def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, Any], gate: str) -> UUID:
     """The seeded world's owner, its installation and Code Review with a gate."""
-    owner = next((one for one in store.owners.list() if one.name == DEMO_OWNER), None) or store.owners.create("organization", DEMO_OWNER)
+    owner = next((one for one in store.owners.all() if one.name == DEMO_OWNER), None) or store.owners.create(
+        "organization", DEMO_OWNER
+    )
     connect_installation(settings, store, owner.id, credentials["installation_id"], credentials["account"])
     known = store.owners.config(owner.id, SERVICE)
     wanted = CodeReviewConfig(gate_threshold=gate).model_dump(mode="json")  # type: ignore[arg-type]  # validated by pydantic
@@ -112,7 +116,16 @@ def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, A
 
 def twin_call(settings: Settings, *arguments: str) -> dict[str, Any]:
     """One command of the twin, in a process of its own."""
-    argv = [sys.executable, "-m", "kilo_twin", *arguments, "--home", str(settings.home / "twin"), "--port", str(settings.twin_port)]
+    argv = [
+        sys.executable,
+        "-m",
+        "kilo_twin",
+        *arguments,
+        "--home",
+        str(settings.home / "twin"),
+        "--port",
+        str(settings.twin_port),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[2])
     if done.returncode:
         raise ValueError(f"the twin refused: {done.stderr.strip() or done.stdout.strip()}")

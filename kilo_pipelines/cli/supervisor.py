@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,7 +150,13 @@ class Platform:
                 except psutil.NoSuchProcess:
                     continue
                 records.append(
-                    {"name": child.name, "pid": child.popen.pid, "started": started, "address": child.address, "restarts": max(0, len(child.starts) - 1)}
+                    {
+                        "name": child.name,
+                        "pid": child.popen.pid,
+                        "started": started,
+                        "address": child.address,
+                        "restarts": max(0, len(child.starts) - 1),
+                    }
                 )
         partial = self._state_file.with_suffix(".partial")
         partial.write_text(json.dumps({"pid": os.getpid(), "children": records}))
@@ -187,9 +194,15 @@ class Platform:
         path = self.log_file(child)
         if path.exists() and path.stat().st_size > 20 * 2**20:  # one old file is kept: bounded on disk
             path.replace(path.with_suffix(".log.1"))
-        with open(path, "ab") as log:
+        with path.open("ab") as log:
             child.popen = subprocess.Popen(
-                child.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(self.settings) | child.env, cwd=_root(), start_new_session=True
+                child.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(self.settings) | child.env,
+                cwd=_root(),
+                start_new_session=True,
             )
         child.starts.append(time.monotonic())
 
@@ -222,10 +235,8 @@ class Platform:
             until = min(deadline, time.monotonic() + max((child.stop_seconds for child in living), default=0))
             for child in living:
                 assert child.popen is not None  # noqa: S101
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     child.popen.wait(max(0.05, until - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    pass
                 _end_group(child.popen.pid, signal.SIGKILL)
                 child.popen.wait()
         self._state_file.unlink(missing_ok=True)
@@ -356,7 +367,12 @@ def outer_processes(settings: Settings) -> list[Child]:
     """Ingress, model proxy and, offline, the twin is started before them."""
     python = sys.executable
     return [
-        Child("ingress", [python, "-m", "kilo_pipelines.ingress"], ready=answers(f"{settings.public_url}/health"), address=settings.public_url),
+        Child(
+            "ingress",
+            [python, "-m", "kilo_pipelines.ingress"],
+            ready=answers(f"{settings.public_url}/health"),
+            address=settings.public_url,
+        ),
         Child(
             "model-proxy",
             [python, "-m", "kilo_pipelines.cloud_agent.model_proxy"],
@@ -382,7 +398,17 @@ def dagster_processes(settings: Settings) -> list[Child]:
     children = [
         Child(
             "dagster-code",
-            [_program("dagster"), "code-server", "start", "-m", "kilo_pipelines.definitions", "--location-name", "kilo", "--socket", str(socket_path)],
+            [
+                _program("dagster"),
+                "code-server",
+                "start",
+                "-m",
+                "kilo_pipelines.definitions",
+                "--location-name",
+                "kilo",
+                "--socket",
+                str(socket_path),
+            ],
             env,
             ready=_answers_on_socket(socket_path),
             address="unix socket",
@@ -397,7 +423,18 @@ def dagster_processes(settings: Settings) -> list[Child]:
         Child("dagster-daemon", [_program("dagster-daemon"), "run", "-w", workspace], env),
     ]
     for queue, size in (("dispatch", DISPATCH_WORKERS), ("maintenance", 1), ("agents", agents_max(settings))):
-        argv = [_program("celery"), "-A", "kilo_pipelines.worker", "worker", "-Q", queue, "-n", f"{queue}@%h", "--concurrency", str(size)]
+        argv = [
+            _program("celery"),
+            "-A",
+            "kilo_pipelines.worker",
+            "worker",
+            "-Q",
+            queue,
+            "-n",
+            f"{queue}@%h",
+            "--concurrency",
+            str(size),
+        ]
         argv += ["--loglevel", "WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
         # QUIT interrupts sessions, which go back to waiting; TERM lets the other queues' short runs end.
         how = signal.SIGQUIT if queue == "agents" else signal.SIGTERM

@@ -96,7 +96,9 @@ def follow(store: Store, owner_id: UUID, pull: dict[str, Any], settings: Setting
     """Waits for the review of a pull request's present head and for its effects, telling each step once."""
     done = Followed(pull, time.monotonic(), float(pull["delivery"]["duration"]))
     line(f"  pull request  {pull['url']}")
-    line(f"  delivery      {pull['delivery']['guid']} answered {pull['delivery']['status_code']} in {done.answered * 1000:.0f} ms")
+    line(
+        f"  delivery      {pull['delivery']['guid']} answered {pull['delivery']['status_code']} in {done.answered * 1000:.0f} ms"
+    )
     told: set[str] = set()
 
     def tell(key: str, text: str) -> None:
@@ -106,7 +108,12 @@ def follow(store: Store, owner_id: UUID, pull: dict[str, Any], settings: Setting
 
     while time.monotonic() - done.sent_at < REVIEW_SECONDS:
         row = next(
-            (one for one in store.reviews.list(owner_id, limit=20) if one.pull_number == pull["number"] and one.head_sha == pull["head_sha"] and one.repository == pull["repository"]), None
+            (
+                one
+                for one in store.reviews.of_owner(owner_id, limit=20)
+                if one.pull_number == pull["number"] and one.head_sha == pull["head_sha"] and one.repository == pull["repository"]
+            ),
+            None,
         )
         if row is not None:
             done.row = row
@@ -118,7 +125,13 @@ def follow(store: Store, owner_id: UUID, pull: dict[str, Any], settings: Setting
             if row.session_run_id:
                 tell("agent", f"agent         {settings.dagster_url}/runs/{row.session_run_id}")
                 for event in store.sessions.events(row.session_id) if row.session_id else []:
-                    tell(f"event:{event['id']}", "              " + event["kind"] + " " + " ".join(f"{key}={value}" for key, value in event["data"].items()))
+                    tell(
+                        f"event:{event['id']}",
+                        "              "
+                        + event["kind"]
+                        + " "
+                        + " ".join(f"{key}={value}" for key, value in event["data"].items()),
+                    )
             if row.ended_at is not None and _effects_ended(store, row):
                 done.reviewed = time.monotonic() - done.sent_at
                 verdict = row.verdict or {}
@@ -150,7 +163,7 @@ def table(platform: Platform) -> None:
 
 def next_pull(settings: Settings, store: Store, owner_id: UUID) -> dict[str, Any]:
     """The first time a pull request, afterwards a new commit on it."""
-    for row in store.reviews.list(owner_id, limit=200):
+    for row in store.reviews.of_owner(owner_id, limit=200):
         if row.repository == "acme/orders" and row.pull_number == 1:
             return setup.twin_call(settings, "push", "--pull", "1")
     return setup.twin_call(settings, "open-pull", "--kind", "planted")

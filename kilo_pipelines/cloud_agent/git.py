@@ -29,7 +29,14 @@ POLICY_PATH = "REVIEW.md"
 POLICY_CHARS = 10_000  # contract A8.4
 _HEX = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 _ZERO = "0" * 40
-_STATUS: dict[str, EntryStatus] = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed", "C": "copied", "T": "type_changed"}
+_STATUS: dict[str, EntryStatus] = {
+    "A": "added",
+    "M": "modified",
+    "D": "deleted",
+    "R": "renamed",
+    "C": "copied",
+    "T": "type_changed",
+}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -61,7 +68,11 @@ def _environment(extra: dict[str, str] | None = None, config: dict[str, str] | N
         "diff.renames": "true",
         **(config or {}),
     }
-    pairs = {f"GIT_CONFIG_{part}_{index}": text for index, item in enumerate(settings.items()) for part, text in zip(("KEY", "VALUE"), item, strict=True)}
+    pairs = {
+        f"GIT_CONFIG_{part}_{index}": text
+        for index, item in enumerate(settings.items())
+        for part, text in zip(("KEY", "VALUE"), item, strict=True)
+    }
     return {
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
         "HOME": "/nonexistent",
@@ -79,7 +90,12 @@ def _environment(extra: dict[str, str] | None = None, config: dict[str, str] | N
 
 
 def _run(
-    bare: Path, *args: str, config: dict[str, str] | None = None, stdin: bytes | None = None, reason: Reason = Reason.FETCH_FAILED, secret: str = ""
+    bare: Path,
+    *args: str,
+    config: dict[str, str] | None = None,
+    stdin: bytes | None = None,
+    reason: Reason = Reason.FETCH_FAILED,
+    secret: str = "",
 ) -> bytes:
     try:
         done = subprocess.run(
@@ -108,7 +124,7 @@ def bare_path(repositories: Path, owner_id: UUID, repository_id: int) -> Path:
 def _locked(bare: Path) -> Iterator[None]:
     """One fetch at a time per bare repository."""
     bare.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(bare.with_suffix(".lock"), "w") as lock:
+    with bare.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -130,7 +146,18 @@ def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[
         if not (bare / "HEAD").exists():
             _run(bare, "init", "-q", "--bare")
         specs = [f"+{remote}:{local}" for local, remote in refs.items()]
-        _run(bare, "fetch", "-q", "--no-tags", "--no-write-fetch-head", "--end-of-options", clone_url, *specs, config=config, secret=basic)
+        _run(
+            bare,
+            "fetch",
+            "-q",
+            "--no-tags",
+            "--no-write-fetch-head",
+            "--end-of-options",
+            clone_url,
+            *specs,
+            config=config,
+            secret=basic,
+        )
     return {local: commit_of(bare, local) for local in refs}
 
 
@@ -152,7 +179,11 @@ def read_facts(bare: Path, *, base: str, head: str, policy_commit: str | None) -
     entries = _entries(bare, merge_base, head)
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(f"{entry.status} {entry.old_mode} {entry.new_mode} {entry.old_blob} {entry.new_blob} {entry.old_path or ''}\0{entry.path}\0".encode(errors="surrogateescape"))
+        digest.update(
+            f"{entry.status} {entry.old_mode} {entry.new_mode} {entry.old_blob} {entry.new_blob} {entry.old_path or ''}\0{entry.path}\0".encode(
+                errors="surrogateescape"
+            )
+        )
         digest.update(entry.text.encode())
     text, cut = _policy(bare, policy_commit) if policy_commit else (None, False)
     return WorkspaceFacts(
@@ -197,7 +228,20 @@ def _entry(bare: Path, old: str, new: str, meta: tuple[str, str, str, str, str],
     old_mode, new_mode, old_blob, new_blob, letter = meta
     paths = [old_path, path] if old_path else [path]
     content = _run(
-        bare, "diff-tree", "-r", "-p", "--text", "--no-ext-diff", "--no-textconv", "--full-index", "--no-color", "-M", old, new, "--", *paths
+        bare,
+        "diff-tree",
+        "-r",
+        "-p",
+        "--text",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--full-index",
+        "--no-color",
+        "-M",
+        old,
+        new,
+        "--",
+        *paths,
     )
     binary = b"\0" in content
     name = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -226,7 +270,7 @@ def _entry(bare: Path, old: str, new: str, meta: tuple[str, str, str, str, str],
 def _policy(bare: Path, commit: str) -> tuple[str | None, bool]:
     """REVIEW.md at a recorded commit: a plain file, normalised, cut at its limit (contract A8.4, threats rule 12)."""
     listing = _run(bare, "ls-tree", "-z", _hex(commit), POLICY_PATH).decode(errors="replace")
-    mode, kind, blob = (listing.split("\t", 1)[0].split() + ["", "", ""])[:3]
+    mode, kind, blob = [*listing.split("\t", 1)[0].split(), "", "", ""][:3]
     if kind != "blob" or mode not in ("100644", "100755"):
         return None, False
     raw = _run(bare, "cat-file", "blob", blob).decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")

@@ -55,7 +55,9 @@ def install() -> Path:
     if installed():
         return target
     with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run([*_npm(), "pack", "--silent", f"{PACKAGE}@{VERSION}"], cwd=scratch, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*_npm(), "pack", "--silent", f"{PACKAGE}@{VERSION}"], cwd=scratch, capture_output=True, text=True, check=False
+        )
         archives = list(Path(scratch).glob("*.tgz"))
         if done.returncode or len(archives) != 1:
             raise InstallError(f"npm could not fetch {PACKAGE}@{VERSION}: {done.stderr.strip()[-500:]}")

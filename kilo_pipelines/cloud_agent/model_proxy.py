@@ -36,7 +36,18 @@ BODY_BYTES = 16 * 2**20
 MAX_TOKENS = 32_000
 CONNECT_SECONDS = 10
 READ_SECONDS = 300  # a model may think for minutes before its first word
-_KEPT = ("messages", "tools", "tool_choice", "stream", "stream_options", "temperature", "top_p", "stop", "parallel_tool_calls", "reasoning_effort")
+_KEPT = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "stop",
+    "parallel_tool_calls",
+    "reasoning_effort",
+)
 _COUNTED_ENDS = ("stop", "tool_calls")
 
 
@@ -101,7 +112,11 @@ def rebuild(body: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    allowed = {name: message[name] for name in ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content") if name in message}
+    allowed: dict[str, Any] = {
+        name: message[name]
+        for name in ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+        if name in message
+    }
     content = allowed.get("content")
     if isinstance(content, list):
         for part in content:
@@ -188,8 +203,12 @@ class ModelProxy:
         name = hashlib.sha256(registration.session_id.encode()).hexdigest()[:16]
         path = self._directory / f"m-{name}.sock"
         path.unlink(missing_ok=True)
-        application = Starlette(routes=[Route("/v1/chat/completions", self._completions(registration.session_id), methods=["POST"])])
-        config = uvicorn.Config(application, uds=str(path), log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        application = Starlette(
+            routes=[Route("/v1/chat/completions", self._completions(registration.session_id), methods=["POST"])]
+        )
+        config = uvicorn.Config(
+            application, uds=str(path), log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve())
         while not server.started:
@@ -246,7 +265,11 @@ class ModelProxy:
     def _check_budget(session: Session) -> None:
         """402 ends the agent at once; with 429 it would go on asking."""
         transcript, limits = session.transcript, session.registration
-        if transcript.requests > 2 * limits.turns or len(transcript.turns) >= limits.turns or transcript.tokens_in + transcript.tokens_out >= limits.tokens:
+        if (
+            transcript.requests > 2 * limits.turns
+            or len(transcript.turns) >= limits.turns
+            or transcript.tokens_in + transcript.tokens_out >= limits.tokens
+        ):
             transcript.last_failure = Reason.BUDGET_EXCEEDED
             raise RefusedError(402, "budget_exceeded")
 
@@ -262,7 +285,9 @@ class ModelProxy:
             session.transcript.last_failure = Reason.MODEL_UNREACHABLE
             log.warning("the model answers HTTP %s", upstream.status_code)
             # A wrong key or a redirect is our operator's matter; retrying can't help.
-            raise RefusedError(upstream.status_code if upstream.status_code in (408, 429, 500, 502, 503, 504) else 402, "model_refused")
+            raise RefusedError(
+                upstream.status_code if upstream.status_code in (408, 429, 500, 502, 503, 504) else 402, "model_refused"
+            )
         if body.get("stream"):
             return StreamingResponse(self._pass_on(session, body, upstream), media_type="text/event-stream")
         content = await upstream.aread()
@@ -310,7 +335,14 @@ class ModelProxy:
         if not any(part.nonce in text for text in texts):
             return
         number = len(transcript.turns) + 1
-        transcript.turns.append(Turn(number=number, nonce=part.nonce, text=answer.text, arguments=[answer.arguments[key] for key in sorted(answer.arguments)]))
+        transcript.turns.append(
+            Turn(
+                number=number,
+                nonce=part.nonce,
+                text=answer.text,
+                arguments=[answer.arguments[key] for key in sorted(answer.arguments)],
+            )
+        )
         for entry_id, text in part.covers.items():
             if entry_id not in transcript.covered and any(text in one for one in texts):
                 transcript.covered[entry_id] = number
@@ -348,7 +380,9 @@ def main() -> None:
     key = settings.model_key_file.read_text().strip() if settings.model_key_file.exists() else ""
     proxy = ModelProxy(path.parent, settings.model_base_url, key)
     os.umask(0o077)
-    uvicorn.run(proxy.control(), uds=str(path), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    uvicorn.run(
+        proxy.control(), uds=str(path), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
+    )
 
 
 if __name__ == "__main__":

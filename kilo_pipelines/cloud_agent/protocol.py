@@ -37,7 +37,9 @@ class SessionLimits(BaseModel):
     silence_s: float = Field(default=420.0, description="no event from the agent and no model call: contract C7")
     hard_cap_s: float = Field(default=1_800.0, description="whole session, all parts")
     result_bytes: int = Field(default=1_000_000)
-    memory_bytes: int = Field(default=4 * 2**30, description="address space is not bounded (JS engines reserve it); data and cgroup are")
+    memory_bytes: int = Field(
+        default=4 * 2**30, description="address space is not bounded (JS engines reserve it); data and cgroup are"
+    )
     processes: int = 512
     file_bytes: int = Field(default=256 * 2**20, description="largest file that a process in the sandbox may write")
 

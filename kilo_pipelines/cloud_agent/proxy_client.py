@@ -20,7 +20,9 @@ class ProxyClient:
     """One session at the proxy."""
 
     def __init__(self, socket: Path, session_id: str) -> None:
-        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://proxy", timeout=TIMEOUT_SECONDS)
+        self._client = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://proxy", timeout=TIMEOUT_SECONDS
+        )
         self._session_id = session_id
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ class SelfHostedRunner:
 
 
 class _Run:
-    def __init__(self, config: RunnerConfig, adapter: AgentAdapter, spec: SessionSpec, task: SessionTask, control: SessionControl) -> None:
+    def __init__(
+        self, config: RunnerConfig, adapter: AgentAdapter, spec: SessionSpec, task: SessionTask, control: SessionControl
+    ) -> None:
         self._config = config
         self._adapter = adapter
         self._spec = spec
@@ -99,7 +102,10 @@ class _Run:
         bare = self._fetch(token)
         self._look()
         self._facts = git.read_facts(
-            bare, base=git.commit_of(bare, "refs/kilo/base"), head=self._spec.head_sha, policy_commit=git.commit_of(bare, "refs/kilo/default")
+            bare,
+            base=git.commit_of(bare, "refs/kilo/base"),
+            head=self._spec.head_sha,
+            policy_commit=git.commit_of(bare, "refs/kilo/default"),
         )
         self._control.event("diff_made", {"files": len(self._facts.entries), "diff": self._facts.diff_hash[:12]})
         nonces: list[str] = []
@@ -226,7 +232,9 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, Reason.NO_TURNS)
         if result is None or problems:
             missing = problems == [_MISSING]
-            raise _EndedError(SessionStatus.FAILED, Reason.RESULT_MISSING if missing else Reason.RESULT_INVALID, "; ".join(problems)[:500])
+            raise _EndedError(
+                SessionStatus.FAILED, Reason.RESULT_MISSING if missing else Reason.RESULT_INVALID, "; ".join(problems)[:500]
+            )
         turn = bind(result, self._transcript.turns, nonce)
         if turn is None:
             raise _EndedError(SessionStatus.FAILED, Reason.RESULT_UNBOUND)
@@ -262,7 +270,11 @@ class _Run:
             uid=self._uid,
         )
         started = time.monotonic()
-        with open(prompt_file, "rb") as stdin, open(output_file, "wb") as stdout, open(self._workspace.root / "errors", "wb") as stderr:
+        with (
+            prompt_file.open("rb") as stdin,
+            output_file.open("wb") as stdout,
+            (self._workspace.root / "errors").open("wb") as stderr,
+        ):
             self._process = sandbox.spawn(spec, stdin=stdin, stdout=stdout, stderr=stderr)
         self._control.event("agent_started", {"agent": f"{self._adapter.name} {self._adapter.version}"})
         try:
@@ -273,7 +285,9 @@ class _Run:
         self._transcript = self._proxy.transcript()
         events = _events(output_file)
         status = self._process.popen.returncode
-        self._control.event("agent_ended", {"exit": status, "turns": len(self._transcript.turns), "seconds": round(time.monotonic() - started, 1)})
+        self._control.event(
+            "agent_ended", {"exit": status, "turns": len(self._transcript.turns), "seconds": round(time.monotonic() - started, 1)}
+        )
         if self._adapter.failed(status, events):
             reason = self._transcript.last_failure or Reason.AGENT_CRASHED
             detail = f"exit {status}; {_last_line(self._workspace.root / 'errors')}"
@@ -341,10 +355,8 @@ class _Run:
         """The tree is dead, the socket closed, the directories gone."""
         if self._process is not None:
             self._process.kill()
-        try:
+        with suppress(ProxyError):  # the proxy is gone and its sockets with it
             self._proxy.close()
-        except ProxyError:
-            pass  # the proxy is gone and its sockets with it
         self._workspace.remove()
 
 

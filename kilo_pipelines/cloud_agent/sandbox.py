@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -99,10 +100,8 @@ class SandboxProcess:
     def kill(self) -> None:
         """Ends bubblewrap and with it everything inside; returns when it is gone."""
         if self.popen.poll() is None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.popen.wait()
 
 
@@ -134,7 +133,7 @@ class Sandbox:
         # As root no user namespace: the session's own uid must exist outside. As a user there is no way without one.
         argv += [] if self.as_root else ["--unshare-user"]
         argv += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox", "--seccomp", str(filter_fd)]
-        argv += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]
+        argv += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108  # inside the sandbox
         argv += ["--tmpfs", "/run", "--dir", "/work", "--dir", "/opt"]
         argv += ["--ro-bind", "/usr", "/usr"]
         for name in ("bin", "sbin", "lib", "lib32", "lib64"):
@@ -165,7 +164,9 @@ class Sandbox:
             return ["--symlink", str(path.readlink()), str(path)]
         return ["--ro-bind", str(path), str(path)] if path.is_dir() else []
 
-    def spawn(self, spec: SandboxSpec, *, stdin: IO[bytes] | int, stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> SandboxProcess:
+    def spawn(
+        self, spec: SandboxSpec, *, stdin: IO[bytes] | int, stdout: IO[bytes] | int, stderr: IO[bytes] | int
+    ) -> SandboxProcess:
         """Starts it, in a session of its own. Must be called from the main thread: the parent-death signal is bound to it."""
         limits = spec.limits
 
@@ -214,10 +215,18 @@ class Sandbox:
             return SandboxReport(mode, False, problems=[f"bubblewrap doesn't start: {failure}"])
         if process.popen.returncode:
             remedy = "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1), or run as root"
-            return SandboxReport(mode, False, problems=[f"bubblewrap fails: {err.decode(errors='replace').strip()[:300]}; {remedy}"])
+            return SandboxReport(
+                mode, False, problems=[f"bubblewrap fails: {err.decode(errors='replace').strip()[:300]}; {remedy}"]
+            )
         uid, foreign, _ = out.decode().split()
         problems = [] if foreign == "0" else ["directories of the machine are visible inside"]
-        guarantees = ["allow-listed files", "no network but one socket", "own process namespace", f"uid {uid} inside", "no new privileges"]
+        guarantees = [
+            "allow-listed files",
+            "no network but one socket",
+            "own process namespace",
+            f"uid {uid} inside",
+            "no new privileges",
+        ]
         if self.as_root:
             guarantees.append("number of processes bounded")
         return SandboxReport(mode, not problems, guarantees, problems)

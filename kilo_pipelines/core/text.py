@@ -10,7 +10,8 @@ _IMAGE = re.compile(r"!\[")
 _MENTION = re.compile(r"@(?=[A-Za-z0-9_])")
 _COMMAND = re.compile(r"^([ \t>*\-]*)/", re.MULTILINE)
 _CLOSING = re.compile(
-    r"\b(clos(?:e|es|ed|ing)|fix(?:es|ed|ing)?|resolv(?:e|es|ed|ing))(\s*:?\s+)(?=#|GH-|https?://|[\w.-]+/[\w.-]+#)", re.IGNORECASE
+    r"\b(clos(?:e|es|ed|ing)|fix(?:es|ed|ing)?|resolv(?:e|es|ed|ing))(\s*:?\s+)(?=#|GH-|https?://|[\w.-]+/[\w.-]+#)",
+    re.IGNORECASE,
 )
 _LINK = re.compile(r"\]\(\s*(?!https?://)[^)]*\)")
 

@@ -97,7 +97,11 @@ def conclude(fault: Reason | None, severities: Iterable[str], gate: str, *, advi
     """
     if fault is None:
         broken = GATES[gate] & set(severities)
-        verdict = Verdict(Conclusion.FAILURE, Reason.GATE_FAILED, True) if broken else Verdict(Conclusion.SUCCESS, Reason.REVIEWED, True)
+        verdict = (
+            Verdict(Conclusion.FAILURE, Reason.GATE_FAILED, True)
+            if broken
+            else Verdict(Conclusion.SUCCESS, Reason.REVIEWED, True)
+        )
     else:
         verdict = Verdict(_OF_REASON.get(fault, Conclusion.FAILURE), fault, False)
     if advisory and verdict.conclusion is not Conclusion.SUCCESS:

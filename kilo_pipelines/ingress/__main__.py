@@ -17,7 +17,14 @@ from kilo_pipelines.store import Cipher, Store
 
 def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
     config = uvicorn.Config(
-        application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False, lifespan="off"
+        application,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+        lifespan="off",
     )
     return uvicorn.Server(config)
 

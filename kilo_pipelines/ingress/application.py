@@ -252,8 +252,10 @@ def admin_application(ingress: Ingress) -> Starlette:
         found = await principal(request)
         if found is None:
             return _answer(401, "refused")
-        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.list)]
-        reviews = [asdict(one) for owner in owners for one in await anyio.to_thread.run_sync(ingress.store.reviews.list, owner)]
+        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.all)]
+        reviews = [
+            asdict(one) for owner in owners for one in await anyio.to_thread.run_sync(ingress.store.reviews.of_owner, owner)
+        ]
         return JSONResponse({"reviews": _plain(reviews)})
 
     async def show_review(request: Request) -> Response:
@@ -286,8 +288,8 @@ def admin_application(ingress: Ingress) -> Starlette:
             return _answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
         except BodyError as failure:
             return _answer(failure.status, "refused", failure.reason)
-        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.list)]
-        newest_of = partial(ingress.store.reviews.list, limit=DISPATCH_LOOK_BACK)
+        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.all)]
+        newest_of = partial(ingress.store.reviews.of_owner, limit=DISPATCH_LOOK_BACK)
         reviews = [one for owner in owners for one in await anyio.to_thread.run_sync(newest_of, owner)]
         same = [one for one in reviews if (one.repository, one.pull_number) == (wanted.repository, wanted.pull_number)]
         if not same:
@@ -301,14 +303,14 @@ def admin_application(ingress: Ingress) -> Starlette:
         found = await principal(request)
         if found is None:
             return _answer(401, "refused")
-        owners = await anyio.to_thread.run_sync(ingress.store.owners.list)
+        owners = await anyio.to_thread.run_sync(ingress.store.owners.all)
         return JSONResponse({"owners": _plain([asdict(one) for one in owners if found[0] in (None, one.id)])})
 
     async def list_integrations(request: Request) -> Response:
         found = await principal(request)
         if found is None:
             return _answer(401, "refused")
-        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.list)]
+        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.all)]
         lists = {str(owner): await anyio.to_thread.run_sync(ingress.store.owners.integrations, owner) for owner in owners}
         return JSONResponse(
             {"integrations": _plain([{"owner_id": owner} | one for owner, some in lists.items() for one in some])}

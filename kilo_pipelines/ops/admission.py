@@ -1,6 +1,5 @@
 """Admission: from a stored delivery to a work item or a stored reason; the database only, decided by the services."""
 
-
 from pydantic import ValidationError
 
 from kilo_pipelines.core.reasons import Reason

@@ -1,6 +1,5 @@
 """The op of a self-hosted session: claim, run under a lease, store the outcome, call back."""
 
-
 import time
 from typing import Any
 from uuid import UUID
@@ -46,7 +45,9 @@ class LeasedControl:
 
 
 @op(out=Out(Nothing), description="Runs one agent session in the sandbox and reports how it ended.")
-def run_agent_session(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource) -> None:
+def run_agent_session(
+    context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource
+) -> None:
     platform = store.get()
     session_id = UUID(config.ids[0])
     claim = platform.sessions.claim(session_id, run_id=context.run_id, lease_s=cloud_agent.lease_seconds())
@@ -90,7 +91,9 @@ def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionCl
         context.log.info("the worker stops: the session waits for another one")
 
 
-def _report(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentResource, claim: SessionClaim, outcome: SessionOutcome) -> None:
+def _report(
+    context: OpExecutionContext, store: Store, cloud_agent: CloudAgentResource, claim: SessionClaim, outcome: SessionOutcome
+) -> None:
     """Stores the outcome (guarded by the fence), then calls back; the stored row is the truth, the callback the news."""
     stored = store.sessions.finish(
         claim,

@@ -1,6 +1,5 @@
 """Ops of Code Review: launch (claim, re-read, session) and settle (verdict, effects, slot)."""
 
-
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -40,7 +39,9 @@ def marker_of(store: Store) -> Marker:
     return Marker(store.cipher.derive("comment-markers"))
 
 
-def subject_of(item: ItemRow | Claimed, attempt: int, subject_key: str, details_url: str | None, **present: Any) -> outcome.ReviewSubject:
+def subject_of(
+    item: ItemRow | Claimed, attempt: int, subject_key: str, details_url: str | None, **present: Any
+) -> outcome.ReviewSubject:
     """What is reviewed, out of the stored row and what the provider says at present."""
     item_id = item.item_id if isinstance(item, Claimed) else item.id
     details = {**item.details, **present}
@@ -58,7 +59,9 @@ def subject_of(item: ItemRow | Claimed, attempt: int, subject_key: str, details_
     )
 
 
-@op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Claims reviews, re-reads their pull requests, launches sessions.")
+@op(
+    out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Claims reviews, re-reads their pull requests, launches sessions."
+)
 def launch_reviews(
     context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource
 ) -> None:
@@ -66,7 +69,9 @@ def launch_reviews(
         _launch(context, store.get(), github, cloud_agent, UUID(item_id))
 
 
-def _launch(context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID) -> None:
+def _launch(
+    context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID
+) -> None:
     if _reopened_by_person(context, store, item_id):
         return
     claim = store.queue.claim(item_id, SERVICE, run_id=context.run_id, slots=review_slots, lease_s=cloud_agent.lease_seconds())
@@ -139,7 +144,9 @@ def settle_reviews(
         _settle(context, store.get(), github, cloud_agent, UUID(item_id))
 
 
-def _settle(context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID) -> None:
+def _settle(
+    context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID
+) -> None:
     item = store.queue.get(item_id)
     if item is None:
         _say(context, item_id, Reason.MOVED_ON)
@@ -159,7 +166,9 @@ def _settle(context: OpExecutionContext, store: Store, github: GitHubResource, c
         if WorkState(tx.item.state) is WorkState.RUNNING and session is not None and session.ended_at is not None:
             found = outcome.interpret(subject, _end_of(session), existing, siblings, marker)
             evidence = session.evidence
-            tx.conclude(state=found.state, reason=found.reason, verdict=found.stored_verdict(), evidence=evidence, effects=found.effects)
+            tx.conclude(
+                state=found.state, reason=found.reason, verdict=found.stored_verdict(), evidence=evidence, effects=found.effects
+            )
         elif WorkState(tx.item.state) in FINAL and not tx.item.announced:
             found = outcome.announce(subject, tx.item.state, Reason(tx.item.reason or Reason.USER_CANCELLED), siblings, marker)
             evidence = session.evidence if session else None
@@ -188,5 +197,3 @@ def _existing_comments(context: OpExecutionContext, github: GitHubResource, item
 def _end_of(session: SessionRow) -> outcome.SessionEnd:
     evidence = Evidence.model_validate(session.evidence) if session.evidence else None
     return outcome.SessionEnd(str(session.id), session.state, session.reason, session.result, evidence)
-
-

@@ -1,6 +1,5 @@
 """The one hand that applies effects (invariant 5)."""
 
-
 from collections.abc import Iterator
 from datetime import timedelta
 from uuid import UUID
@@ -32,7 +31,9 @@ def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubRe
             continue
         store.outbox.applied(effect, receipt)
         applied += 1
-        context.log.info(f"{effect.intent.kind} {'written' if receipt.created else 'brought up to date'}: {receipt.url or receipt.external_id}")
+        context.log.info(
+            f"{effect.intent.kind} {'written' if receipt.created else 'brought up to date'}: {receipt.url or receipt.external_id}"
+        )
     return applied
 
 
@@ -53,7 +54,12 @@ def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, 
     context.log.warning(f"{effect.intent.kind} not applied ({failure.reason}): {state}")
 
 
-@op(ins={"start": In(Nothing)}, out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Applies the effects of this run's items.")
+@op(
+    ins={"start": In(Nothing)},
+    out=Out(Nothing),
+    retry_policy=TRANSPORT_RETRY,
+    description="Applies the effects of this run's items.",
+)
 def apply_effects(context: OpExecutionContext, store: StoreResource, github: GitHubResource) -> None:
     apply_effects_of(context, store.get(), github, ids_of_run(context))
 

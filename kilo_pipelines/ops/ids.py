@@ -1,6 +1,6 @@
 """The configuration of every service run: ids, nothing else (no op loads anything that run config names)."""
 
-
+from typing import Any
 from uuid import UUID
 
 from dagster import Config, OpExecutionContext
@@ -20,5 +20,5 @@ class Ids(Config):
 
 def ids_of_run(context: OpExecutionContext) -> list[str]:
     """The ids that this run's first op was given."""
-    configured = context.run.run_config.get("ops", {})
+    configured: dict[str, Any] = dict(context.run.run_config).get("ops", {})  # type: ignore[assignment]
     return [str(UUID(one)) for op in configured.values() for one in op.get("config", {}).get("ids", [])]

@@ -238,4 +238,3 @@ def _reaction(installation: GitHubInstallation, wanted: ReactionPayload) -> Effe
     with installation.errors():
         made = repository.get_pull(wanted.pull_number).as_issue().create_reaction(wanted.content)
         return EffectReceipt(external_id=str(made.id), created=True)
-

@@ -22,7 +22,7 @@ from kilo_pipelines.settings import Settings
 CALLBACK_SECONDS = 10  # contract A9
 
 
-class CloudAgentResource(ConfigurableResource):
+class CloudAgentResource(ConfigurableResource[None]):
     """Builds session specs, runs sessions on this host, calls back."""
 
     def lease_seconds(self) -> float:
@@ -67,8 +67,12 @@ class CloudAgentResource(ConfigurableResource):
     def runner(self, agent: str) -> SelfHostedRunner:
         """A runner for one agent program."""
         settings = Settings()
-        adapter: AgentAdapter = KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
-        config = RunnerConfig(settings.repos_dir, settings.work_dir, control_socket(settings), lambda: Sandbox.find(package_directory()))
+        adapter: AgentAdapter = (
+            KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
+        )
+        config = RunnerConfig(
+            settings.repos_dir, settings.work_dir, control_socket(settings), lambda: Sandbox.find(package_directory())
+        )
         return SelfHostedRunner(config, adapter)
 
     def agent_ready(self, agent: str) -> bool:

@@ -26,7 +26,7 @@ def _app(api_url: str, app_id: int, key_file: str) -> GitHubApp:
     return GitHubApp(api_url, app_id, Path(key_file).read_text(), SystemClock())
 
 
-class GitHubResource(ConfigurableResource):
+class GitHubResource(ConfigurableResource[None]):
     """Reads and posts as the App's installation; tokens live in the client's memory only."""
 
     def _app(self) -> GitHubApp:

@@ -23,7 +23,7 @@ def open_store(settings: Settings) -> Store:
     return _open(logins["app"], logins["system"], str(settings.encryption_key_file))
 
 
-class StoreResource(ConfigurableResource):
+class StoreResource(ConfigurableResource[None]):
     """Gives ops and sensors the store; holds no address and no secret in its configuration."""
 
     def get(self) -> Store:

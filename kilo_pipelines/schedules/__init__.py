@@ -3,7 +3,6 @@
 Holds: cron expressions and which runs they ask for. Does not belong here: the work itself, SQL, rules.
 """
 
-
 from dagster import (
     DefaultScheduleStatus,
     RunRequest,
@@ -15,7 +14,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.partitions import OWNERS
+from kilo_pipelines.partitions import OWNERS, OWNERS_NAME
 from kilo_pipelines.resources.store import StoreResource
 
 # Outcomes are for people: five minutes is soon enough, and a quiet owner costs no run at all.
@@ -40,7 +39,7 @@ def outcomes(context: ScheduleEvaluationContext, store: StoreResource) -> list[R
     owners = [str(owner) for owner in store.get().reviews.owners_with_news(minutes=OUTCOMES_MINUTES)]
     if not owners:
         return SkipReason("no review moved since the last tick")
-    context.instance.add_dynamic_partitions(OWNERS.name, owners)
+    context.instance.add_dynamic_partitions(OWNERS_NAME, owners)
     moment = context.scheduled_execution_time.isoformat()
     return [RunRequest(run_key=f"{owner}:{moment}", partition_key=owner, tags={tags.OWNER: owner}) for owner in owners]
 

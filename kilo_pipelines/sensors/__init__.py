@@ -4,13 +4,12 @@ Holds: waiting for work and turning offers into run requests. What a sensor comm
 (invariant 2): admissions, offers, reaped leases. Does not belong here: claims, providers, SQL.
 """
 
-
 import time
 
 from dagster import DefaultSensorStatus, RunRequest, SensorDefinition, SensorEvaluationContext, SensorResult, SkipReason, sensor
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import agent_session, outbox, code_review, settle_code_review
+from kilo_pipelines.jobs import agent_session, code_review, outbox, settle_code_review
 from kilo_pipelines.ops.admission import admit
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import Offer, Store

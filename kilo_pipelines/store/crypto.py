@@ -53,7 +53,11 @@ class Cipher:
 
     def open(self, sealed: bytes, context: str) -> str:
         """The value; CipherError when it can't be opened."""
-        key_id, nonce, rest = sealed[:KEY_ID_BYTES], sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES], sealed[KEY_ID_BYTES + NONCE_BYTES :]
+        key_id, nonce, rest = (
+            sealed[:KEY_ID_BYTES],
+            sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES],
+            sealed[KEY_ID_BYTES + NONCE_BYTES :],
+        )
         try:
             return AESGCM(self._keys[key_id]).decrypt(nonce, rest, context.encode()).decode()
         except (KeyError, InvalidTag) as failure:

@@ -47,7 +47,7 @@ class Database:
         url = self._system.url.set(drivername="postgresql").render_as_string(hide_password=False)
         with psycopg.connect(url, autocommit=True) as connection:
             for channel in channels:
-                connection.execute(f"listen {channel}")  # type: ignore[call-overload]  # names of ours
+                connection.execute(f"listen {channel}")  # names of ours
             yield Listener(connection)
 
     def check_roles(self) -> None:

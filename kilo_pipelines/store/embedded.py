@@ -101,9 +101,7 @@ class EmbeddedPostgres:
     @property
     def admin_url(self) -> str:
         """URL of the superuser, for provisioning only."""
-        return (
-            f"postgresql+psycopg://{SUPERUSER}:{quote(self._password_file.read_text())}@/postgres?host={quote(str(self.sockets), safe='')}"
-        )
+        return f"postgresql+psycopg://{SUPERUSER}:{quote(self._password_file.read_text())}@/postgres?host={quote(str(self.sockets), safe='')}"
 
     def wait_ready(self, seconds: float) -> None:
         """Returns when the server answers; EmbeddedPostgresError after `seconds`."""
@@ -147,7 +145,10 @@ def _os_user() -> pwd.struct_passwd:
         return pwd.getpwnam(OS_USER)
     except KeyError:
         made = subprocess.run(
-            ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", OS_USER], capture_output=True, text=True, check=False
+            ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", OS_USER],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if made.returncode not in (0, 9):  # 9: another process made it meanwhile
             raise EmbeddedPostgresError(f"the OS user {OS_USER} can't be made: {made.stderr.strip()}") from None

@@ -125,7 +125,7 @@ class Inbox:
                 admit(tx)
                 tx.close()
                 savepoint.commit()
-            except Exception:  # noqa: BLE001  # whatever a rule raises must not lose the delivery or stop the others
+            except Exception:  # whatever a rule raises must not lose the delivery or stop the others
                 savepoint.rollback()
                 log.exception("admission of delivery %s failed", delivery.id)
                 self._failed(connection, delivery, row["tries"] + 1)
@@ -252,11 +252,23 @@ class AdmissionTx:
 
 def insert_review(connection: Connection, owner_id: UUID, item_id: UUID, repository_id: int, details: dict[str, Any]) -> None:
     """The Code Review row of an item."""
-    columns = ("full_name", "pull_number", "title", "author", "author_type", "url", "base_ref", "base_sha", "head_ref", "head_sha", "trigger")
+    columns = (
+        "full_name",
+        "pull_number",
+        "title",
+        "author",
+        "author_type",
+        "url",
+        "base_ref",
+        "base_sha",
+        "head_ref",
+        "head_sha",
+        "trigger",
+    )
     values = {name: details[name] for name in columns}
     changed(
         connection,
-        f"insert into reviews (owner_id, item_id, repository_id, settings, {', '.join(columns)})"  # noqa: S608  # column names of ours
+        f"insert into reviews (owner_id, item_id, repository_id, settings, {', '.join(columns)})"  # column names of ours
         f" values (:owner, :item, :repository, cast(:settings as jsonb), {', '.join(':' + name for name in columns)})",
         owner=owner_id,
         item=item_id,
@@ -264,4 +276,3 @@ def insert_review(connection: Connection, owner_id: UUID, item_id: UUID, reposit
         settings=json.dumps(details.get("settings", {})),
         **values,
     )
-

@@ -29,7 +29,9 @@ def provision(admin_url: str, known: dict[str, str] | None = None, *, suffix: st
             exists = connection.execute(text("select 1 from pg_roles where rolname = :role"), {"role": role}).first()
             verb = "alter" if exists else "create"
             # Role names are constants of ours and passwords are url-safe tokens of ours: nothing to quote.
-            connection.execute(text(f"{verb} role {role} login nosuperuser nobypassrls nocreatedb nocreaterole password '{password}'"))
+            connection.execute(
+                text(f"{verb} role {role} login nosuperuser nobypassrls nocreatedb nocreaterole password '{password}'")
+            )
         for database, owner in ((f"kilo{suffix}", "kilo_migrator"), (f"dagster{suffix}", "kilo_dagster")):
             if not connection.execute(text("select 1 from pg_database where datname = :name"), {"name": database}).first():
                 connection.execute(text(f'create database "{database}" owner {owner}'))
@@ -77,4 +79,3 @@ def _config(connection: Connection) -> Config:
 def read_logins(path: Path) -> dict[str, str] | None:
     """The logins of an earlier start, None at the first."""
     return json.loads(path.read_text()) if path.exists() else None
-

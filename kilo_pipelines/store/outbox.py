@@ -76,14 +76,16 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             tries=row["tries"],
             installation_id=place["installation_id"],
             repository_id=place["repository_id"],
-            intent=EffectIntent(kind=row["kind"], intent_key=row["intent_key"], subject_key=row["subject_key"], payload=row["payload"]),
+            intent=EffectIntent(
+                kind=row["kind"], intent_key=row["intent_key"], subject_key=row["subject_key"], payload=row["payload"]
+            ),
         )
 
     def _end(self, effect: ClaimedEffect, sql: str, **values: Any) -> bool:
         with self._database.owner(effect.owner_id) as connection:
             done = changed(
                 connection,
-                f"update effects set {sql} where owner_id = :owner and id = :id and state = 'applying' and lease_no = :lease",  # noqa: S608
+                f"update effects set {sql} where owner_id = :owner and id = :id and state = 'applying' and lease_no = :lease",
                 owner=effect.owner_id,
                 id=effect.id,
                 lease=effect.lease_no,
@@ -119,7 +121,12 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
 
     def drop(self, effect: ClaimedEffect, reason: str) -> bool:
         """Not wanted any more."""
-        return self._end(effect, "state = 'dropped', reason = :reason, lease_until = null, ended_at = :now", reason=reason, now=self._clock.now())
+        return self._end(
+            effect,
+            "state = 'dropped', reason = :reason, lease_until = null, ended_at = :now",
+            reason=reason,
+            now=self._clock.now(),
+        )
 
     def of_item(self, item_id: UUID) -> list[dict[str, Any]]:
         """Effects of an item in their order."""

@@ -11,9 +11,9 @@ from uuid import UUID, uuid4
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store import system_statements as system
-from kilo_pipelines.store.database import Database, changed, one, rows
+from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.inbox import insert_review
-from kilo_pipelines.store.queue import audit, notify, owner_of_item
+from kilo_pipelines.store.queue import audit, owner_of_item
 from kilo_pipelines.store.rows import Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
 
 
@@ -46,7 +46,7 @@ class Owners:
             )
         return owner
 
-    def list(self) -> list[Owner]:
+    def all(self) -> list[Owner]:
         """Every owner, oldest first."""
         with self._database.system() as connection:
             return [Owner(**row) for row in rows(connection, system.OWNERS.sql)]
@@ -84,7 +84,15 @@ class Owners:
                     account=account,
                 )
             self._add(connection, owner_id, integration_id, repositories)
-            audit(connection, owner_id, actor, "integration.connect", str(integration_id), {"installation": installation_id}, self._clock.now())
+            audit(
+                connection,
+                owner_id,
+                actor,
+                "integration.connect",
+                str(integration_id),
+                {"installation": installation_id},
+                self._clock.now(),
+            )
         return integration_id
 
     @staticmethod
@@ -181,7 +189,9 @@ class Owners:
             )
         return ServiceConfig(**row) if row else None
 
-    def put_config(self, owner_id: UUID, service: str, config: dict[str, Any], *, enabled: bool, expected_revision: int, actor: str) -> int:
+    def put_config(
+        self, owner_id: UUID, service: str, config: dict[str, Any], *, enabled: bool, expected_revision: int, actor: str
+    ) -> int:
         """Compare-and-set of validated settings (revision 0: none yet); the new revision or StaleRevisionError."""
         with self._database.owner(owner_id) as connection:
             row = one(
@@ -199,7 +209,15 @@ class Owners:
             )
             if row is None:
                 raise StaleRevisionError(f"settings of {service} are not at revision {expected_revision}")
-            audit(connection, owner_id, actor, "config.put", service, {"revision": row["revision"], "enabled": enabled}, self._clock.now())
+            audit(
+                connection,
+                owner_id,
+                actor,
+                "config.put",
+                service,
+                {"revision": row["revision"], "enabled": enabled},
+                self._clock.now(),
+            )
         return int(row["revision"])
 
     def create_api_key(self, role: str, owner_id: UUID | None = None) -> str:
@@ -238,7 +256,7 @@ class Reviews:
         self._database = database
         self._clock = clock
 
-    def list(self, owner_id: UUID, *, limit: int = 50) -> list[ReviewRow]:
+    def of_owner(self, owner_id: UUID, *, limit: int = 50) -> list[ReviewRow]:
         """An owner's reviews, newest first."""
         with self._database.owner(owner_id) as connection:
             found = rows(connection, f"{_REVIEW} order by w.created_at desc, w.id limit :limit", owner=owner_id, limit=limit)
@@ -304,7 +322,7 @@ class Reviews:
     def outcomes(self, owner_id: UUID | str, days: int) -> list[dict[str, Any]]:
         """Reviews of the last days as flat rows for a table."""
         since = self._clock.now() - timedelta(days=days)
-        reviews = self.list(UUID(str(owner_id)), limit=10_000)
+        reviews = self.of_owner(UUID(str(owner_id)), limit=10_000)
         return [_outcome(review) for review in reviews if review.created_at >= since]
 
 

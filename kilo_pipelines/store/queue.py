@@ -156,16 +156,24 @@ class Queue:
         now = self._clock.now()
         until = now + timedelta(seconds=OFFER_SECONDS)
         with self._database.system() as connection:
-            made = [self._offer("settle", row) for row in rows(connection, system.OFFER_SETTLEMENTS.sql, now=now, until=until, limit=limit)]
+            made = [
+                self._offer("settle", row)
+                for row in rows(connection, system.OFFER_SETTLEMENTS.sql, now=now, until=until, limit=limit)
+            ]
             made += self._effect_offers(connection, now, until, limit)
             free = one(connection, system.FREE_CAPACITY.sql, now=now)
             if free and free["free"] > 0:
                 sessions = rows(connection, system.OFFER_SESSIONS.sql, now=now, until=until, limit=limit, capacity=free["free"])
                 made += [self._offer("session", row) for row in sessions]
-            outstanding = one(connection, "select count(*) as n from work_items where state = 'waiting' and offer_until > :now", now=now)
+            outstanding = one(
+                connection, "select count(*) as n from work_items where state = 'waiting' and offer_until > :now", now=now
+            )
             room = min(limit, OUTSTANDING_CAP - (outstanding["n"] if outstanding else 0))
             if room > 0:
-                made += [self._offer("start", row) for row in rows(connection, system.OFFER_ITEMS.sql, now=now, until=until, limit=room)]
+                made += [
+                    self._offer("start", row)
+                    for row in rows(connection, system.OFFER_ITEMS.sql, now=now, until=until, limit=room)
+                ]
         return made
 
     def _effect_offers(self, connection: Connection, now: datetime, until: datetime, limit: int) -> list[Offer]:
@@ -174,7 +182,9 @@ class Queue:
         seen: dict[UUID, Offer] = {}
         for row in rows(connection, system.OFFER_EFFECTS.sql, now=now, until=until, overlooked=overlooked, limit=limit):
             offer = self._offer("effects", {**row, "id": row["item_id"], "attempt": None})
-            seen.setdefault(offer.ids[0], Offer(**{**vars(offer), "labels": offer.labels, "offer_no": row["offer_no"] * 1000 + len(seen)}))
+            seen.setdefault(
+                offer.ids[0], Offer(**{**vars(offer), "labels": offer.labels, "offer_no": row["offer_no"] * 1000 + len(seen)})
+            )
         return list(seen.values())
 
     @staticmethod
@@ -187,9 +197,13 @@ class Queue:
             labels["session"] = str(row["session_id"])
         if row.get("attempt"):
             labels["attempt"] = str(row["attempt"])
-        return Offer(kind=kind, service=row["service"], owner_id=row["owner_id"], ids=[row["id"]], offer_no=row["offer_no"], labels=labels)
+        return Offer(
+            kind=kind, service=row["service"], owner_id=row["owner_id"], ids=[row["id"]], offer_no=row["offer_no"], labels=labels
+        )
 
-    def claim(self, item_id: UUID, service: str, *, run_id: str, slots: Callable[[str, str], int], lease_s: float) -> Claimed | Refused:
+    def claim(
+        self, item_id: UUID, service: str, *, run_id: str, slots: Callable[[str, str], int], lease_s: float
+    ) -> Claimed | Refused:
         """Takes a waiting item with one slot of its service's pool, a lease and a higher fence, in one transaction.
 
         `slots(owner kind, plan)` says how many slots the owner may hold in the pool (contract A7.1).
@@ -356,7 +370,9 @@ class Queue:
             return False
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
-            done = end_item(connection, owner_id=owner_id, item_id=item, state="cancelled", reason=reason, now=now, announced=False)
+            done = end_item(
+                connection, owner_id=owner_id, item_id=item, state="cancelled", reason=reason, now=now, announced=False
+            )
             if done:
                 audit(connection, owner_id, actor, "item.cancel", str(item), {"reason": reason}, now)
             return done
@@ -425,11 +441,26 @@ def read_item(connection: Connection, owner_id: UUID, item_id: UUID, *, lock: bo
     )
     if row is None:
         return None
-    wanted = ("owner_id", "id", "service", "subject_key", "repository_id", "installation_id", "state", "reason", "attempt", "fence", "session_id", "announced")
+    wanted = (
+        "owner_id",
+        "id",
+        "service",
+        "subject_key",
+        "repository_id",
+        "installation_id",
+        "state",
+        "reason",
+        "attempt",
+        "fence",
+        "session_id",
+        "announced",
+    )
     return ItemRow(**{name: row[name] for name in wanted}, details=details_of(connection, owner_id, item_id))
 
 
-def audit(connection: Connection, owner_id: UUID, actor: str, action: str, subject: str, data: dict[str, Any], now: datetime) -> None:
+def audit(
+    connection: Connection, owner_id: UUID, actor: str, action: str, subject: str, data: dict[str, Any], now: datetime
+) -> None:
     """One append-only audit event."""
     changed(
         connection,

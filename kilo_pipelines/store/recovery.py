@@ -69,7 +69,13 @@ class Recovery:
                 now=now,
                 most=MAX_STARTS,
             ) or end_item(
-                connection, owner_id=owner, item_id=item, state="failed", reason=Reason.RETRIES_EXHAUSTED, now=now, announced=False
+                connection,
+                owner_id=owner,
+                item_id=item,
+                state="failed",
+                reason=Reason.RETRIES_EXHAUSTED,
+                now=now,
+                announced=False,
             )
             free_slots(connection, owner, item, now)
             notify(connection, f"item:{item}")

@@ -40,7 +40,14 @@ class Sessions:
         return row["owner_id"] if row else None
 
     def launch(
-        self, claim: Claimed, *, session_id: UUID, spec: dict[str, Any], head: dict[str, Any], effects: list[EffectIntent], cap_s: float
+        self,
+        claim: Claimed,
+        *,
+        session_id: UUID,
+        spec: dict[str, Any],
+        head: dict[str, Any],
+        effects: list[EffectIntent],
+        cap_s: float,
     ) -> bool:
         """Prepares and initiates a session for a claimed item, once, fenced: session row, item running, effects intended.
 
@@ -116,7 +123,12 @@ class Sessions:
                 host=host,
                 places=places,
             )
-            changed(connection, "delete from agent_capacity where host = :host and number > :places and session_id is null", host=host, places=places)
+            changed(
+                connection,
+                "delete from agent_capacity where host = :host and number > :places and session_id is null",
+                host=host,
+                places=places,
+            )
 
     def claim(self, session_id: UUID, *, run_id: str, lease_s: float) -> SessionClaim | Refused:
         """Takes a queued session with a place on this host: higher fence, lease; one transaction."""
@@ -128,7 +140,9 @@ class Sessions:
                 return Refused(Reason.MOVED_ON, "unknown")
             if row["state"] != "queued" or row["interrupt_requested"]:
                 return Refused(Reason.MOVED_ON, row["state"], session_id)
-            if not changed(connection, system.CLAIM_CAPACITY.sql, session=session_id, until=until, now=now, host=socket.gethostname()):
+            if not changed(
+                connection, system.CLAIM_CAPACITY.sql, session=session_id, until=until, now=now, host=socket.gethostname()
+            ):
                 changed(
                     connection,
                     "update sessions set offer_until = :after where owner_id = :owner and id = :id",
@@ -275,7 +289,10 @@ class Sessions:
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
             row = one(
-                connection, "select * from callback_tokens where owner_id = :owner and session_id = :id for update", owner=owner_id, id=session_id
+                connection,
+                "select * from callback_tokens where owner_id = :owner and session_id = :id for update",
+                owner=owner_id,
+                id=session_id,
             )
             if row is None or not secrets.compare_digest(bytes(row["token_hash"]), given):
                 return "refused"
@@ -307,5 +324,19 @@ class Sessions:
 
 def session_row(row: Any) -> SessionRow:
     """The public part of a session's row."""
-    names = ("id", "item_id", "attempt", "state", "reason", "detail", "spec", "result", "evidence", "run_id", "launches", "started_at", "ended_at")
+    names = (
+        "id",
+        "item_id",
+        "attempt",
+        "state",
+        "reason",
+        "detail",
+        "spec",
+        "result",
+        "evidence",
+        "run_id",
+        "launches",
+        "started_at",
+        "ended_at",
+    )
     return SessionRow(**{name: row[name] for name in names})

@@ -51,7 +51,10 @@ class SettleTx:
         if self.item.session_id is None:
             return None
         row = one(
-            self._connection, "select * from sessions where owner_id = :owner and id = :id", owner=self.item.owner_id, id=self.item.session_id
+            self._connection,
+            "select * from sessions where owner_id = :owner and id = :id",
+            owner=self.item.owner_id,
+            id=self.item.session_id,
         )
         return session_row(row) if row else None
 

@@ -99,8 +99,13 @@ returning e.owner_id, e.item_id, e.id, e.offer_no, w.service, w.subject_key,
     "effects that a dead run left behind are applied for all owners",
 )
 
-ITEM_OWNER = SystemStatement("select owner_id from work_items where id = :id", "a run's configuration names an item; whose it is is the question")
-SESSION_OWNER = SystemStatement("select owner_id from sessions where id = :id", "a run's configuration or a callback names a session; whose it is is the question")
+ITEM_OWNER = SystemStatement(
+    "select owner_id from work_items where id = :id", "a run's configuration names an item; whose it is is the question"
+)
+SESSION_OWNER = SystemStatement(
+    "select owner_id from sessions where id = :id",
+    "a run's configuration or a callback names a session; whose it is is the question",
+)
 
 CLAIM_CAPACITY = SystemStatement(
     """
@@ -112,7 +117,8 @@ where (host, number) = (
     "agent capacity belongs to the host, not to an owner",
 )
 KEEP_CAPACITY = SystemStatement(
-    "update agent_capacity set lease_until = :until where session_id = :session", "agent capacity belongs to the host, not to an owner"
+    "update agent_capacity set lease_until = :until where session_id = :session",
+    "agent capacity belongs to the host, not to an owner",
 )
 FREE_CAPACITY_OF = SystemStatement(
     "update agent_capacity set session_id = null, lease_until = null where session_id = :session",

@@ -175,4 +175,7 @@ def test_any_local_repository_can_be_imported(world: SessionWorld, tmp_path_fact
     pull = world.control("import-repository", path=str(path), base="HEAD~1", head="HEAD")
     spec = world.spec(pull)
     assert world.judge(spec, world.run(spec, ScriptedAdapter())).verdict.conclusion is Conclusion.SUCCESS
-    assert subprocess.run(["git", "-C", str(path), "status", "--porcelain"], capture_output=True, env=os.environ, check=True).stdout == b""
+    assert (
+        subprocess.run(["git", "-C", str(path), "status", "--porcelain"], capture_output=True, env=os.environ, check=True).stdout
+        == b""
+    )

@@ -47,13 +47,38 @@ def report() -> Iterator[dict[str, Any]]:
 
 
 def test_only_the_allow_list_is_visible(report: dict[str, Any]) -> None:
-    assert set(report["root"]) <= {"bin", "dev", "etc", "lib", "lib32", "lib64", "opt", "proc", "run", "sbin", "sys", "tmp", "usr", "work"}
+    assert set(report["root"]) <= {
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib32",
+        "lib64",
+        "opt",
+        "proc",
+        "run",
+        "sbin",
+        "sys",
+        "tmp",
+        "usr",
+        "work",
+    }
     for place in ("/home", "/root", "/var", "/mnt", "/srv"):
         assert place not in report["mounts"] and place.strip("/") not in report["root"]
 
 
 def test_the_environment_holds_nothing_of_ours(report: dict[str, Any]) -> None:
-    assert set(report["environment"]) <= {"HOME", "PATH", "LANG", "AGENT_BASE_URL", "AGENT_MODEL", "PWD", "LC_CTYPE", "SHLVL", "_"}
+    assert set(report["environment"]) <= {
+        "HOME",
+        "PATH",
+        "LANG",
+        "AGENT_BASE_URL",
+        "AGENT_MODEL",
+        "PWD",
+        "LC_CTYPE",
+        "SHLVL",
+        "_",
+    }
     assert CANARY not in json.dumps(report)
 
 
@@ -79,7 +104,11 @@ def test_no_privilege_is_left_and_none_can_be_made(report: dict[str, Any]) -> No
 
 def test_only_the_sessions_own_directories_are_writable(report: dict[str, Any]) -> None:
     for path in report["writable"]:
-        assert path.startswith(("/work/repo", "/work/out", "/work/home", "/run/model.sock")) or path in ("/work", "/run", "/opt"), path
+        assert path.startswith(("/work/repo", "/work/out", "/work/home", "/run/model.sock")) or path in (
+            "/work",
+            "/run",
+            "/opt",
+        ), path
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="an own uid per session needs root; as a user the user's own uid is mapped")
@@ -94,7 +123,9 @@ def _spawn(script: str, tmp_path: Path, **limits: Any) -> tuple[int, str]:
     out.mkdir()
     if uid is not None:
         os.chown(out, uid, uid)
-    spec = SandboxSpec(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"}, "/", SessionLimits(**limits), writable={out: "/work/out"}, uid=uid)
+    spec = SandboxSpec(
+        ["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"}, "/", SessionLimits(**limits), writable={out: "/work/out"}, uid=uid
+    )
     process = sandbox.spawn(spec, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output, _ = process.popen.communicate(timeout=60)
     return process.popen.returncode, output.decode()
@@ -106,7 +137,9 @@ def test_file_size_is_bounded(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    status, output = _spawn("awk 'BEGIN { s = \"x\"; for (i = 0; i < 40; i++) s = s s; print length(s) }'", tmp_path, memory_bytes=200_000_000)
+    status, output = _spawn(
+        "awk 'BEGIN { s = \"x\"; for (i = 0; i < 40; i++) s = s s; print length(s) }'", tmp_path, memory_bytes=200_000_000
+    )
     assert status != 0, output
 
 
@@ -150,7 +183,7 @@ def test_an_output_directory_replaced_by_a_link_is_not_followed(tmp_path: Path) 
     (tmp_path / "secret" / "result.json").write_text("{}")
     found.out.rmdir()
     found.out.symlink_to(tmp_path / "secret")
-    with pytest.raises(OSError, match="Not a directory|Too many"):
+    with pytest.raises(OSError, match=r"Not a directory|Too many"):
         found.read_result(100)
     found.remove()
     assert (tmp_path / "secret" / "result.json").exists()

@@ -45,7 +45,9 @@ def test_an_admission_that_raises_loses_nothing_and_ends_visibly(world: World) -
         world.store.inbox.admit_next(broken, 10)
         world.clock.advance(timedelta(hours=1))
     with world.store.database.owner(world.owner.id) as connection:
-        row = connection.execute(text("select state, reason, tries from deliveries where id = :id"), {"id": receipt.delivery_id}).one()
+        row = connection.execute(
+            text("select state, reason, tries from deliveries where id = :id"), {"id": receipt.delivery_id}
+        ).one()
     assert tuple(row) == ("skipped", Reason.ADMISSION_ERROR, 5)
 
 
@@ -138,7 +140,10 @@ def test_a_cancelled_item_frees_its_slot_and_its_queued_session_never_starts(wor
     refused = world.session_claim(session)
     assert isinstance(refused, Refused)
     with world.store.database.owner(world.owner.id) as connection:
-        assert connection.execute(text("select count(*) from owner_slots where item_id = :item"), {"item": claim.item_id}).scalar() == 0
+        assert (
+            connection.execute(text("select count(*) from owner_slots where item_id = :item"), {"item": claim.item_id}).scalar()
+            == 0
+        )
 
 
 def test_a_running_sessions_interrupt_is_told_at_the_next_heartbeat(world: World) -> None:
@@ -157,7 +162,9 @@ def test_verdict_effects_and_slot_are_one_transaction(world: World) -> None:
         raise RuntimeError("the process dies here")
     assert world.state(claim.item_id) == "running" and world.store.outbox.of_item(claim.item_id) == []
     with world.store.settlements.open(claim.item_id) as tx:
-        assert tx is not None and tx.conclude(state="completed", reason="reviewed", verdict={}, evidence=None, effects=[intent("one")])
+        assert tx is not None and tx.conclude(
+            state="completed", reason="reviewed", verdict={}, evidence=None, effects=[intent("one")]
+        )
     with world.store.settlements.open(claim.item_id) as tx:
         assert tx is not None
         assert not tx.conclude(state="failed", reason="reviewed", verdict={}, evidence=None, effects=[intent("two")])
@@ -169,7 +176,13 @@ def test_effects_apply_in_their_subjects_order_and_a_lost_lease_is_taken_over(wo
     world.store.sessions.finish(held, status="completed", reason=None, result={})
     with world.store.settlements.open(claim.item_id) as tx:
         assert tx is not None
-        tx.conclude(state="completed", reason="reviewed", verdict={}, evidence=None, effects=[intent("a"), intent("b"), intent("x", "other")])
+        tx.conclude(
+            state="completed",
+            reason="reviewed",
+            verdict={},
+            evidence=None,
+            effects=[intent("a"), intent("b"), intent("x", "other")],
+        )
     first = world.store.outbox.claim_next(claim.item_id)
     second = world.store.outbox.claim_next(claim.item_id)
     assert first and second and {first.intent.intent_key, second.intent.intent_key} == {"a", "x"}
@@ -263,10 +276,10 @@ def test_secrets_lie_encrypted_in_the_database(world: World) -> None:
     _, held = world.running()
     with world.store.database.system() as connection:
         tables = ("sessions", "callback_tokens", "work_items", "session_events")
-        dump = "".join(str(tuple(row)) for table in tables for row in connection.execute(text(f"select to_jsonb(t)::text from {table} t")))
+        dump = "".join(
+            str(tuple(row)) for table in tables for row in connection.execute(text(f"select to_jsonb(t)::text from {table} t"))
+        )
     assert held.callback_token not in dump and held.callback_token.encode().hex() not in dump
-
-
 
 
 def test_unknown_ids_change_nothing(world: World) -> None:

@@ -23,8 +23,8 @@ from kilo_pipelines.cloud_agent.protocol import Heartbeat, RepositoryRef, Sessio
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.providers.github import GitHubApp
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -90,13 +90,17 @@ class SessionWorld:
 
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {self.credentials['control_token']}"}
-        answer: dict[str, Any] = httpx.post(f"http://localhost:{self.port}/_twin/{call}", json=body, headers=headers, timeout=60).json()
+        answer: dict[str, Any] = httpx.post(
+            f"http://localhost:{self.port}/_twin/{call}", json=body, headers=headers, timeout=60
+        ).json()
         assert "error" not in answer, answer
         return answer
 
     def spec(self, pull: dict[str, Any], limits: SessionLimits | None = None, **settings: Any) -> SessionSpec:
         reader = self.app.installation(
-            self.credentials["installation_id"], [pull["repository_id"]], {"metadata": "read", "pull_requests": "read", "contents": "read"}
+            self.credentials["installation_id"],
+            [pull["repository_id"]],
+            {"metadata": "read", "pull_requests": "read", "contents": "read"},
         )
         state = reader.pull(pull["repository"], pull["number"])
         config = CodeReviewConfig.model_validate(settings).model_dump(mode="json")
@@ -123,10 +127,17 @@ class SessionWorld:
         )
 
     def run(self, spec: SessionSpec, adapter: AgentAdapter, control: Control | None = None) -> SessionOutcome:
-        config = RunnerConfig(self.home / "repositories", self.home / "work", control_socket(self.settings), lambda: Sandbox.find(package_directory()))
+        config = RunnerConfig(
+            self.home / "repositories",
+            self.home / "work",
+            control_socket(self.settings),
+            lambda: Sandbox.find(package_directory()),
+        )
 
         def token() -> str:
-            return self.app.token(self.credentials["installation_id"], [spec.repository.external_id], {"metadata": "read", "contents": "read"})
+            return self.app.token(
+                self.credentials["installation_id"], [spec.repository.external_id], {"metadata": "read", "contents": "read"}
+            )
 
         return SelfHostedRunner(config, adapter).run(spec, CodeReviewTask(spec.task), control or Control(), token)
 

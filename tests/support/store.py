@@ -60,7 +60,13 @@ class World:
             if tx.delivery.id != receipt.delivery_id:
                 tx.skip("event_unknown")
                 return
-            opened.append(tx.open(NewItem("code_review", f"github:{self.repository}:pull:{number}", self.repository, 0, self.details(number, head))))
+            opened.append(
+                tx.open(
+                    NewItem(
+                        "code_review", f"github:{self.repository}:pull:{number}", self.repository, 0, self.details(number, head)
+                    )
+                )
+            )
 
         receipt = self.store.inbox.record(self.delivery())
         while not opened:

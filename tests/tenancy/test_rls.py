@@ -24,7 +24,9 @@ def two(database: Database) -> tuple[World, World]:
 
 def _owner_tables(database: Database) -> list[str]:
     with database.store.database.system() as connection:
-        names = connection.execute(text("select relname from pg_class where relkind = 'r' and relnamespace = 'public'::regnamespace")).scalars()
+        names = connection.execute(
+            text("select relname from pg_class where relkind = 'r' and relnamespace = 'public'::regnamespace")
+        ).scalars()
         return [name for name in names if name not in SHARED]
 
 
@@ -32,10 +34,16 @@ def test_every_owner_table_forces_row_level_security_with_its_policies(database:
     """A new table without policies fails here."""
     with database.store.database.system() as connection:
         for table in _owner_tables(database):
-            flags = connection.execute(text("select relrowsecurity, relforcerowsecurity from pg_class where relname = :t"), {"t": table}).one()
-            policies = connection.execute(text("select permissive, roles::text from pg_policies where tablename = :t"), {"t": table}).all()
+            flags = connection.execute(
+                text("select relrowsecurity, relforcerowsecurity from pg_class where relname = :t"), {"t": table}
+            ).one()
+            policies = connection.execute(
+                text("select permissive, roles::text from pg_policies where tablename = :t"), {"t": table}
+            ).all()
             assert tuple(flags) == (True, True), table
-            assert {("RESTRICTIVE", "{kilo_app}"), ("PERMISSIVE", "{kilo_app}"), ("PERMISSIVE", "{kilo_system}")} == {tuple(one) for one in policies}, table
+            assert {("RESTRICTIVE", "{kilo_app}"), ("PERMISSIVE", "{kilo_app}"), ("PERMISSIVE", "{kilo_system}")} == {
+                tuple(one) for one in policies
+            }, table
 
 
 def test_no_owner_sees_or_changes_anothers_rows(database: Database, two: tuple[World, World]) -> None:
@@ -43,9 +51,14 @@ def test_no_owner_sees_or_changes_anothers_rows(database: Database, two: tuple[W
     for table in _owner_tables(database):
         column = "id" if table == "owners" else "owner_id"
         with database.store.database.owner(ours.owner.id) as connection:
-            foreign = connection.execute(text(f"select count(*) from {table} where {column} = :o"), {"o": theirs.owner.id}).scalar()
+            foreign = connection.execute(
+                text(f"select count(*) from {table} where {column} = :o"), {"o": theirs.owner.id}
+            ).scalar()
             assert foreign == 0, table
-        for statement in (f"update {table} set {column} = {column} where {column} = :o", f"delete from {table} where {column} = :o"):
+        for statement in (
+            f"update {table} set {column} = {column} where {column} = :o",
+            f"delete from {table} where {column} = :o",
+        ):
             with database.store.database.owner(ours.owner.id) as connection:
                 try:
                     changed = connection.execute(text(statement), {"o": theirs.owner.id}).rowcount

@@ -24,7 +24,15 @@ KEY = EvidenceKey(1, 7, "main", "a" * 40)
 
 def evidence(**more: object) -> Evidence:
     entry = LedgerEntry(
-        entry_id="e", path="a.py", status="modified", old_blob="1" * 40, new_blob="2" * 40, old_mode="100644", new_mode="100644", bytes=1, sent_turn=1
+        entry_id="e",
+        path="a.py",
+        status="modified",
+        old_blob="1" * 40,
+        new_blob="2" * 40,
+        old_mode="100644",
+        new_mode="100644",
+        bytes=1,
+        sent_turn=1,
     )
     fields: dict[str, object] = {
         "evidence_class": "observed",
@@ -103,7 +111,9 @@ def test_final_states_are_left_by_a_new_attempt_only() -> None:
     for _ in WorkState:
         reachable |= {after for state in reachable for after in TRANSITIONS[state]}
     assert reachable == set(WorkState)
-    assert all(not SESSION_TRANSITIONS[state] for state in (SessionState.COMPLETED, SessionState.FAILED, SessionState.INTERRUPTED))
+    assert all(
+        not SESSION_TRANSITIONS[state] for state in (SessionState.COMPLETED, SessionState.FAILED, SessionState.INTERRUPTED)
+    )
 
 
 def test_every_reason_has_a_meaning_and_a_remedy() -> None:
@@ -112,7 +122,11 @@ def test_every_reason_has_a_meaning_and_a_remedy() -> None:
 
 
 def test_slots_follow_the_plan() -> None:
-    assert [review_slots("organization", "default"), review_slots("user", "funded"), review_slots("user", "default")] == [20, 3, 1]
+    assert [review_slots("organization", "default"), review_slots("user", "funded"), review_slots("user", "default")] == [
+        20,
+        3,
+        1,
+    ]
 
 
 def make_diff(blocks: list[tuple[int, int, int]]) -> str:
@@ -167,7 +181,11 @@ def test_a_marker_depends_on_key_scope_and_every_part(scope: str, parts: list[st
     assert "k" * 8 not in repr(marker)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
 OBJECT = st.dictionaries(st.text(max_size=5), JSON, min_size=1, max_size=4)
 
 

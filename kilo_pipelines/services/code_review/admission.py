@@ -82,7 +82,9 @@ def decide(
     pull = event.pull_request
     live = [item for item in items if WorkState(item.state) not in FINAL]
     if event.action == "closed":
-        return AdmissionDecision(skip=Reason.PULL_CLOSED, supersede=[item.id for item in live], supersede_reason=Reason.PULL_CLOSED)
+        return AdmissionDecision(
+            skip=Reason.PULL_CLOSED, supersede=[item.id for item in live], supersede_reason=Reason.PULL_CLOSED
+        )
     if not _wanted(event):
         return AdmissionDecision(skip=Reason.ACTION_IGNORED)
     if pull.draft:

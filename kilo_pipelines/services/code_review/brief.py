@@ -82,7 +82,9 @@ class CodeReviewTask:
             room -= len(entry.text)
         return groups if len(groups) <= self._inputs.settings.max_parts else None
 
-    def _part(self, entries: list[DiffEntry], number: int, of: int, facts: WorkspaceFacts, nonce: str, result_path: str) -> BriefPart:
+    def _part(
+        self, entries: list[DiffEntry], number: int, of: int, facts: WorkspaceFacts, nonce: str, result_path: str
+    ) -> BriefPart:
         inputs, settings = self._inputs, self._inputs.settings
         policy = facts.policy_text if facts.policy_text and not settings.disable_review_md else None
         sections = [
@@ -128,7 +130,9 @@ class CodeReviewTask:
         try:
             review = ReviewResult.model_validate(result)
         except ValidationError as failure:
-            return [f"{'.'.join(str(place) for place in error['loc']) or 'result'}: {error['msg']}" for error in failure.errors()[:10]]
+            return [
+                f"{'.'.join(str(place) for place in error['loc']) or 'result'}: {error['msg']}" for error in failure.errors()[:10]
+            ]
         return [] if review.nonce == nonce else ["nonce: not the nonce of this task"]
 
     def repair_prompt(self, problems: list[str], nonce: str, result_path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -138,9 +137,13 @@ def interpret(
     else:
         review, fault = None, Reason(session.reason or Reason.RESULT_MISSING)
     findings = _distinct(review.findings) if review else []
-    verdict = conclude(fault, [finding.severity for finding in findings], subject.settings.gate_threshold, advisory=subject.settings.advisory)
-    counts = {severity: Counter(finding.severity for finding in findings)[severity] for severity in SEVERITIES}
-    state = WorkState.COMPLETED if verdict.earned else WorkState.CANCELLED if session.status == "interrupted" else WorkState.FAILED
+    verdict = conclude(
+        fault, [finding.severity for finding in findings], subject.settings.gate_threshold, advisory=subject.settings.advisory
+    )
+    counts = {severity: sum(1 for finding in findings if finding.severity == severity) for severity in SEVERITIES}
+    state = (
+        WorkState.COMPLETED if verdict.earned else WorkState.CANCELLED if session.status == "interrupted" else WorkState.FAILED
+    )
     posts = _review_effects(subject, review, findings, existing, session, marker) if review and verdict.earned else []
     ending = [_check(subject, verdict, counts, session, siblings, marker), *_reaction(subject, state)]
     reason = verdict.reason if fault is not None else Reason.REVIEWED
@@ -171,7 +174,10 @@ def _review_effects(
         body = render.inline_comment(finding, marker.make("finding", subject.subject_key, finding.path, finding.title))
         if not commentable(hunks.get(finding.path, []), finding.side, finding.line, finding.start_line):
             elsewhere.append(finding)
-        elif any(one.is_ours and one.path == finding.path and one.line == finding.line and _title_of(one.body) == _title_of(body) for one in existing):
+        elif any(
+            one.is_ours and one.path == finding.path and one.line == finding.line and _title_of(one.body) == _title_of(body)
+            for one in existing
+        ):
             repeated += 1
         elif len(inline) >= INLINE_LIMIT:
             elsewhere.append(finding)
@@ -197,7 +203,9 @@ def _review_effects(
             )
         )
     mark = marker.make("summary", subject.subject_key)
-    body = render.summary_comment(review.summary, findings, elsewhere, repeated, subject.head_sha, render.evidence_lines(session.evidence), mark)
+    body = render.summary_comment(
+        review.summary, findings, elsewhere, repeated, subject.head_sha, render.evidence_lines(session.evidence), mark
+    )
     effects.append(
         EffectIntent(
             kind=EffectKind.GITHUB_SUMMARY_COMMENT,
@@ -226,10 +234,17 @@ def check_subject(subject: ReviewSubject) -> str:
 
 
 def _check(
-    subject: ReviewSubject, verdict: Verdict, counts: dict[str, int], session: SessionEnd, siblings: Sequence[Sibling], marker: Marker
+    subject: ReviewSubject,
+    verdict: Verdict,
+    counts: dict[str, int],
+    session: SessionEnd,
+    siblings: Sequence[Sibling],
+    marker: Marker,
 ) -> EffectIntent:
     """The head's check run: the worst over the pull requests that share the head; unfinished ones keep it open."""
-    waiting = [one.pull_number for one in siblings if WorkState(one.state) in (WorkState.WAITING, WorkState.STARTING, WorkState.RUNNING)]
+    waiting = [
+        one.pull_number for one in siblings if WorkState(one.state) in (WorkState.WAITING, WorkState.STARTING, WorkState.RUNNING)
+    ]
     judged = [Conclusion(one.conclusion) for one in siblings if one.conclusion and one.conclusion != Conclusion.CANCELLED]
     conclusion = worst([verdict.conclusion, *judged])
     title, summary = render.check_texts(verdict, counts, session.evidence, session.session_id, subject.pull_number, siblings)
@@ -296,4 +311,3 @@ def announce(subject: ReviewSubject, state: str, reason: Reason, siblings: Seque
     work_state = WorkState(state)
     effects = [_check(subject, verdict, counts, end, siblings, marker), *_reaction(subject, work_state)]
     return Interpretation(work_state, reason, verdict, counts, effects)
-

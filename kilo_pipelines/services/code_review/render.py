@@ -51,7 +51,11 @@ def is_protected(path: str) -> bool:
 
 def inline_comment(finding: Finding, marker: str) -> str:
     """One review comment."""
-    lines = [f"{_SIGN[finding.severity]} **{finding.severity.capitalize()}: {one_line(finding.title, 200)}**", "", harmless(finding.body)]
+    lines = [
+        f"{_SIGN[finding.severity]} **{finding.severity.capitalize()}: {one_line(finding.title, 200)}**",
+        "",
+        harmless(finding.body),
+    ]
     if finding.suggestion is not None and finding.side == "RIGHT" and not is_protected(finding.path):
         code = clean(finding.suggestion).rstrip("\n")
         mark = fence(code)
@@ -65,7 +69,13 @@ def review_body(count: int, marker: str) -> str:
 
 
 def summary_comment(
-    summary: str, findings: Sequence[Finding], elsewhere: Sequence[Finding], repeated: int, head: str, evidence: list[str], marker: str
+    summary: str,
+    findings: Sequence[Finding],
+    elsewhere: Sequence[Finding],
+    repeated: int,
+    head: str,
+    evidence: list[str],
+    marker: str,
 ) -> str:
     """The one summary comment, updated in place."""
     counts = ", ".join(
@@ -95,7 +105,9 @@ def evidence_lines(evidence: Evidence | None) -> list[str]:
         f" {evidence.tokens_in} tokens in, {evidence.tokens_out} out",
     ]
     if evidence.policy_commit:
-        lines.append(f"- REVIEW.md of `{evidence.policy_commit[:12]}`{', cut at its size limit' if evidence.policy_truncated else ''}")
+        lines.append(
+            f"- REVIEW.md of `{evidence.policy_commit[:12]}`{', cut at its size limit' if evidence.policy_truncated else ''}"
+        )
     excluded = [entry for entry in evidence.ledger if entry.excluded]
     if excluded:
         lines.append(f"- excluded by the owner's settings: {_paths(excluded)}")
@@ -110,7 +122,12 @@ def _paths(entries: Sequence[_Place]) -> str:
 
 
 def check_texts(
-    verdict: Verdict, counts: dict[str, int], evidence: Evidence | None, session_id: str, pull_number: int, siblings: Sequence[Sibling]
+    verdict: Verdict,
+    counts: dict[str, int],
+    evidence: Evidence | None,
+    session_id: str,
+    pull_number: int,
+    siblings: Sequence[Sibling],
 ) -> tuple[str, str]:
     """Title and summary of the check run."""
     meaning, remedy = MEANING[verdict.reason]

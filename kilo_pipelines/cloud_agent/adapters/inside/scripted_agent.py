@@ -187,8 +187,11 @@ def sockets():
 
 def explore(prompt):
     """Tells what the sandbox lets an agent see; the report is written where the test reads it."""
+
     def shell(command):
-        return subprocess.run(command, shell=True, capture_output=True, text=True, errors="replace", timeout=60).stdout.split("\n")
+        return subprocess.run(command, shell=True, capture_output=True, text=True, errors="replace", timeout=60).stdout.split(
+            "\n"
+        )
 
     import socket
 
@@ -210,10 +213,20 @@ def explore(prompt):
         "groups": os.getgroups(),
         "capabilities": [line for line in open("/proc/self/status") if line.startswith(("Cap", "NoNewPrivs"))],
         "processes": sorted(int(one) for one in os.listdir("/proc") if one.isdigit()),
-        "interfaces": sorted(os.listdir("/sys/class/net")) if os.path.isdir("/sys/class/net") else shell("cut -d: -f1 /proc/net/dev"),
+        "interfaces": sorted(os.listdir("/sys/class/net"))
+        if os.path.isdir("/sys/class/net")
+        else shell("cut -d: -f1 /proc/net/dev"),
         "sockets": sockets(),
-        "writable": [line for line in shell("find / -xdev -maxdepth 3 -writable -not -path '/proc/*' -not -path '/dev/*' -not -path '/tmp*' 2>/dev/null") if line],
-        "descriptors": sorted(os.readlink(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{one}")),
+        "writable": [
+            line
+            for line in shell(
+                "find / -xdev -maxdepth 3 -writable -not -path '/proc/*' -not -path '/dev/*' -not -path '/tmp*' 2>/dev/null"
+            )
+            if line
+        ],
+        "descriptors": sorted(
+            os.readlink(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{one}")
+        ),
         "user_namespace": shell("unshare -Ur true 2>&1 && echo made")[0],
         "host_loopback": reaches(socket.AF_INET, ("127.0.0.1", int(os.environ.get("PROBE_PORT", "8080")))),
         "internet": reaches(socket.AF_INET, ("192.0.2.1", 443)),

@@ -329,7 +329,10 @@ OWNER_TABLES = (
     "audit_events",
 )
 # What the application never changes: audit events are append-only, owners and keys are made by the system login.
-APP_GRANTS = {table: "select, insert, update" for table in OWNER_TABLES} | {"audit_events": "select, insert", "session_events": "select, insert"}
+APP_GRANTS = dict.fromkeys(OWNER_TABLES, "select, insert, update") | {
+    "audit_events": "select, insert",
+    "session_events": "select, insert",
+}
 SHARED_TABLES = ("api_keys", "agent_capacity", "counters", "switches")
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from kilo_twin.state import APP_SLUG, Twin, git
 
+# When everything that has no history of its own was made.
+MADE = "2026-01-01T00:00:00Z"
+
 
 def account(login: str, kind: str = "User", number: int | None = None) -> dict[str, Any]:
     """A simple user."""
@@ -334,8 +337,8 @@ class Shapes:
             "description": "",
             "external_url": self.twin.base_url,
             "html_url": f"{self.twin.base_url}/apps/{APP_SLUG}",
-            "created_at": "2026-01-01T00:00:00Z",
-            "updated_at": "2026-01-01T00:00:00Z",
+            "created_at": MADE,
+            "updated_at": MADE,
             "permissions": {
                 "checks": "write",
                 "contents": "read",
@@ -352,7 +355,8 @@ class Shapes:
         owner = account(self.twin.credentials["account"], "Organization")
         return {
             "id": number,
-            "account": owner,
+            # GitHub's description joins a user and an enterprise here: both kinds of fields.
+            "account": owner | {"name": owner["login"], "slug": owner["login"], "created_at": MADE, "updated_at": MADE},
             "repository_selection": "all",
             "access_tokens_url": f"{self.api}/app/installations/{number}/access_tokens",
             "repositories_url": f"{self.api}/installation/repositories",
@@ -362,8 +366,8 @@ class Shapes:
             "target_type": "Organization",
             "permissions": self.app()["permissions"],
             "events": ["pull_request"],
-            "created_at": "2026-01-01T00:00:00Z",
-            "updated_at": "2026-01-01T00:00:00Z",
+            "created_at": MADE,
+            "updated_at": MADE,
             "single_file_name": None,
             "has_multiple_single_files": False,
             "single_file_paths": [],
@@ -377,7 +381,7 @@ class Shapes:
         message = git(self.twin.path(full_name), "log", "-1", "--format=%B", sha).decode().strip()
         tree, *parents = git(self.twin.path(full_name), "log", "-1", "--format=%T %P", sha).decode().split()
         url = f"{self.api}/repos/{full_name}/commits/{sha}"
-        person = {"name": "Ada", "email": "ada@acme.test", "date": "2026-01-01T00:00:00Z"}
+        person = {"name": "Ada", "email": "ada@acme.test", "date": MADE}
         return {
             "url": url,
             "sha": sha,
@@ -392,7 +396,7 @@ class Shapes:
                 "comment_count": 0,
                 "tree": {"sha": tree, "url": f"{self.api}/repos/{full_name}/git/trees/{tree}"},
             },
-            "author": None,
-            "committer": None,
+            "author": account("ada"),
+            "committer": account("ada"),
             "parents": [{"sha": parent, "url": f"{self.api}/repos/{full_name}/commits/{parent}"} for parent in parents],
         }

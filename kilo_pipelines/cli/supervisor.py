@@ -38,6 +38,9 @@ READY_SECONDS = 60.0
 # A child that dies five times within ten minutes has a reason that a sixth start doesn't mend.
 MAX_RESTARTS = 5
 RESTART_WINDOW_SECONDS = 600.0
+# A killed PostgreSQL is taken for alive as long as its process waits to be reaped: about a second, seldom more.
+POSTGRES_START_TRIES = 20
+START_RETRY_SECONDS = 0.5
 AGENT_MEMORY_BYTES = 0.9 * 2**30  # of one Kilo CLI at work, measured
 DISPATCH_WORKERS = 3
 
@@ -57,6 +60,7 @@ class Child:
     address: str = ""
     stop_signal: int = signal.SIGTERM
     stop_seconds: float = CHILD_STOP_SECONDS
+    start_tries: int = 1
     popen: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list)
 
@@ -174,6 +178,10 @@ class Platform:
         while waiting:
             for child in list(waiting):
                 if child.popen is not None and child.popen.poll() is not None:
+                    if len(child.starts) < child.start_tries:
+                        time.sleep(START_RETRY_SECONDS)
+                        self._spawn(child)
+                        continue
                     raise SupervisorError(f"{child.name} ended at its start:\n{self._log_end(child)}")
                 if child.ready():
                     waiting.remove(child)
@@ -321,6 +329,7 @@ def postgres(settings: Settings) -> tuple[EmbeddedPostgres, Child]:
     server = EmbeddedPostgres(settings.home / "postgres", settings.sockets / "pg")
     server.prepare()
     child = Child("postgres", server.command(), address="unix socket", stop_signal=signal.SIGINT, stop_seconds=4.0)
+    child.start_tries = POSTGRES_START_TRIES
     child.ready = _answers_on_socket(settings.sockets / "pg" / ".s.PGSQL.5432")
     return server, child
 

@@ -79,7 +79,14 @@ def install() -> Path:
     return target
 
 
+def npm(directory: str, *arguments: str) -> int:
+    """Runs npm in a directory, with whichever npm there is."""
+    return subprocess.run([*_npm(), *arguments], cwd=directory, check=False).returncode
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["npm"]:
+        sys.exit(npm(*sys.argv[2:]))
     try:
         print(f"agent CLI: {PACKAGE} {VERSION} in {install()}")  # noqa: T201
     except InstallError as failure:

@@ -49,17 +49,18 @@ class RunningPlatform:
     def start(self) -> None:
         """Starts and waits until everything answers and the first review stands."""
         self.log = self.home.parent / f"{self.home.name}.log"
+        before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             argv = [sys.executable, "-m", "kilo_pipelines.cli.main", "up", "--agent", "scripted"]
             self.process = subprocess.Popen(argv, env=self.env, stdout=log, stderr=log, start_new_session=True)
-        self.wait(lambda: "pull request is on its way" in self.log.read_text() or None, 60)
+        self.wait(lambda: b"pull request is on its way" in self.log.read_bytes()[before:] or None, 60)
         kept = {name: value for name, value in self.env.items() if name.startswith("KILO_")}
-        before = {name: os.environ.get(name) for name in kept}
+        outer = {name: os.environ.get(name) for name in kept}
         os.environ.update(kept)
         try:
             self.settings = Settings()
         finally:
-            for name, value in before.items():
+            for name, value in outer.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         self.store = setup.open_store(self.settings)
         self.credentials = setup.twin_credentials(self.settings)

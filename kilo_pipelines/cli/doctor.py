@@ -83,7 +83,10 @@ def _broker() -> Check:
 
 
 def _sandbox(settings: Settings) -> Check:
-    del settings
+    if settings.sandbox == "none":
+        return Check(
+            "sandbox", settings.offline, "switched off by KILO_SANDBOX=none", "it works only with the offline twin: unset it"
+        )
     try:
         report = Sandbox.find(package_directory()).probe()
     except SandboxUnavailableError as failure:

@@ -67,6 +67,8 @@ class Child:
 
 def agents_max(settings: Settings) -> int:
     """Sessions at once: by memory, at most one a core (starting one takes a core for 15 s)."""
+    if settings.sandbox == "none":
+        return 1  # without a network of its own a session's relay takes a port of the machine
     if settings.agents_max is not None:
         return settings.agents_max
     free = psutil.virtual_memory().available

@@ -94,9 +94,12 @@ class _Run:
         self._brief: Brief | None = None
         self._transcript = Transcript()
         self._uid: int | None = None
+        self._result_path = RESULT_PATH
 
     def carry_out(self, token: Callable[[], str]) -> SessionOutcome:
         sandbox = self._config.sandbox()
+        sandbox.require()
+        self._result_path = sandbox.seen(RESULT_PATH, self._writable())
         self._uid = sandbox.session_uid(self._spec.session_id.int)
         self._look()
         bare = self._fetch(token)
@@ -110,7 +113,7 @@ class _Run:
         self._control.event("diff_made", {"files": len(self._facts.entries), "diff": self._facts.diff_hash[:12]})
         nonces: list[str] = []
         nonce = secrets.token_hex(NONCE_BYTES)
-        self._brief = self._task.compose(self._facts, nonce, RESULT_PATH)
+        self._brief = self._task.compose(self._facts, nonce, self._result_path)
         if self._brief.refused is not None:
             raise _EndedError(SessionStatus.FAILED, self._brief.refused)
         self._check_out(sandbox, bare)
@@ -226,7 +229,7 @@ class _Run:
         if problems:
             self._control.event("repair_asked", {"problems": len(problems)})
             self._workspace.clear_result()
-            self._agent(sandbox, socket, self._task.repair_prompt(problems, nonce, RESULT_PATH))
+            self._agent(sandbox, socket, self._task.repair_prompt(problems, nonce, self._result_path))
             result, problems = self._result(nonce)
         if not self._transcript.turns:
             raise _EndedError(SessionStatus.FAILED, Reason.NO_TURNS)

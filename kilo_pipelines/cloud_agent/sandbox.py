@@ -198,6 +198,17 @@ class Sandbox:
             os.close(filter_file)
         return SandboxProcess(popen)
 
+    def seen(self, path: str, binds: dict[Path, str]) -> str:
+        """A path as the sandboxed processes see it: the inside one."""
+        del binds
+        return path
+
+    def require(self) -> None:
+        """SandboxUnavailableError when the walls don't stand on this machine (21 ms)."""
+        report = self.probe()
+        if not report.ok:
+            raise SandboxUnavailableError("; ".join(report.problems))
+
     def probe(self) -> SandboxReport:
         """Makes a sandbox once and looks whether its walls stand."""
         spec = SandboxSpec(
@@ -230,6 +241,44 @@ class Sandbox:
         if self.as_root:
             guarantees.append("number of processes bounded")
         return SandboxReport(mode, not problems, guarantees, problems)
+
+
+class Unsandboxed(Sandbox):
+    """No walls at all: the same processes with the machine's own paths, for machines where bubblewrap can't run.
+
+    Only for the offline twin, whose repositories and model are ours (threats, rule 25); one session at a time, because the
+    relay's port is the machine's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nonexistent"))
+
+    def session_uid(self, number: int) -> int | None:
+        del number
+        return None
+
+    def seen(self, path: str, binds: dict[Path, str]) -> str:
+        for outside, inside in sorted({**binds, Path(sys.base_prefix): PYTHON_INSIDE}.items(), key=lambda pair: -len(pair[1])):
+            path = path.replace(inside, str(outside))
+        return path
+
+    def spawn(
+        self, spec: SandboxSpec, *, stdin: IO[bytes] | int, stdout: IO[bytes] | int, stderr: IO[bytes] | int
+    ) -> SandboxProcess:
+        binds = spec.readonly | spec.writable
+        popen = subprocess.Popen(
+            [self.seen(word, binds) for word in spec.argv],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env={name: self.seen(value, binds) for name, value in spec.env.items()},
+            cwd=self.seen(spec.cwd, binds),
+            start_new_session=True,
+        )
+        return SandboxProcess(popen)
+
+    def require(self) -> None:
+        """Nothing to look at: there are no walls."""
 
 
 def python_inside() -> str:

@@ -8,12 +8,12 @@ from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines import tags
 from kilo_pipelines.core.evidence import Evidence
-from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.owners import review_slots
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids
+from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -32,11 +32,6 @@ def _say(context: OpExecutionContext, item_id: UUID, word: str, **links: str | N
     if tags.ITEM in context.run.tags:
         context.instance.add_run_tags(context.run_id, {tags.OUTCOME: str(word)})
     context.add_output_metadata({"outcome": str(word), **{name: MetadataValue.url(url) for name, url in links.items() if url}})
-
-
-def marker_of(store: Store) -> Marker:
-    """Markers under the platform's own key."""
-    return Marker(store.cipher.derive("comment-markers"))
 
 
 def subject_of(

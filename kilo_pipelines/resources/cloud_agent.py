@@ -15,11 +15,20 @@ from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
-from kilo_pipelines.cloud_agent.sandbox import Sandbox
+from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.settings import Settings
 
 CALLBACK_SECONDS = 10  # contract A9
+
+
+def sandbox_of(settings: Settings) -> Sandbox:
+    """The sandbox of this host; without one only beside the offline twin (threats, rule 25)."""
+    if settings.sandbox == "none":
+        if not settings.offline:
+            raise SandboxUnavailableError("KILO_SANDBOX=none works only with the offline twin: unset it")
+        return Unsandboxed()
+    return Sandbox.find(package_directory())
 
 
 class CloudAgentResource(ConfigurableResource[None]):
@@ -71,7 +80,7 @@ class CloudAgentResource(ConfigurableResource[None]):
             KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
         )
         config = RunnerConfig(
-            settings.repos_dir, settings.work_dir, control_socket(settings), lambda: Sandbox.find(package_directory())
+            settings.repos_dir, settings.work_dir, control_socket(settings), lambda: sandbox_of(settings)
         )
         return SelfHostedRunner(config, adapter)
 

@@ -11,6 +11,7 @@ from dagster import DefaultSensorStatus, RunRequest, SensorDefinition, SensorEva
 from kilo_pipelines import tags
 from kilo_pipelines.jobs import agent_session, code_review, outbox, settle_code_review
 from kilo_pipelines.ops.admission import admit
+from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import Offer, Store
 
@@ -50,7 +51,8 @@ def run_request(offer: Offer) -> RunRequest:
 
 def work_once(store: Store) -> list[RunRequest]:
     """Admits what arrived and offers what waits."""
-    store.inbox.admit_next(admit, limit=BATCH)
+    marker = marker_of(store)
+    store.inbox.admit_next(lambda tx: admit(tx, marker), limit=BATCH)
     return [run_request(offer) for offer in store.queue.offers(limit=BATCH)]
 
 

@@ -14,10 +14,11 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
-from kilo_pipelines.store.queue import end_item
+from kilo_pipelines.store.queue import end_item, intend
 from kilo_pipelines.store.rows import DeliveryRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
 
 log = logging.getLogger(__name__)
@@ -218,6 +219,10 @@ class AdmissionTx:
         self._settle("admitted", None, item_id)
         notify(self._connection, f"item:{item_id}")
         return item_id
+
+    def intend(self, item_id: UUID, effects: list[EffectIntent]) -> None:
+        """Effects of the admission itself, committed with it."""
+        intend(self._connection, self.delivery.owner_id, item_id, effects, self._now)
 
     def cancel(self, item_id: UUID, reason: str) -> None:
         """Ends an older item of the subject; its session is asked to stop."""

@@ -14,8 +14,10 @@ from kilo_pipelines.cloud_agent.adapters.kilo import KiloAdapter
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.install import package_directory
 from kilo_pipelines.cloud_agent.protocol import SessionLimits, SessionStatus
+from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import Conclusion
+from kilo_pipelines.resources.cloud_agent import sandbox_of
 from tests.support.git import git
 from tests.support.sessions import Control, SessionWorld
 
@@ -56,6 +58,42 @@ def test_a_change_too_large_for_its_parts_is_refused_not_cut(world: SessionWorld
     spec = world.spec(world.control("open-pull", kind="large"), max_parts=2)
     outcome = world.run(spec, ScriptedAdapter())
     assert outcome.reason == Reason.DIFF_TOO_LARGE
+    assert world.judge(spec, outcome).verdict.conclusion is Conclusion.ACTION_REQUIRED
+
+
+def test_a_large_change_is_reviewed_in_parts_with_every_blob_covered(world: SessionWorld) -> None:
+    pull = world.control("open-pull", kind="clean")
+    files = {f"orders/part_{part}.py": "".join(f"value_{line} = {line}\n" for line in range(3_000)) for part in range(4)}
+    pull = world.control("push", full_name=pull["repository"], number=pull["number"], files=files)
+    spec = world.spec(pull)
+    control = Control()
+    outcome = world.run(spec, ScriptedAdapter(), control)
+    assert len([kind for kind, _ in control.events if kind == "part_started"]) > 1
+    found = world.judge(spec, outcome)
+    assert found.verdict.conclusion is Conclusion.SUCCESS and outcome.evidence is not None
+    assert outcome.evidence.covered == outcome.evidence.changed_blobs == 9
+    assert len(set(outcome.evidence.result_turns)) > 1
+
+
+def test_without_a_sandbox_only_the_twin_is_served(world: SessionWorld) -> None:
+    """KILO_SANDBOX=none beside real credentials is refused; beside the twin it works."""
+    bare = world.settings.model_copy(update={"sandbox": "none"})
+    with pytest.raises(SandboxUnavailableError):
+        sandbox_of(bare.model_copy(update={"offline": False}))
+    spec = world.spec(world.control("open-pull", kind="clean"))
+    outcome = world.run(spec, ScriptedAdapter(), sandbox=sandbox_of(bare))
+    assert world.judge(spec, outcome).verdict.conclusion is Conclusion.SUCCESS
+
+
+def test_a_machine_without_a_working_sandbox_refuses_sessions(
+    world: SessionWorld, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    broken = tmp_path_factory.mktemp("bin") / "bwrap"
+    broken.write_text("#!/bin/sh\necho no namespaces here >&2\nexit 1\n")
+    broken.chmod(0o755)
+    spec = world.spec(world.control("open-pull", kind="clean"))
+    outcome = world.run(spec, ScriptedAdapter(), sandbox=Sandbox(broken))
+    assert outcome.reason == Reason.SANDBOX_UNAVAILABLE and "no namespaces here" in (outcome.detail or "")
     assert world.judge(spec, outcome).verdict.conclusion is Conclusion.ACTION_REQUIRED
 
 

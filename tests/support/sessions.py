@@ -126,12 +126,14 @@ class SessionWorld:
             task=task_of(state, {"full_name": state.full_name, "settings": config}, previous_summary=None, previous_head=None),
         )
 
-    def run(self, spec: SessionSpec, adapter: AgentAdapter, control: Control | None = None) -> SessionOutcome:
+    def run(
+        self, spec: SessionSpec, adapter: AgentAdapter, control: Control | None = None, sandbox: Sandbox | None = None
+    ) -> SessionOutcome:
         config = RunnerConfig(
             self.home / "repositories",
             self.home / "work",
             control_socket(self.settings),
-            lambda: Sandbox.find(package_directory()),
+            lambda: sandbox or Sandbox.find(package_directory()),
         )
 
         def token() -> str:

@@ -285,6 +285,13 @@ def _react(subject: ReviewSubject, content: str) -> EffectIntent:
     )
 
 
+def queued_effects(subject: ReviewSubject, marker: Marker) -> list[EffectIntent]:
+    """From the admission on the check stands there, so that nobody merges before the review began."""
+    check = _check_payload(subject, marker) | {"status": "queued", "title": "Review queued", "summary": "Waits for a free slot."}
+    key = f"{subject.item_id}:{subject.attempt}:check:queued"
+    return [EffectIntent(kind=EffectKind.GITHUB_CHECK_RUN, intent_key=key, subject_key=check_subject(subject), payload=check)]
+
+
 def start_effects(subject: ReviewSubject, marker: Marker) -> list[EffectIntent]:
     """While the session works: the check is in progress, and the pull request was seen."""
     check = _check_payload(subject, marker) | {

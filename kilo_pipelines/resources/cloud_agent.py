@@ -79,9 +79,7 @@ class CloudAgentResource(ConfigurableResource[None]):
         adapter: AgentAdapter = (
             KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
         )
-        config = RunnerConfig(
-            settings.repos_dir, settings.work_dir, control_socket(settings), lambda: sandbox_of(settings)
-        )
+        config = RunnerConfig(settings.repos_dir, settings.work_dir, control_socket(settings), lambda: sandbox_of(settings))
         return SelfHostedRunner(config, adapter)
 
     def agent_ready(self, agent: str) -> bool:

@@ -123,6 +123,8 @@ class EmbeddedPostgres:
         if self._passable():
             return [*drop, "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--", *argv]
         only = "-all,+dac_read_search"
+        # access(2), which PostgreSQL's programs ask about their own files, honours the capability only with this bit.
+        drop.append("--securebits=+no_setuid_fixup")
         return [*drop, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "--", *argv]
 
     def _passable(self) -> bool:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from kilo_pipelines.core.clock import ManualClock, SystemClock
+from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.providers import github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
@@ -91,9 +92,9 @@ def _place(twin: Twin) -> tuple[str, int]:
     """A file and an added line of the pull request's diff."""
     with twin.installation(READ).errors():
         for file in twin.installation(READ).pull_object(twin.pull["repository"], twin.pull["number"]).get_files():
-            lines = github_effects.diff_lines(file.patch or "").right
-            if lines:
-                return file.filename, max(lines)
+            hunks = hunks_of(file.patch or "")
+            if hunks:
+                return file.filename, hunks[-1].new_start + hunks[-1].new_lines - 1
     raise AssertionError("the pull request changes nothing")
 
 

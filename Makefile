@@ -10,7 +10,7 @@ SCENARIO ?= review
 .PHONY: up down demo test test-unit check deps format lock doctor clean
 
 up: $(STAMP)
-	@exec $(BIN)/kilo-pipelines up
+	@exec $(BIN)/kilo-pipelines up $(if $(filter-out file,$(origin AGENT)),--agent $(AGENT))
 
 down: $(STAMP)
 	@$(BIN)/kilo-pipelines down
@@ -25,8 +25,8 @@ deps: $(STAMP) $(OPENAPI)
 
 $(STAMP): requirements.lock pyproject.toml kilo_pipelines/cloud_agent/install.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile -r requirements.lock 2>&1 | grep -v "^WARNING: Location" || true
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . 2>&1 | grep -v "^WARNING: Location" || true
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	$(BIN)/python -m kilo_pipelines.cloud_agent.install

@@ -79,13 +79,14 @@ def up(agent: str | None, once: bool) -> None:
     try:
         platform.lock()
         world.start_platform(platform)
+        platform.supervise()
         world.table(platform)
         world.say(f"everything answers after {time.monotonic() - started:.1f} s")
         if settings.offline:
             _live_review(settings, stop)
         if not once:
             world.say("Ctrl-C stops everything.")
-            platform.watch(lambda: platform._stopping.set() if stop.is_set() else None)
+            platform.wait()
     except (supervisor.SupervisorError, EmbeddedPostgresError, ValueError, OSError) as failure:
         code = world.fail(str(failure))
     except KeyboardInterrupt:
@@ -205,6 +206,7 @@ def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, kee
     try:
         platform.lock()
         world.start_platform(platform)
+        platform.supervise()
         world.say(f"everything answers; agent: {agent}")
         answer = world.demo(settings, platform, repo, base, head)
     except (supervisor.SupervisorError, EmbeddedPostgresError, ValueError, OSError) as failure:

@@ -116,6 +116,8 @@ class Platform:
         self._say = say
         self.children: list[Child] = []
         self._stopping = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self.failure: SupervisorError | None = None
         self._lock_file: int | None = None
         self._state_file = settings.home / "run" / "processes.json"
 
@@ -216,7 +218,25 @@ class Platform:
             )
         child.starts.append(time.monotonic())
 
-    def watch(self, every: Callable[[], None] = lambda: None) -> None:
+    def supervise(self) -> None:
+        """Watches in a thread of its own, from the first moment that everything answers; `failure` says why it gave up."""
+        self._watcher = threading.Thread(target=self._watch_until_stopped, name="supervisor", daemon=True)
+        self._watcher.start()
+
+    def wait(self) -> None:
+        """Returns when the supervision ended; raises what ended it."""
+        while self._watcher is not None and self._watcher.is_alive():
+            self._watcher.join(0.5)
+        if self.failure is not None:
+            raise self.failure
+
+    def _watch_until_stopped(self) -> None:
+        try:
+            self._watch()
+        except SupervisorError as failure:
+            self.failure = failure
+
+    def _watch(self) -> None:
         """Restarts what dies, until `stop` is called; SupervisorError when something dies too often."""
         while not self._stopping.wait(0.5):
             for child in self.children:
@@ -225,16 +245,18 @@ class Platform:
                     if len(recent) > MAX_RESTARTS:
                         raise SupervisorError(f"{child.name} died {len(recent)} times:\n{self._log_end(child)}")
                     self._say(f"{child.name} died (status {child.popen.returncode}); started again")
-                    time.sleep(min(5.0, 0.2 * 2 ** len(recent)))
+                    if self._stopping.wait(min(5.0, 0.2 * 2 ** len(recent))):
+                        return
                     self._spawn(child)
                     self._write_state()
-            every()
 
     # -- stopping --------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Stops everything in reverse order; safe to call twice."""
         self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.join()
         deadline = time.monotonic() + STOP_SECONDS
         self._wake_sensors()
         for group in reversed(_by_stage(self.children)):

@@ -53,7 +53,8 @@ class Control:
         full_name = repository["full_name"]
         seed = world.pull(kind, repository["next_number"])
         base = self.twin.resolve(full_name, repository["default_branch"])
-        head = self.twin.commit(full_name, base, seed.files, seed.title)
+        # The branch's name in the message: commits of one second would otherwise be one commit.
+        head = self.twin.commit(full_name, base, seed.files, f"{seed.title}\n\nBranch: {seed.head_ref}")
         self.twin.set_ref(full_name, f"refs/heads/{seed.head_ref}", head)
         pull = self.twin.open_pull(
             full_name,

@@ -158,7 +158,8 @@ def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[
             config=config,
             secret=basic,
         )
-    return {local: commit_of(bare, local) for local in refs}
+        # Read under the same lock: another session of this repository moves the same names next.
+        return {local: commit_of(bare, local) for local in refs}
 
 
 def commit_of(bare: Path, ref: str) -> str:

@@ -102,13 +102,13 @@ class _Run:
         self._result_path = sandbox.seen(RESULT_PATH, self._writable())
         self._uid = sandbox.session_uid(self._spec.session_id.int)
         self._look()
-        bare = self._fetch(token)
+        bare, commits = self._fetch(token)
         self._look()
         self._facts = git.read_facts(
             bare,
-            base=git.commit_of(bare, "refs/kilo/base"),
+            base=commits["refs/kilo/base"],
             head=self._spec.head_sha,
-            policy_commit=git.commit_of(bare, "refs/kilo/default"),
+            policy_commit=commits["refs/kilo/default"],
         )
         self._control.event("diff_made", {"files": len(self._facts.entries), "diff": self._facts.diff_hash[:12]})
         nonces: list[str] = []
@@ -141,7 +141,7 @@ class _Run:
         if time.monotonic() > self._deadline:
             raise _EndedError(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
 
-    def _fetch(self, token: Callable[[], str]) -> Path:
+    def _fetch(self, token: Callable[[], str]) -> tuple[Path, dict[str, str]]:
         """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for."""
         spec = self._spec
         bare = git.bare_path(self._config.repositories, spec.owner_id, spec.repository.external_id)
@@ -176,7 +176,7 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, answer.get("reason", Reason.FETCH_FAILED), answer.get("detail"))
         if answer["refs"]["refs/kilo/head"] != spec.head_sha:
             raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the pull request's head is another commit by now")
-        return bare
+        return bare, answer["refs"]
 
     def _check_out(self, sandbox: Sandbox, bare: Path) -> None:
         """The checkout, inside the sandbox, from a pack."""

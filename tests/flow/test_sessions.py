@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from uuid import UUID
 
 import psutil
 import pytest
 
+from kilo_pipelines.cloud_agent import git as git_room
 from kilo_pipelines.cloud_agent.adapters.kilo import KiloAdapter
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.install import package_directory
-from kilo_pipelines.cloud_agent.protocol import SessionLimits, SessionStatus
+from kilo_pipelines.cloud_agent.protocol import SessionLimits, SessionSpec, SessionStatus
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import Conclusion
@@ -164,6 +167,28 @@ def test_a_head_that_moved_is_not_reviewed_as_another(world: SessionWorld) -> No
     spec = world.spec(pull)
     world.control("push", full_name=pull["repository"], number=pull["number"])
     assert world.run(spec, ScriptedAdapter()).reason == Reason.HEAD_MOVED
+
+
+def test_sessions_of_one_repository_do_not_take_each_others_commits(world: SessionWorld) -> None:
+    """Both fetch into one bare repository under the same names."""
+    pulls = [world.control("open-pull", kind=kind) for kind in ("planted", "clean", "planted", "clean")]
+    specs = [world.spec(pull) for pull in pulls]
+    facts: dict[str, tuple[str, str]] = {}
+
+    def fetch(spec: SessionSpec) -> None:
+        bare = git_room.bare_path(world.home / "together", UUID(int=1), spec.repository.external_id)
+        token = world.app.token(
+            world.credentials["installation_id"], [spec.repository.external_id], {"metadata": "read", "contents": "read"}
+        )
+        found = git_room.fetch(bare, spec.repository.clone_url, token, {"refs/kilo/head": spec.checkout_ref})
+        facts[str(spec.session_id)] = (found["refs/kilo/head"], spec.head_sha)
+
+    threads = [threading.Thread(target=fetch, args=(spec,)) for spec in specs * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(facts) == 4 and all(found == wanted for found, wanted in facts.values())
 
 
 def test_a_hostile_checkout_runs_nothing_outside(world: SessionWorld, tmp_path_factory: pytest.TempPathFactory) -> None:

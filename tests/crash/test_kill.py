@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy import text
 
 from tests.support.platform import RunningPlatform
 
@@ -19,7 +20,13 @@ from tests.support.platform import RunningPlatform
 def platform() -> Iterator[RunningPlatform]:
     found = RunningPlatform("slow")
     yield found
+    # After all the killing: no slot is held, everything stops in time and nothing stays behind.
+    with found.store.database.owner(found.owner) as connection:
+        held = connection.execute(text("select count(*) from owner_slots where item_id is not null")).scalar()
+    seconds = found.stop()
+    left = [one for one in psutil.process_iter() if str(found.home) in " ".join(_cmdline(one))]
     found.close()
+    assert (held, left) == (0, []) and seconds < 10
 
 
 def _pool_child(platform: RunningPlatform) -> None:
@@ -87,16 +94,6 @@ def test_a_review_completes_once_whatever_is_killed(platform: RunningPlatform, k
     assert len(seen["reviews"]) == 1 and len(seen["comments"]) == 1 and len(seen["check_runs"]) == 1
     assert seen["check_runs"][0]["conclusion"] == "failure"
     assert len(seen["review_comments"]) == 5
-
-
-def test_the_slots_are_free_afterwards_and_the_platform_stops_within_ten_seconds(platform: RunningPlatform) -> None:
-    from sqlalchemy import text
-
-    with platform.store.database.owner(platform.owner) as connection:
-        assert connection.execute(text("select count(*) from owner_slots where item_id is not null")).scalar() == 0
-    assert platform.stop() < 10
-    left = [one for one in psutil.process_iter() if str(platform.home) in " ".join(_cmdline(one))]
-    assert left == []
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -35,6 +35,7 @@ BODY_BYTES = 16 * 2**20
 # Longer answers are no review; the owner's budget ends them anyway.
 MAX_TOKENS = 32_000
 CONNECT_SECONDS = 10
+KEEPALIVE_SECONDS = 2.0
 READ_SECONDS = 300  # a model may think for minutes before its first word
 _KEPT = (
     "messages",
@@ -172,6 +173,8 @@ class ModelProxy:
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            # Servers close idle connections after 5 s and more; a request on one that just closed would look like an outage.
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
             follow_redirects=False,
             trust_env=False,
         )

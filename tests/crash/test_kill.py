@@ -85,9 +85,10 @@ def test_a_review_completes_once_whatever_is_killed(platform: RunningPlatform, k
     kill(platform)
     row = platform.settled(pull, 200)
     seen = platform.read(pull)
+    session = platform.store.sessions.get(row.session_id) if row.session_id else None
     if row.state == "failed":
         # The model's only door died under the agent: the review ends with its reason and isn't green.
-        assert kill is _MODEL_PROXY and row.reason in ("model_unreachable", "agent_crashed"), row.reason
+        assert kill is _MODEL_PROXY and row.reason in ("model_unreachable", "agent_crashed"), session
         assert seen["check_runs"][0]["conclusion"] == "failure"
         return
     assert (row.state, row.reason) == ("completed", "reviewed")

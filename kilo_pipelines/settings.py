@@ -14,8 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+# The longest name below the socket directory (a session's door to the model proxy) has 30 bytes, and Linux takes 107 in all.
+SOCKETS_BYTES = 75
 
 
 class SettingsError(Exception):
@@ -24,7 +27,12 @@ class SettingsError(Exception):
 
 def default_home() -> Path:
     """`KILO_HOME`, else `~/.kilo-pipelines`."""
-    return Path(os.environ.get("KILO_HOME") or Path.home() / ".kilo-pipelines").absolute()
+    return _absolute(Path(os.environ.get("KILO_HOME") or "~/.kilo-pipelines"))
+
+
+def _absolute(path: Path) -> Path:
+    """Children run in another directory than the caller."""
+    return path.expanduser().absolute()
 
 
 class Settings(BaseSettings):
@@ -57,6 +65,11 @@ class Settings(BaseSettings):
     session_silence_seconds: float = Field(default=420.0, description="A session without any sign of life ends after this.")
     session_cap_seconds: float = Field(default=1800.0, description="Hard cap of a session.")
 
+    @field_validator("home", "run_dir")
+    @classmethod
+    def _from_anywhere(cls, value: Path | None) -> Path | None:
+        return None if value is None else _absolute(value)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -69,16 +82,20 @@ class Settings(BaseSettings):
         """Adds `<home>/config.env`, whose home must be known before."""
         from pydantic_settings import DotEnvSettingsSource
 
-        chosen = DotEnvSettingsSource(settings_cls, env_file=default_home() / "config.env")
+        home = _absolute(Path(init_settings().get("home") or default_home()))
+        chosen = DotEnvSettingsSource(settings_cls, env_file=home / "config.env")
         return init_settings, env_settings, chosen
 
     @property
     def sockets(self) -> Path:
-        """The 0700 directory of unix sockets; short, because a socket's path may have 107 bytes."""
-        if self.run_dir is not None:
-            return self.run_dir
+        """The 0700 directory of unix sockets; SettingsError when its path is too long for one."""
         name = hashlib.sha256(str(self.home).encode()).hexdigest()[:8]
-        return Path(tempfile.gettempdir()) / f"kilo-{os.getuid()}-{name}"
+        found = self.run_dir or Path(tempfile.gettempdir()) / f"kilo-{os.getuid()}-{name}"
+        if len(os.fsencode(found)) > SOCKETS_BYTES:
+            raise SettingsError(
+                f"{found} is too long for unix sockets: set KILO_RUN_DIR to a path of at most {SOCKETS_BYTES} bytes"
+            )
+        return found
 
     @property
     def secrets_dir(self) -> Path:

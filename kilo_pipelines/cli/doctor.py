@@ -6,7 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
 
 import psutil
 
@@ -14,6 +17,7 @@ from kilo_pipelines.cli import supervisor
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store.embedded import EmbeddedPostgresError, binaries
 
@@ -21,12 +25,15 @@ from kilo_pipelines.store.embedded import EmbeddedPostgresError, binaries
 MEMORY_BYTES = 3 * 2**30
 DISK_BYTES = 2 * 2**30
 
+_OFFLINE = "offline, `up` takes the twin's; else "
+
 
 @dataclass(frozen=True)
 class Check:
-    """One finding."""
+    """One finding; `code` names the fault where `ok` is false."""
 
     name: str
+    code: str
     ok: bool
     found: str
     remedy: str
@@ -43,8 +50,9 @@ def run(settings: Settings) -> list[Check]:
         _sandbox(settings),
         _agent(settings),
         *_github(settings),
-        _model(settings),
+        *_model(settings),
         *_ports(settings),
+        _listeners(settings),
         _memory(),
         _disk(settings),
     ]
@@ -52,7 +60,7 @@ def run(settings: Settings) -> list[Check]:
 
 def _python() -> Check:
     version = ".".join(str(part) for part in sys.version_info[:3])
-    return Check("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+    return Check("python", "python_too_old", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
 
 
 def _git() -> Check:
@@ -62,99 +70,157 @@ def _git() -> Check:
         if found
         else "not on PATH"
     )
-    return Check("git", found is not None, version, "install git")
+    return Check("git", "git_missing", found is not None, version, "install git")
 
 
 def _postgres(settings: Settings) -> Check:
+    code = "postgres_missing"
     if settings.database_url is not None:
-        return Check("postgres", True, "given by KILO_DATABASE_URL", "")
+        return Check("postgres", code, True, "given by KILO_DATABASE_URL", "")
     try:
         path = binaries() / "postgres"
     except EmbeddedPostgresError as failure:
-        return Check("postgres", False, str(failure), "run `make deps`")
-    return Check("postgres", path.exists(), "embedded", "run `make deps`")
+        return Check("postgres", code, False, str(failure), "run `make deps`")
+    return Check("postgres", code, path.exists(), "embedded" if path.exists() else f"{path} is missing", "run `make deps`")
 
 
 def _broker() -> Check:
+    code = "broker_missing"
     try:
-        return Check("broker", supervisor.redis_server().exists(), "embedded redis", "run `make deps`")
+        path = supervisor.redis_server()
     except supervisor.SupervisorError as failure:
-        return Check("broker", False, str(failure), "run `make deps`")
+        return Check("broker", code, False, str(failure), "run `make deps`")
+    return Check("broker", code, path.exists(), "embedded redis" if path.exists() else f"{path} is missing", "run `make deps`")
 
 
 def _sandbox(settings: Settings) -> Check:
+    code = str(Reason.SANDBOX_UNAVAILABLE)
     if settings.sandbox == "none":
-        return Check(
-            "sandbox", settings.offline, "switched off by KILO_SANDBOX=none", "it works only with the offline twin: unset it"
-        )
+        remedy = "it works only with the offline twin: unset it"
+        return Check("sandbox", code, settings.offline, "switched off by KILO_SANDBOX=none", remedy)
     try:
         report = Sandbox.find(package_directory()).probe()
     except SandboxUnavailableError as failure:
-        return Check("sandbox", False, str(failure), "sessions are refused until it is there")
+        return Check("sandbox", code, False, str(failure), "sessions are refused until it is there")
     found = f"{report.mode}; {'; '.join(report.guarantees or report.problems)}"
-    return Check("sandbox", report.ok, found, "sessions are refused until bubblewrap works on this machine")
+    return Check("sandbox", code, report.ok, found, "sessions are refused until bubblewrap works on this machine")
 
 
 def _agent(settings: Settings) -> Check:
+    code = str(Reason.AGENT_UNAVAILABLE)
     if settings.agent == "scripted":
-        return Check("agent", True, "scripted", "")
-    return Check(
-        "agent", installed(), f"kilo {VERSION}" if installed() else f"kilo {VERSION} is not installed", "run `make deps`"
-    )
+        return Check("agent", code, True, "scripted", "")
+    found = f"kilo {VERSION}" if installed() else f"kilo {VERSION} is not installed"
+    return Check("agent", code, installed(), found, "run `make deps`")
 
 
 def _github(settings: Settings) -> list[Check]:
-    later = settings.offline  # `up` takes the twin's, so before the first start their absence is no fault
+    later = settings.offline  # before the first start their absence is no fault
+    offline = _OFFLINE if later else ""
+    secret, key = _kept(settings.webhook_secret_file), _kept(settings.github_private_key_file)
     return [
         Check(
             "webhook secret",
-            settings.webhook_secret_file.exists(),
-            "stored" if settings.webhook_secret_file.exists() else "none: every webhook is answered 503 (webhook_secret_missing)",
-            f"store the webhook's secret in {settings.webhook_secret_file} (mode 0600) and start again",
+            str(Reason.WEBHOOK_SECRET_MISSING),
+            secret,
+            "stored" if secret else "none: every webhook is answered 503",
+            f"{offline}store the webhook's secret in {settings.webhook_secret_file} (mode 0600) and start again",
             required=not later,
         ),
         Check(
             "github app",
-            settings.github_app_id is not None and settings.github_private_key_file.exists(),
-            f"app {settings.github_app_id}" if settings.github_app_id else "no app id",
-            f"set KILO_GITHUB_APP_ID and store the private key in {settings.github_private_key_file} (mode 0600)",
+            str(Reason.GITHUB_APP_MISSING),
+            settings.github_app_id is not None and key,
+            f"app {settings.github_app_id or 'id missing'}, private key {'stored' if key else 'missing'}",
+            f"{offline}set KILO_GITHUB_APP_ID and store the private key in {settings.github_private_key_file} (mode 0600)",
             required=not later,
         ),
     ]
 
 
-def _model(settings: Settings) -> Check:
-    found = settings.model_base_url or "no address"
-    return Check("model", settings.model_base_url is not None, found, "set KILO_MODEL_BASE_URL", required=not settings.offline)
+def _model(settings: Settings) -> list[Check]:
+    address, key = settings.model_base_url, _kept(settings.model_key_file)
+    needed = not settings.offline
+    offline = "" if needed else _OFFLINE
+    remedy = f"{offline}set KILO_MODEL_BASE_URL"
+    return [
+        Check("model", "model_missing", address is not None, address or "no address", remedy, required=needed),
+        Check(
+            "model key",
+            "model_key_missing",
+            key,
+            "stored" if key else "none",
+            f"{offline}store the model's key in {settings.model_key_file} (mode 0600)",
+            required=needed,
+        ),
+    ]
+
+
+def _kept(path: Path) -> bool:
+    """Whether a secret lies there."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _ports(settings: Settings) -> list[Check]:
     if supervisor.is_running(settings):
-        return [Check("ports", True, "in use by this platform", "")]
+        return [Check("ports", "port_taken", True, "in use by this platform", "")]
     ports = {"public": settings.public_port, "admin": settings.admin_port, "dagster": settings.dagster_port}
     if settings.offline:
         ports["twin"] = settings.twin_port
-    return [_port(name, number) for name, number in ports.items()]
+    return [_port(settings.host, name, number) for name, number in ports.items()]
 
 
-def _port(name: str, number: int) -> Check:
+def _port(host: str, name: str, number: int) -> Check:
+    remedy = f"set KILO_{name.upper()}_PORT to a free one"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", number))
+            probe.bind((host, number))
         except OSError as failure:
-            return Check(f"{name} port", False, f"{number}: {failure.strerror}", f"set KILO_{name.upper()}_PORT to a free one")
-    return Check(f"{name} port", True, str(number), "")
+            return Check(f"{name} port", "port_taken", False, f"{number}: {failure.strerror}", remedy)
+    return Check(f"{name} port", "port_taken", True, str(number), "")
+
+
+def _listeners(settings: Settings) -> Check:
+    """What the running platform's processes listen on; before a start, what they would."""
+    listening = _listening(settings) if supervisor.is_running(settings) else {(settings.host, settings.public_port)}
+    beyond = sorted(f"{address}:{port}" for address, port in listening if not _loopback(address))
+    return Check(
+        "listeners",
+        "listens_beyond_loopback",
+        not beyond,
+        f"{', '.join(beyond)} can be reached from elsewhere" if beyond else "loopback only",
+        "unset KILO_HOST, or keep a proxy with TLS and a firewall before it",
+        required=False,
+    )
+
+
+def _listening(settings: Settings) -> set[tuple[str, int]]:
+    found: set[tuple[str, int]] = set()
+    for record in supervisor.read_state(settings).get("children", []):
+        with suppress(psutil.Error):
+            process = psutil.Process(int(str(record["pid"])))
+            for one in [process, *process.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    found |= {tuple(held.laddr) for held in one.net_connections("inet") if held.status == psutil.CONN_LISTEN}
+    return found
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _memory() -> Check:
     free = psutil.virtual_memory().available
-    return Check(
-        "memory", free >= MEMORY_BYTES, f"{free / 2**30:.1f} GiB available", "3 GiB are needed with the Kilo CLI", required=False
-    )
+    found = f"{free / 2**30:.1f} GiB available"
+    return Check("memory", "memory_short", free >= MEMORY_BYTES, found, "3 GiB are needed with the Kilo CLI", required=False)
 
 
 def _disk(settings: Settings) -> Check:
-    place = settings.home if settings.home.exists() else settings.home.parent
-    free = shutil.disk_usage(place if place.exists() else "/").free
-    return Check("disk", free >= DISK_BYTES, f"{free / 2**30:.1f} GiB free", "2 GiB are needed", required=False)
+    place = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    found = f"{free / 2**30:.1f} GiB free"
+    return Check("disk", "disk_short", free >= DISK_BYTES, found, "2 GiB are needed", required=False)

@@ -33,6 +33,9 @@ from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem, Store
 from kilo_pipelines.store.embedded import EmbeddedPostgresError
 
+# What ends a start with one line instead of a traceback.
+FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, ValueError, OSError)
+
 as_json = click.option("--json", "plain", is_flag=True, help="Prints one JSON document instead of text.")
 
 
@@ -67,58 +70,66 @@ def main() -> None:
 @main.command()
 @click.option("--agent", type=click.Choice(["kilo", "scripted"]), help="Agent CLI; kept for this home.")
 @click.option("--once", is_flag=True, help="Stops after the first review instead of at Ctrl-C.")
-def up(agent: str | None, once: bool) -> None:
-    """Starts the whole platform and shows a pull request being reviewed; Ctrl-C stops it."""
+@as_json
+def up(agent: str | None, once: bool, plain: bool) -> None:
+    """Starts the whole platform and shows a pull request being reviewed; Ctrl-C stops it.
+
+    With --json: one document on stdout when everything answers, the rest on stderr.
+    """
     if agent:
         os.environ["KILO_AGENT"] = agent
-    settings = world.decide(Settings())
-    platform = supervisor.Platform(settings, world.say)
-    stop = _stop_on_signals()
+    say = world.say_aside if plain else world.say
+    platform = supervisor.Platform(Settings(), say)
+    stop = _stop_on_signals(platform)
     started = time.monotonic()
     code = 0
     try:
         platform.lock()
-        world.start_platform(platform)
-        platform.supervise()
-        world.table(platform)
-        world.say(f"everything answers after {time.monotonic() - started:.1f} s")
-        if settings.offline:
-            _live_review(settings, stop)
-        if not once:
-            world.say("Ctrl-C stops everything.")
-            platform.wait()
-    except (supervisor.SupervisorError, EmbeddedPostgresError, ValueError, OSError) as failure:
+        settings = world.start_platform(platform)
+        world.table(platform, say)
+        if plain:
+            click.echo(json.dumps(world.report(platform)))
+        say(f"everything answers after {time.monotonic() - started:.1f} s")
+        reviewed = not settings.offline or _live_review(platform, say)
+        if once:
+            code = 0 if reviewed else world.fail("the review didn't end")
+        else:
+            say("Ctrl-C stops everything.")
+            platform.watch(stop)
+    except FAULTS as failure:
         code = world.fail(str(failure))
     except KeyboardInterrupt:
-        world.say("stopping")
+        say("stopping")
     finally:
         stopping = time.monotonic()
-        platform.stop()
-        world.say(f"stopped in {time.monotonic() - stopping:.1f} s")
+        if platform.stop():
+            say(f"stopped in {time.monotonic() - stopping:.1f} s")
     sys.exit(code)
 
 
-def _live_review(settings: Settings, stop: threading.Event) -> None:
-    """Something to see: the first time a pull request, afterwards a new commit on it."""
+def _live_review(platform: supervisor.Platform, say: Callable[[str], None]) -> bool:
+    """Something to see: the first time a pull request, afterwards a new commit on it. Whether its review ended."""
+    settings = platform.settings
     store = setup.open_store(settings)
     owner_id = setup.ensure_demo_owner(settings, store, setup.twin_credentials(settings), "critical")
-    world.say("a pull request is on its way:")
-    if not stop.is_set():
-        world.follow(store, owner_id, world.next_pull(settings, store, owner_id), settings, world.say)
+    say("a pull request is on its way:")
+    return world.follow(platform, store, owner_id, world.next_pull(settings, store, owner_id), say).reviewed is not None
 
 
-def _stop_on_signals() -> threading.Event:
-    """SIGINT and SIGTERM interrupt what the main thread does; a second one ends the process at once."""
+def _stop_on_signals(platform: supervisor.Platform) -> threading.Event:
+    """A first Ctrl-C (SIGINT, SIGTERM, or the terminal's end) interrupts what the main thread does; once a stop has begun, the next kills."""
     stop = threading.Event()
 
     def handler(_number: int, _frame: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() or platform.stopping:
+            platform.kill()
             os._exit(130)
         stop.set()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, handler)
     return stop
 
 
@@ -178,7 +189,7 @@ def doctor(plain: bool) -> None:
     def text() -> str:
         return "\n".join(
             f"{'ok     ' if check.ok else 'MISSING' if check.required else 'note   '} {check.name}: {check.found}"
-            + (f"\n        {check.remedy}" if not check.ok else "")
+            + (f"\n        {check.code}: {check.remedy}" if not check.ok else "")
             for check in checks
         )
 
@@ -193,33 +204,33 @@ def doctor(plain: bool) -> None:
 @click.option("--base", default="HEAD~1", show_default=True, help="Base revision of --repo.")
 @click.option("--head", default="HEAD", show_default=True, help="Head revision of --repo.")
 @click.option("--keep", is_flag=True, help="Keeps the scratch home.")
-def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, keep: bool) -> None:
-    """Runs a scenario on free ports in a scratch home and ends; the last line of stdout is one JSON object."""
+@as_json
+def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, keep: bool, plain: bool) -> None:
+    """Runs a scenario on free ports in a scratch home and ends; the last line of stdout is one JSON object, with --json the only one."""
     del scenario  # one for now; click refuses others
     home = Path(tempfile.mkdtemp(prefix="kilo-demo-"))
     world.scratch_environment(home)
     os.environ["KILO_AGENT"] = agent
-    settings = world.decide(Settings())
-    platform = supervisor.Platform(settings, world.say)
-    _stop_on_signals()
+    say = world.say_aside if plain else world.say
+    platform = supervisor.Platform(Settings(), say)
+    _stop_on_signals(platform)
     answer: dict[str, Any] = {}
     try:
         platform.lock()
         world.start_platform(platform)
-        platform.supervise()
-        world.say(f"everything answers; agent: {agent}")
-        answer = world.demo(settings, platform, repo, base, head)
-    except (supervisor.SupervisorError, EmbeddedPostgresError, ValueError, OSError) as failure:
+        say(f"everything answers; agent: {agent}")
+        answer = world.demo(platform, repo, base, head, say)
+    except FAULTS as failure:
         world.fail(str(failure))
     except KeyboardInterrupt:
         world.fail("interrupted")
     finally:
         platform.stop()
         if keep or not answer.get("ok"):
-            world.say(f"the home is kept: {home}")
+            say(f"the home is kept: {home}")
         else:
             shutil.rmtree(home, ignore_errors=True)
-        shutil.rmtree(settings.sockets, ignore_errors=True)
+        shutil.rmtree(platform.settings.sockets, ignore_errors=True)
     ok = bool(answer.pop("ok", False))
     if answer:
         click.echo(json.dumps(answer))

@@ -57,9 +57,15 @@ def open_store(settings: Settings) -> Store:
 
 
 def write_config(settings: Settings, values: dict[str, Any]) -> None:
-    """Keeps what was decided for this home; the environment still wins over it."""
-    lines = "".join(f"KILO_{name.upper()}={value}\n" for name, value in values.items())
-    (settings.home / "config.env").write_text(lines)
+    """Keeps what was decided for this home, beside lines that a person added; the environment still wins over it."""
+    path = settings.home / "config.env"
+    known = path.read_text().splitlines() if path.exists() else []
+    names = {f"KILO_{name.upper()}" for name in values}
+    others = [line for line in known if line.strip() and line.split("=", 1)[0].strip() not in names]
+    decided = [f"KILO_{name.upper()}={value}" for name, value in values.items() if value is not None]
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join([*decided, *others]) + "\n")
+    partial.replace(path)
 
 
 def twin_credentials(settings: Settings) -> dict[str, Any]:
@@ -68,17 +74,29 @@ def twin_credentials(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def adopt_twin(settings: Settings, credentials: dict[str, Any]) -> None:
-    """Stores the twin's App key, webhook secret and model key where the real ones would lie.
-
-    Refuses to overwrite real ones: the twin and real credentials never meet (threats, rule 25).
-    """
-    origin = settings.secrets_dir / "origin"
-    if settings.github_private_key_file.exists() and (not origin.exists() or origin.read_text() != "twin"):
+def refuse_mixed_worlds(settings: Settings) -> None:
+    """A home belongs to the twin or to a real App for ever: their credentials never meet (threats, rule 25); ValueError."""
+    twins = _origin(settings).exists()
+    real = not twins and any(
+        path.exists() for path in (settings.github_private_key_file, settings.webhook_secret_file, settings.model_key_file)
+    )
+    if settings.offline and real:
         raise ValueError(
             "this home holds credentials of a real GitHub App: start it with KILO_OFFLINE=false, or use another KILO_HOME"
         )
-    write_secret(origin, "twin")
+    if not settings.offline and twins:
+        raise ValueError("this home holds the offline twin's credentials: use another KILO_HOME for a real GitHub App")
+
+
+def _origin(settings: Settings) -> Path:
+    """The mark of a home whose credentials are the twin's."""
+    return settings.secrets_dir / "origin"
+
+
+def adopt_twin(settings: Settings, credentials: dict[str, Any]) -> None:
+    """Stores the twin's App key, webhook secret and model key where the real ones would lie."""
+    refuse_mixed_worlds(settings)
+    write_secret(_origin(settings), "twin")
     write_secret(settings.github_private_key_file, credentials["private_key_pem"])
     write_secret(settings.webhook_secret_file, credentials["webhook_secret"])
     write_secret(settings.model_key_file, credentials["model_api_key"])
@@ -142,6 +160,7 @@ __all__ = [
     "open_store",
     "prepare_database",
     "prepare_secrets",
+    "refuse_mixed_worlds",
     "twin_call",
     "twin_credentials",
     "write_config",

@@ -1,7 +1,9 @@
 """Starts, watches and stops the platform's processes on one machine (design, section 10).
 
 Every child has a session of its own (Ctrl-C reaches the supervisor alone), a log file, a probe that says when it is ready,
-and a bounded number of restarts. The order of a stop is the reverse of the start, within `STOP_SECONDS` in all.
+and a bounded number of restarts. The order of a stop is the reverse of the start, within `STOP_SECONDS` in all. Children write
+to their log files themselves, so that a killed supervisor breaks nobody's output; its keeper thread merges the lines into
+`platform.log` and bounds all files. Does not belong here: what the processes do.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,7 +30,7 @@ import psutil
 import psycopg
 
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
-from kilo_pipelines.settings import Settings, private_dir
+from kilo_pipelines.settings import Settings, SettingsError, private_dir
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 
 # A person waits for Ctrl-C: workers get 4 s to end their runs, everything else 3 s, then it is killed.
@@ -38,6 +41,14 @@ READY_SECONDS = 60.0
 # A child that dies five times within ten minutes has a reason that a sixth start doesn't mend.
 MAX_RESTARTS = 5
 RESTART_WINDOW_SECONDS = 600.0
+RESTART_PAUSE_SECONDS = 0.2  # doubled with every recent restart, up to the cap
+RESTART_PAUSE_CAP_SECONDS = 5.0
+# The keeper looks after children and logs this often: quick enough for a person who follows the log.
+KEEPER_SECONDS = 0.25
+# A day's log of a busy process is a few MB. Each file may have one predecessor, so 12 processes keep below 0.5 GB.
+LOG_BYTES = 20 * 2**20
+# A `status` looks at the lock for an instant: what holds it longer is a platform.
+LOCK_SECONDS = 0.5
 # A killed PostgreSQL is taken for alive as long as its process waits to be reaped: about a second, seldom more.
 POSTGRES_START_TRIES = 20
 START_RETRY_SECONDS = 0.5
@@ -61,8 +72,18 @@ class Child:
     stop_signal: int = signal.SIGTERM
     stop_seconds: float = CHILD_STOP_SECONDS
     start_tries: int = 1
+    start_tries_used: int = 1
+    # Whether it gets the platform's settings; the twin, a stranger, gets none.
+    inherits: bool = True
     popen: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list)
+    # When the keeper starts it again; None while it lives.
+    restart_at: float | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self.popen is not None and self.popen.poll() is None
 
 
 def agents_max(settings: Settings) -> int:
@@ -115,44 +136,64 @@ class Platform:
         self.settings = settings
         self._say = say
         self.children: list[Child] = []
+        self._kept: list[Child] = []
         self._stopping = threading.Event()
-        self._watcher: threading.Thread | None = None
-        self.failure: SupervisorError | None = None
+        self._failure: SupervisorError | None = None
+        self._keeper: threading.Thread | None = None
         self._lock_file: int | None = None
         self._state_file = settings.home / "run" / "processes.json"
+        self._state_lock = threading.Lock()  # the keeper and a start both write the state
+        self._journal = Journal(settings.logs_dir)
 
     # -- the home --------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """One platform per home; ends what a killed supervisor left behind."""
-        private_dir(self.settings.home)
-        private_dir(self._state_file.parent)
-        private_dir(self.settings.sockets)
-        private_dir(self.settings.logs_dir)
-        self._lock_file = os.open(self._state_file.parent / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SupervisorError(
-                f"the platform of {self.settings.home} is running already: `kilo-pipelines status`, `kilo-pipelines down`"
-            ) from None
+        """One platform per home (SupervisorError for a second one); ends what a killed supervisor left behind."""
+        for directory in (self.settings.home, self._state_file.parent, self.settings.sockets, self.settings.logs_dir):
+            private_dir(directory)
+        descriptor = os.open(self._state_file.parent / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    raise SupervisorError(
+                        f"the platform of {self.settings.home} is running already: `kilo-pipelines status`, `kilo-pipelines down`"
+                    ) from None
+                time.sleep(0.05)
+        self._lock_file = descriptor
         self._end_leftovers()
         self._write_state()
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._keeper.start()
 
     def _end_leftovers(self) -> None:
-        """Children of a supervisor that was killed: ended by id, and only when the start time is the recorded one."""
-        for record in read_state(self.settings).get("children", []):
-            try:
-                process = psutil.Process(record["pid"])
-                if abs(process.create_time() - record["started"]) < 1:
-                    _end_group(process.pid, signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+        """Processes of a supervisor that was killed, of every recorded session whose leader is the recorded process or gone.
+
+        An id alone proves nothing after a reboot: a leader must have the recorded start time, another member of the session
+        must have this home in its environment.
+        """
+        recorded = {int(str(one["pid"])): float(str(one["started"])) for one in read_state(self.settings).get("children", [])}
+        if not recorded:
+            return
+        home = str(self.settings.home)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
+                started = recorded.get(os.getsid(process.pid))
+                if started is None:
+                    continue
+                # Recorded and asked start times differ by rounding only.
+                leads = process.pid in recorded and abs(process.create_time() - started) < 1
+                if leads or process.environ().get("KILO_HOME") == home:
+                    process.kill()
 
     def _write_state(self) -> None:
         records = []
         for child in self.children:
-            if child.popen is not None and child.popen.poll() is None:
+            if child.popen is not None and child.alive:
                 try:
                     started = psutil.Process(child.popen.pid).create_time()
                 except psutil.NoSuchProcess:
@@ -163,35 +204,39 @@ class Platform:
                         "pid": child.popen.pid,
                         "started": started,
                         "address": child.address,
-                        "restarts": max(0, len(child.starts) - 1),
+                        "restarts": max(0, len(child.starts) - child.start_tries_used),
+                        "log": str(self.log_file(child)),
                     }
                 )
         partial = self._state_file.with_suffix(".partial")
-        partial.write_text(json.dumps({"pid": os.getpid(), "children": records}))
-        partial.replace(self._state_file)
+        with self._state_lock:
+            partial.write_text(json.dumps({"pid": os.getpid(), "children": records}))
+            partial.replace(self._state_file)
 
     # -- starting --------------------------------------------------------------------------------------------------
 
     def start(self, children: list[Child]) -> None:
         """Starts children together and returns when all are ready; SupervisorError with the log's end otherwise."""
+        self.children += children
         for child in children:
-            self.children.append(child)
             self._spawn(child)
+        self._write_state()
         deadline = time.monotonic() + READY_SECONDS
         waiting = list(children)
         while waiting:
             for child in list(waiting):
-                if child.popen is not None and child.popen.poll() is not None:
-                    if len(child.starts) < child.start_tries:
-                        time.sleep(START_RETRY_SECONDS)
-                        self._spawn(child)
-                        continue
-                    raise SupervisorError(f"{child.name} ended at its start:\n{self._log_end(child)}")
-                if child.ready():
+                if not child.alive:
+                    if child.start_tries_used >= child.start_tries:
+                        raise SupervisorError(f"{child.name} ended at its start:\n{self._log_end(child)}")
+                    time.sleep(START_RETRY_SECONDS)
+                    child.start_tries_used += 1
+                    self._spawn(child)
+                elif child.ready():
                     waiting.remove(child)
             if waiting and time.monotonic() > deadline:
                 raise SupervisorError(f"{waiting[0].name} isn't ready after {READY_SECONDS:.0f} s:\n{self._log_end(waiting[0])}")
             time.sleep(0.05)
+        self._kept = self._kept + children
         self._write_state()
 
     def log_file(self, child: Child) -> Path:
@@ -203,64 +248,81 @@ class Platform:
         return path.read_bytes()[-1500:].decode(errors="replace") if path.exists() else ""
 
     def _spawn(self, child: Child) -> None:
-        path = self.log_file(child)
-        if path.exists() and path.stat().st_size > 20 * 2**20:  # one old file is kept: bounded on disk
-            path.replace(path.with_suffix(".log.1"))
-        with path.open("ab") as log:
+        with self.log_file(child).open("ab") as log:
             child.popen = subprocess.Popen(
                 child.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_environment(self.settings) | child.env,
+                env=_environment(self.settings, child.inherits) | child.env,
                 cwd=_root(),
                 start_new_session=True,
             )
         child.starts.append(time.monotonic())
+        child.restart_at = None
 
-    def supervise(self) -> None:
-        """Watches in a thread of its own, from the first moment that everything answers; `failure` says why it gave up."""
-        self._watcher = threading.Thread(target=self._watch_until_stopped, name="supervisor", daemon=True)
-        self._watcher.start()
+    # -- keeping ---------------------------------------------------------------------------------------------------
 
-    def wait(self) -> None:
-        """Returns when the supervision ended; raises what ended it."""
-        while self._watcher is not None and self._watcher.is_alive():
-            self._watcher.join(0.5)
-        if self.failure is not None:
-            raise self.failure
+    def _keep(self) -> None:
+        """The keeper thread: merges logs, starts again what died, gives up on what dies too often."""
+        while not self._stopping.wait(KEEPER_SECONDS):
+            self._journal.collect()
+            try:
+                for child in self._kept:
+                    if not child.alive:
+                        self._revive(child)
+            except (SupervisorError, OSError) as failure:
+                self._failure = SupervisorError(str(failure))
+                return
 
-    def _watch_until_stopped(self) -> None:
-        try:
-            self._watch()
-        except SupervisorError as failure:
-            self.failure = failure
+    def _revive(self, child: Child) -> None:
+        assert child.popen is not None  # noqa: S101
+        now = time.monotonic()
+        if child.restart_at is None:
+            recent = [one for one in child.starts if now - one < RESTART_WINDOW_SECONDS]
+            if len(recent) > MAX_RESTARTS:
+                raise SupervisorError(f"{child.name} died {len(recent)} times:\n{self._log_end(child)}")
+            pause = min(RESTART_PAUSE_CAP_SECONDS, RESTART_PAUSE_SECONDS * 2 ** len(recent))
+            self.say(f"{child.name} died (status {child.popen.returncode}); started again in {pause:.1f} s")
+            _end_group(child.popen.pid, signal.SIGKILL)  # pool children of a killed worker would go on beside the new one's
+            child.restart_at = now + pause
+        if now >= child.restart_at and not self._stopping.is_set():
+            self._spawn(child)
+            self._write_state()
 
-    def _watch(self) -> None:
-        """Restarts what dies, until `stop` is called; SupervisorError when something dies too often."""
-        while not self._stopping.wait(0.5):
-            for child in self.children:
-                if child.popen is not None and child.popen.poll() is not None and not self._stopping.is_set():
-                    recent = [one for one in child.starts if time.monotonic() - one < RESTART_WINDOW_SECONDS]
-                    if len(recent) > MAX_RESTARTS:
-                        raise SupervisorError(f"{child.name} died {len(recent)} times:\n{self._log_end(child)}")
-                    self._say(f"{child.name} died (status {child.popen.returncode}); started again")
-                    if self._stopping.wait(min(5.0, 0.2 * 2 ** len(recent))):
-                        return
-                    self._spawn(child)
-                    self._write_state()
+    def say(self, line: str) -> None:
+        """One line for people, in the merged log too."""
+        self._say(line)
+        self._journal.note("supervisor", line)
+
+    def watch(self, stop: threading.Event) -> None:
+        """Returns when `stop` is set; SupervisorError when a process died too often to be kept."""
+        while not stop.wait(KEEPER_SECONDS):
+            self.check()
+
+    def check(self) -> None:
+        """SupervisorError when the keeper has given up."""
+        if self._failure is not None:
+            raise self._failure
 
     # -- stopping --------------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Stops everything in reverse order; safe to call twice."""
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop has begun."""
+        return self._stopping.is_set()
+
+    def stop(self) -> bool:
+        """Stops everything in reverse order within STOP_SECONDS; False, and nothing done, for a home that isn't ours (any more)."""
+        if self._lock_file is None:
+            return False
         self._stopping.set()
-        if self._watcher is not None:
-            self._watcher.join()
         deadline = time.monotonic() + STOP_SECONDS
+        if self._keeper is not None:
+            self._keeper.join()
         self._wake_sensors()
         for group in reversed(_by_stage(self.children)):
-            living = [child for child in group if child.popen is not None and child.popen.poll() is None]
+            living = [child for child in group if child.popen is not None and child.alive]
             for child in living:
                 assert child.popen is not None  # noqa: S101
                 child.popen.send_signal(child.stop_signal)
@@ -271,19 +333,80 @@ class Platform:
                     child.popen.wait(max(0.05, until - time.monotonic()))
                 _end_group(child.popen.pid, signal.SIGKILL)
                 child.popen.wait()
+        self._journal.collect()
         self._state_file.unlink(missing_ok=True)
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        os.close(self._lock_file)
+        self._lock_file = None
+        return True
+
+    def kill(self) -> None:
+        """Kills every process at once: the second Ctrl-C. Their records stay, so that the next start looks after leftovers."""
+        for child in self.children:
+            if child.popen is not None:
+                _end_group(child.popen.pid, signal.SIGKILL)
 
     def _wake_sensors(self) -> None:
-        """Long-poll shards return at once instead of after their wait."""
+        """Long-poll shards return at once instead of after their wait; a stop goes on without it."""
         try:
             url = self.settings.database_logins()["system"].replace("+psycopg", "")
             with psycopg.connect(url, autocommit=True, connect_timeout=1) as connection:
                 connection.execute("select pg_notify('kilo_stop', '')")
-        except Exception as failure:  # noqa: BLE001  # a stop goes on whatever the database does
-            self._say(f"sensors were not woken: {type(failure).__name__}")
+        except (SettingsError, psycopg.Error) as failure:
+            self.say(f"sensors were not woken: {type(failure).__name__}")
+
+
+class Journal:
+    """The merged log: every child's lines with time and name, read from their own files; bounds all of them on disk."""
+
+    def __init__(self, directory: Path, limit: int = LOG_BYTES) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._own = directory / "platform.log"
+        self._read: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        if directory.is_dir():  # what earlier runs wrote is merged already
+            self._read = {path: path.stat().st_size for path in self._sources()}
+
+    def _sources(self) -> list[Path]:
+        return sorted(path for path in self._directory.glob("*.log") if path != self._own)
+
+    def note(self, name: str, text: str) -> None:
+        """One entry, a line each. A full disk loses lines of the log, never the platform."""
+        with self._lock, suppress(OSError):
+            self._write([(name, line) for line in text.splitlines()])
+
+    def collect(self) -> None:
+        """Takes over what was written since the last call; a half-written line waits for its end. As `note` on a full disk."""
+        with self._lock, suppress(OSError):
+            for path in self._sources():
+                self._take(path)
+
+    def _take(self, path: Path) -> None:
+        position = self._read.get(path, 0)
+        with path.open("rb") as file:
+            file.seek(position)
+            fresh = file.read(self._limit)
+        whole = fresh[: fresh.rfind(b"\n") + 1] or (fresh if len(fresh) == self._limit else b"")
+        self._read[path] = position + len(whole)
+        self._write([(path.stem, line) for line in whole.decode(errors="replace").splitlines() if line.strip()])
+        if self._read[path] > self._limit:
+            self._cut(path)
+
+    def _cut(self, path: Path) -> None:
+        """Keeps one predecessor. The writer holds the file open, so it is copied and emptied; it appends, so nothing is overwritten."""
+        shutil.copyfile(path, path.with_suffix(".log.1"))
+        os.truncate(path, 0)
+        self._read[path] = 0
+
+    def _write(self, lines: list[tuple[str, str]]) -> None:
+        if not lines or not self._directory.is_dir():
+            return
+        at = datetime.now().astimezone().strftime("%H:%M:%S")
+        with self._own.open("a", encoding="utf-8") as file:
+            file.writelines(f"{at} {name:<18} {line}\n" for name, line in lines)
+            size = file.tell()
+        if size > self._limit:
+            self._own.replace(self._own.with_suffix(".log.1"))
 
 
 def _by_stage(children: list[Child]) -> list[list[Child]]:
@@ -338,11 +461,18 @@ def _program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def _environment(settings: Settings) -> dict[str, str]:
-    """What every child gets: little of ours, our own settings, no secret."""
+# A given database's administrator login serves provisioning in the supervisor; children use logins of their own.
+_NOT_PASSED_ON = {"KILO_DATABASE_URL"}
+
+
+def _environment(settings: Settings, inherits: bool) -> dict[str, str]:
+    """What a child gets: little of the user's, and our own settings unless it is a stranger; no secret."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "SSL_CERT_FILE") if name in os.environ}
-    own = {name: value for name, value in os.environ.items() if name.startswith("KILO_")}
-    return {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **kept, **own, "KILO_HOME": str(settings.home)}
+    base = {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **kept}
+    if not inherits:
+        return base
+    own = {name: value for name, value in os.environ.items() if name.startswith("KILO_") and name not in _NOT_PASSED_ON}
+    return {**base, **own, "KILO_HOME": str(settings.home)}
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
@@ -397,7 +527,7 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
 
 
 def outer_processes(settings: Settings) -> list[Child]:
-    """Ingress, model proxy and, offline, the twin is started before them."""
+    """Ingress and model proxy."""
     python = sys.executable
     return [
         Child(
@@ -419,7 +549,7 @@ def twin(settings: Settings) -> Child:
     """The offline twin; it gets nothing of the platform's environment or secrets."""
     argv = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(settings.home / "twin"), "--port", str(settings.twin_port)]
     argv += ["--webhook-url", f"{settings.public_url}/webhooks/github"]
-    return Child("twin", argv, ready=answers(f"{settings.twin_url}/health"), address=settings.twin_url)
+    return Child("twin", argv, ready=answers(f"{settings.twin_url}/health"), address=settings.twin_url, inherits=False)
 
 
 def dagster_processes(settings: Settings) -> list[Child]:

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,55 +28,66 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def free_port() -> int:
-    """A port of this machine that nobody uses at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+def say_aside(line: str) -> None:
+    """The same on stderr, where stdout is for one JSON document."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def start_platform(platform: Platform) -> None:
-    """Everything in its order, as much at once as possible."""
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nobody uses at the moment."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def start_platform(platform: Platform) -> Settings:
+    """Everything in its order, as much at once as possible; the settings as decided.
+
+    ValueError when the twin would meet credentials of a real App, or real addresses the twin's.
+    """
     settings = platform.settings
+    setup.refuse_mixed_worlds(settings)
     setup.prepare_secrets(settings)
     first = [supervisor.redis(settings)]
     if settings.offline:
         first.append(supervisor.twin(settings))
     if settings.database_url is None:
         server, child = supervisor.postgres(settings)
-        platform.start([child])
+        platform.start([child, *first])
         server.wait_ready(20)
         admin_url = server.admin_url
     else:
+        platform.start(first)
         admin_url = settings.database_url
-    platform.start(first)
     setup.prepare_database(settings, admin_url)
+    app_id = settings.github_app_id
     if settings.offline:
-        setup.adopt_twin(settings, setup.twin_credentials(settings))
+        credentials = setup.twin_credentials(settings)
+        setup.adopt_twin(settings, credentials)
+        app_id = credentials["app_id"]
+    platform.settings = settings = decide(settings, app_id)
     store = setup.open_store(settings)
     store.database.check_roles()
     store.sessions.ensure_capacity(supervisor.agents_max(settings))
     platform.start([*supervisor.outer_processes(settings), *supervisor.dagster_processes(settings)])
+    return settings
 
 
-def decide(settings: Settings, **more: Any) -> Settings:
-    """Keeps this home's choices in its config.env, with the twin's addresses when offline."""
+def decide(settings: Settings, github_app_id: int | None) -> Settings:
+    """Keeps this home's choices in its config.env, for every later process of this home; the twin's addresses when offline."""
+    offline = settings.offline
     values: dict[str, Any] = {
         "public_port": settings.public_port,
         "admin_port": settings.admin_port,
         "dagster_port": settings.dagster_port,
         "twin_port": settings.twin_port,
         "agent": settings.agent,
-        "offline": settings.offline,
-        **more,
+        "offline": offline,
+        "github_api_url": f"{settings.twin_url}/api/v3" if offline else settings.github_api_url,
+        "github_app_id": github_app_id,
+        "model_base_url": f"{settings.twin_url}/model/v1" if offline else settings.model_base_url,
+        "model": "scripted-reviewer" if offline else settings.model,
     }
-    if settings.offline:
-        values |= {
-            "github_api_url": f"{settings.twin_url}/api/v3",
-            "github_app_id": 4242,
-            "model_base_url": f"{settings.twin_url}/model/v1",
-            "model": "scripted-reviewer",
-        }
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     setup.write_config(settings, values)
     return Settings()
 
@@ -92,8 +104,12 @@ class Followed:
     row: ReviewRow | None = None
 
 
-def follow(store: Store, owner_id: UUID, pull: dict[str, Any], settings: Settings, line: Callable[[str], None]) -> Followed:
-    """Waits for the review of a pull request's present head and for its effects, telling each step once."""
+def follow(platform: Platform, store: Store, owner_id: UUID, pull: dict[str, Any], line: Callable[[str], None]) -> Followed:
+    """Waits for the review of a pull request's present head and for its effects, telling each step once.
+
+    SupervisorError when the platform under it can't be kept up.
+    """
+    settings = platform.settings
     done = Followed(pull, time.monotonic(), float(pull["delivery"]["duration"]))
     line(f"  pull request  {pull['url']}")
     line(
@@ -107,6 +123,7 @@ def follow(store: Store, owner_id: UUID, pull: dict[str, Any], settings: Setting
             line(f"  {text}")
 
     while time.monotonic() - done.sent_at < REVIEW_SECONDS:
+        platform.check()
         row = next(
             (
                 one
@@ -147,18 +164,43 @@ def _effects_ended(store: Store, row: ReviewRow) -> bool:
     return bool(effects) and row.verdict is not None and all(one["state"] not in ("pending", "applying") for one in effects)
 
 
-def table(platform: Platform) -> None:
-    """What runs where."""
+def report(platform: Platform) -> dict[str, Any]:
+    """What runs where, for programs."""
+    settings = platform.settings
+    return {
+        "home": str(settings.home),
+        "agent": settings.agent,
+        "processes": [
+            {
+                "name": child.name,
+                "pid": child.popen.pid if child.popen else None,
+                "address": child.address,
+                "log": str(platform.log_file(child)),
+            }
+            for child in platform.children
+        ],
+        "addresses": {
+            "webhooks": f"{settings.public_url}/webhooks/github",
+            "admin": settings.admin_url,
+            "dagster": settings.dagster_url,
+            "twin": settings.twin_url if settings.offline else None,
+        },
+        "log": str(settings.logs_dir / "platform.log"),
+    }
+
+
+def table(platform: Platform, say: Callable[[str], None]) -> None:
+    """What runs where, for people."""
     settings = platform.settings
     say(f"kilo-pipelines runs in {settings.home} (agent: {settings.agent}, sessions at once: {supervisor.agents_max(settings)})")
     for child in platform.children:
         pid = child.popen.pid if child.popen else 0
-        say(f"  {child.name:<19} pid {pid:<8} {child.address}")
+        say(f"  {child.name:<19} pid {pid:<8} {child.address:<24} {platform.log_file(child).name}")
     say(f"  Dagster UI          {settings.dagster_url}/runs")
     if settings.offline:
         say(f"  offline GitHub      {settings.twin_url}/acme/orders")
     say(f"  operator's API key  {settings.operator_key_file}")
-    say(f"  logs                {settings.logs_dir}")
+    say(f"  logs                {settings.logs_dir}; merged: platform.log")
 
 
 def next_pull(settings: Settings, store: Store, owner_id: UUID) -> dict[str, Any]:
@@ -169,17 +211,18 @@ def next_pull(settings: Settings, store: Store, owner_id: UUID) -> dict[str, Any
     return setup.twin_call(settings, "open-pull", "--kind", "planted")
 
 
-def demo(settings: Settings, platform: Platform, repository: Path | None, base: str, head: str) -> dict[str, Any]:
+def demo(platform: Platform, repository: Path | None, base: str, head: str, say: Callable[[str], None]) -> dict[str, Any]:
     """The scenario `review`: its JSON object, with `ok`."""
+    settings = platform.settings
     store = setup.open_store(settings)
     credentials = setup.twin_credentials(settings)
     owner_id = setup.ensure_demo_owner(settings, store, credentials, "critical")
     if repository is not None:
-        return _demo_repository(settings, store, owner_id, repository, base, head)
+        return _demo_repository(platform, store, owner_id, repository, base, head, say)
     say("a pull request with planted defects:")
-    planted = follow(store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "planted"), settings, say)
+    planted = follow(platform, store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "planted"), say)
     say("a clean pull request:")
-    clean = follow(store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "clean"), settings, say)
+    clean = follow(platform, store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "clean"), say)
     seen = [_read_back(settings, one) for one in (planted, clean)]
     answer = _answer(settings, store, planted, seen[0])
     answer["clean"] = {"conclusion": seen[1]["conclusion"]}
@@ -187,11 +230,14 @@ def demo(settings: Settings, platform: Platform, repository: Path | None, base: 
     return answer
 
 
-def _demo_repository(settings: Settings, store: Store, owner_id: UUID, repository: Path, base: str, head: str) -> dict[str, Any]:
+def _demo_repository(
+    platform: Platform, store: Store, owner_id: UUID, repository: Path, base: str, head: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     """One pull request of a given repository; `ok` when its review concluded with an earned verdict."""
+    settings = platform.settings
     say(f"a pull request of {repository.resolve().name}, {base}..{head}:")
     pull = setup.twin_call(settings, "import-repo", "--path", str(repository.resolve()), "--base", base, "--head", head)
-    followed = follow(store, owner_id, pull, settings, say)
+    followed = follow(platform, store, owner_id, pull, say)
     seen = _read_back(settings, followed)
     answer = _answer(settings, store, followed, seen)
     answer["clean"] = {"conclusion": None}
@@ -236,10 +282,14 @@ def _answer(settings: Settings, store: Store, followed: Followed, seen: dict[str
 
 
 def scratch_environment(home: Path) -> None:
-    """Free ports and a home of its own for this process and its children."""
+    """Free ports and a home of its own for this process and its children; nothing of a real platform's environment."""
+    for name in Settings.model_fields:
+        if name in ("run_dir", "host", "database_url", "offline") or name.startswith(("github_", "model")):
+            os.environ.pop(f"KILO_{name.upper()}", None)
     os.environ["KILO_HOME"] = str(home)
-    for name in ("PUBLIC", "ADMIN", "DAGSTER", "TWIN"):
-        os.environ[f"KILO_{name}_PORT"] = str(free_port())
+    names = ("PUBLIC", "ADMIN", "DAGSTER", "TWIN")
+    for name, port in zip(names, free_ports(len(names)), strict=True):
+        os.environ[f"KILO_{name}_PORT"] = str(port)
 
 
 def fail(message: str) -> int:

@@ -17,8 +17,8 @@ from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
 from kilo_pipelines.store.rows import Claimed, ItemRow, Offer, Refused
 
-# How long an offer stands before the item may be offered again: longer than a loaded broker's wait (design, claim protocol).
-OFFER_SECONDS = 120
+# How long an offer stands before the item may be offered again (docs/decisions/0008): a lost offer costs at most this.
+OFFER_SECONDS = 20
 # After "no slot" the item is offered again after this; a freed slot makes waiting items due at once.
 NO_SLOT_SECONDS = 30
 # Effects younger than this are being applied by the run that intended them; offering them too would only cost a run.

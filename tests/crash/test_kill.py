@@ -64,7 +64,7 @@ def _supervisor(platform: RunningPlatform) -> None:
     platform.start()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "kill",
     [
@@ -83,7 +83,7 @@ def test_a_review_completes_once_whatever_is_killed(platform: RunningPlatform, k
     pull = platform.control("open-pull", kind="planted")
     platform.at_work(pull)
     kill(platform)
-    row = platform.settled(pull, 200)
+    row = platform.settled(pull, 240)
     seen = platform.read(pull)
     session = platform.store.sessions.get(row.session_id) if row.session_id else None
     if row.state == "failed":

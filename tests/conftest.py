@@ -19,7 +19,32 @@ from kilo_pipelines.core.clock import ManualClock
 from kilo_pipelines.store import Cipher, Store
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.store.migrate import migrate, provision
+from tests.support.figures import Figures, Summary, recorder
 from tests.support.store import World
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--suite NAME` ends the run with one JSON line of counts, `--full` runs the suite's full form."""
+    parser.addoption("--suite", default=None, help="Name of the suite; the run ends with one JSON line of its counts.")
+    parser.addoption("--full", action="store_true", help="The suite's full form instead of the bounded one.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the main process sums up."""
+    if config.getoption("suite") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Summary(config.getoption("suite")), "figures-summary")
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Figures:
+    """Counts of a suite."""
+    return recorder(request)
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the suite's full form was asked for."""
+    return bool(request.config.getoption("full"))
 
 
 @pytest.fixture(scope="session")

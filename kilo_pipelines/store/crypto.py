@@ -24,6 +24,7 @@ class Cipher:
     """Seals and opens small secrets. `context` binds a value to its row: moved elsewhere it doesn't open."""
 
     def __init__(self, keys: dict[str, bytes], current: str) -> None:
+        """`keys` in the order of their making: the first is the oldest."""
         self._keys = {bytes.fromhex(key_id): key for key_id, key in keys.items()}
         self._current = bytes.fromhex(current)
 
@@ -65,5 +66,5 @@ class Cipher:
 
     def derive(self, purpose: str) -> bytes:
         """A 32-byte key for one purpose (HMAC markers), stable across key rotation: from the oldest key."""
-        oldest = self._keys[min(self._keys)]
+        oldest = next(iter(self._keys.values()))
         return hmac.new(oldest, f"kilo-pipelines:{purpose}".encode(), hashlib.sha256).digest()

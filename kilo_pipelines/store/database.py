@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from uuid import UUID
 import psycopg
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, create_engine, text
+
+from kilo_pipelines.store import system_statements as system
 
 POOL_SIZE = 5  # a process runs one op or a handful of requests at once
 MAX_OVERFLOW = 15
@@ -51,16 +54,18 @@ class Database:
             yield Listener(connection)
 
     def check_roles(self) -> None:
-        """RoleError when the application's login is a superuser, bypasses policies or owns a table (threats, rule 17)."""
+        """RoleError when the application's login is a superuser, bypasses policies, or is or may become a table's owner (threats, rule 17)."""
         with self._app.begin() as connection:
             row = connection.execute(
                 text(
-                    "select r.rolsuper, r.rolbypassrls, exists (select 1 from pg_class c where c.relowner = r.oid and c.relkind in ('r','p'))"
-                    " from pg_roles r where r.rolname = current_user"
+                    "select r.rolsuper, r.rolbypassrls, exists (select 1 from pg_class c where c.relkind in ('r', 'p')"
+                    " and c.relnamespace = 'public'::regnamespace and pg_has_role(r.oid, c.relowner, 'member')) from pg_roles r where r.rolname = current_user"
                 )
             ).one()
         if any(row):
-            raise RoleError("the application's database login must be neither superuser nor BYPASSRLS nor the owner of a table")
+            raise RoleError(
+                "the application's database login must be neither superuser nor BYPASSRLS nor a member of a table's owner"
+            )
 
     def dispose(self) -> None:
         """Closes both pools."""
@@ -73,17 +78,27 @@ class Listener:
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
+        # Several notifications may arrive in one packet; those behind the first wait here.
+        self._heard: deque[str] = deque()
 
     def wait(self, seconds: float) -> str | None:
-        """The channel of the first notification within `seconds`, None after a quiet wait."""
+        """The channel of the first notification within `seconds`, None after a quiet wait.
+
+        Everything that has arrived is taken at once, a channel counts once, and none is lost: behind a burst of work a stop is heard
+        with the next call.
+        """
         deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            for notice in self._connection.notifies(timeout=0, stop_after=1):
-                return notice.channel
-            select.select([self._connection.fileno()], [], [], left)
-            for notice in self._connection.notifies(timeout=0.01, stop_after=1):
-                return notice.channel
-        return None
+        while not self._heard and (left := deadline - time.monotonic()) > 0:
+            self._take(0)
+            if not self._heard:
+                select.select([self._connection.fileno()], [], [], left)
+                self._take(0.01)
+        return self._heard.popleft() if self._heard else None
+
+    def _take(self, seconds: float) -> None:
+        for notice in self._connection.notifies(timeout=seconds):
+            if notice.channel not in self._heard:
+                self._heard.append(notice.channel)
 
 
 def _engine(url: str) -> Engine:
@@ -108,12 +123,9 @@ def changed(connection: Connection, sql: str, **values: Any) -> int:
 
 def notify(connection: Connection, what: str) -> None:
     """Wakes the sensors at commit; the payload is a kind and an id, nothing else."""
-    connection.execute(text("select pg_notify('kilo_work', :what)"), {"what": what})
+    connection.execute(text(system.NOTIFY.sql), {"what": what})
 
 
 def count_late_write(connection: Connection, name: str) -> None:
     """A write of somebody whose fence is over changed nothing; it is counted (invariant 3)."""
-    connection.execute(
-        text("insert into counters (name, value) values (:name, 1) on conflict (name) do update set value = counters.value + 1"),
-        {"name": f"late_write:{name}"},
-    )
+    connection.execute(text(system.COUNT.sql), {"name": f"late_write:{name}"})

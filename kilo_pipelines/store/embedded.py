@@ -54,9 +54,11 @@ class EmbeddedPostgres:
             user = _os_user()
             for directory in (self.home, self.sockets):
                 os.chown(directory, user.pw_uid, user.pw_gid)
-        if (self.data / "PG_VERSION").exists():
+        if self.data.exists():
             return
-        shutil.rmtree(self.data, ignore_errors=True)  # an initdb that was killed half-way
+        # Made beside and renamed when it is whole: initdb writes PG_VERSION first, so a killed one looks like a cluster.
+        fresh = self.home / "data.new"
+        shutil.rmtree(fresh, ignore_errors=True)
         if not self._password_file.exists():
             self._password_file.write_text(secrets.token_urlsafe(32))
             self._password_file.chmod(0o600)
@@ -66,7 +68,7 @@ class EmbeddedPostgres:
             self._as_user(
                 [
                     str(binaries() / "initdb"),
-                    f"--pgdata={self.data}",
+                    f"--pgdata={fresh}",
                     f"--username={SUPERUSER}",
                     f"--pwfile={self._password_file}",
                     "--auth=scram-sha-256",
@@ -82,6 +84,7 @@ class EmbeddedPostgres:
         )
         if made.returncode:
             raise EmbeddedPostgresError(f"initdb failed: {made.stderr.strip() or made.stdout.strip()}{self._remedy()}")
+        fresh.rename(self.data)
 
     def command(self) -> list[str]:
         """The argv of the server in the foreground; it ends cleanly on SIGINT."""

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from kilo_pipelines.core.clock import Clock
@@ -18,7 +18,7 @@ from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
-from kilo_pipelines.store.queue import end_item, intend
+from kilo_pipelines.store.queue import end_item, intend, lock_subject
 from kilo_pipelines.store.rows import DeliveryRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
 
 log = logging.getLogger(__name__)
@@ -70,83 +70,108 @@ class Inbox:
                 notify(connection, f"delivery:{delivery_id}")
             return Receipt(delivery_id, "stored")
         except IntegrityError:
-            return self._known(new, digest)
+            known = self._known(new, digest)
+            if known is None:  # not one of the two keys: an integration that isn't this owner's
+                raise
+            return known
 
-    def _known(self, new: NewDelivery, digest: bytes) -> Receipt:
+    def _known(self, new: NewDelivery, digest: bytes) -> Receipt | None:
         with self._database.owner(new.owner_id) as connection:
             found = rows(
                 connection,
-                "select id, body_sha256, state from deliveries where owner_id = :owner and integration_id = :integration"
+                "select id, body_sha256, state, reason from deliveries where owner_id = :owner and integration_id = :integration"
                 " and (provider_delivery_id = :provider_id or body_sha256 = :digest)",
                 owner=new.owner_id,
                 integration=new.integration_id,
                 provider_id=new.provider_delivery_id,
                 digest=digest,
             )
+            if not found:
+                return None
             same = [row for row in found if bytes(row["body_sha256"]) == digest]
             if not same:
                 return Receipt(found[0]["id"], "id_reused")
-            if same[0]["state"] != "received":
-                return Receipt(same[0]["id"], "duplicate")
-            changed(
+            # A delivery that a defect ended was never admitted: its redelivery tries again, from the first try.
+            resumed = changed(
                 connection,
-                "update deliveries set not_before = :now where owner_id = :owner and id = :id and state = 'received'",
+                "update deliveries set not_before = :now, tries = case state when 'skipped' then 0 else tries end, state = 'received',"
+                " reason = null, settled_at = null where owner_id = :owner and id = :id"
+                " and (state = 'received' or (state = 'skipped' and reason = :defect))",
                 owner=new.owner_id,
                 id=same[0]["id"],
                 now=self._clock.now(),
+                defect=Reason.ADMISSION_ERROR,
             )
+            if not resumed:
+                return Receipt(same[0]["id"], "duplicate")
             notify(connection, f"delivery:{same[0]['id']}")
             return Receipt(same[0]["id"], "resumed")
 
     def admit_next(self, admit: Callable[[AdmissionTx], None], limit: int) -> int:
         """Admits up to `limit` deliveries, each in its own transaction; one that fails waits and blocks no other."""
         done = 0
-        while done < limit and self._admit_one(admit):
-            done += 1
+        while done < limit:
+            with self._database.system() as connection:
+                due = rows(connection, system.DUE_DELIVERIES.sql, now=self._clock.now(), limit=limit - done)
+            admitted = sum(self._admit_one(admit, row["owner_id"], row["id"]) for row in due)
+            if not admitted:  # none is due, or other shards hold them all
+                break
+            done += admitted
         return done
 
-    def _admit_one(self, admit: Callable[[AdmissionTx], None]) -> bool:
+    def _admit_one(self, admit: Callable[[AdmissionTx], None], owner_id: UUID, delivery_id: UUID) -> bool:
+        """Admits one delivery under its owner's scope. False: somebody else has it or had it."""
         now = self._clock.now()
-        with self._database.system() as connection:
-            row = one(connection, system.NEXT_DELIVERY.sql, now=now)
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select owner_id, id, integration_id, event, action, body, received_at, tries from deliveries where owner_id = :owner"
+                " and id = :id and state = 'received' and not_before <= :now for update skip locked",
+                owner=owner_id,
+                id=delivery_id,
+                now=now,
+            )
             if row is None:
                 return False
-            delivery = DeliveryRow(
-                owner_id=row["owner_id"],
-                id=row["id"],
-                integration_id=row["integration_id"],
-                event=row["event"],
-                action=row["action"],
-                payload=json.loads(bytes(row["body"])),
-                received_at=row["received_at"],
-            )
             savepoint = connection.begin_nested()
-            tx = AdmissionTx(connection, delivery, now)
             try:
+                tx = AdmissionTx(connection, _delivery(row), now)
                 admit(tx)
                 tx.close()
                 savepoint.commit()
             except Exception:  # whatever a rule raises must not lose the delivery or stop the others
                 savepoint.rollback()
-                log.exception("admission of delivery %s failed", delivery.id)
-                self._failed(connection, delivery, row["tries"] + 1)
+                log.exception("admission of delivery %s failed", delivery_id)
+                self._failed(connection, owner_id, delivery_id, row["tries"] + 1)
         return True
 
-    def _failed(self, connection: Connection, delivery: DeliveryRow, tries: int) -> None:
+    def _failed(self, connection: Connection, owner_id: UUID, delivery_id: UUID, tries: int) -> None:
         now = self._clock.now()
         final = tries >= MAX_TRIES
         changed(
             connection,
             "update deliveries set tries = :tries, not_before = :after, state = :state, reason = :reason, settled_at = :settled"
             " where owner_id = :owner and id = :id",
-            owner=delivery.owner_id,
-            id=delivery.id,
+            owner=owner_id,
+            id=delivery_id,
             tries=tries,
             after=now + timedelta(seconds=RETRY_SECONDS * 2**tries),
             state="skipped" if final else "received",
             reason=Reason.ADMISSION_ERROR if final else None,
             settled=now if final else None,
         )
+
+
+def _delivery(row: Any) -> DeliveryRow:
+    return DeliveryRow(
+        owner_id=row["owner_id"],
+        id=row["id"],
+        integration_id=row["integration_id"],
+        event=row["event"],
+        action=row["action"],
+        payload=json.loads(bytes(row["body"])),
+        received_at=row["received_at"],
+    )
 
 
 class AdmissionTx:
@@ -182,8 +207,7 @@ class AdmissionTx:
 
     def items(self, service: str, subject_key: str) -> list[ItemView]:
         """All items of a subject, newest first. The subject is locked, so that two deliveries of it don't race."""
-        lock = text("select pg_advisory_xact_lock(hashtextextended(:key, 0))")
-        self._connection.execute(lock, {"key": f"{self.delivery.owner_id}:{service}:{subject_key}"})
+        lock_subject(self._connection, self.delivery.owner_id, service, subject_key)
         found = rows(
             self._connection,
             "select w.id, w.state, w.reason, r.head_sha, r.base_ref, w.session_id from work_items w"

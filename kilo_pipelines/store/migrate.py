@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, create_engine, make_url, text
@@ -28,9 +30,10 @@ def provision(admin_url: str, known: dict[str, str] | None = None, *, suffix: st
         for role, password in passwords.items():
             exists = connection.execute(text("select 1 from pg_roles where rolname = :role"), {"role": role}).first()
             verb = "alter" if exists else "create"
-            # Role names are constants of ours and passwords are url-safe tokens of ours: nothing to quote.
-            connection.execute(
-                text(f"{verb} role {role} login nosuperuser nobypassrls nocreatedb nocreaterole password '{password}'")
+            # The server gets the verifier, made here: a statement that fails is written to logs, and no password may stand in it.
+            # Role names are constants of ours and verifiers are base64 with separators: nothing to quote.
+            connection.exec_driver_sql(
+                f"{verb} role {role} login nosuperuser nobypassrls nocreatedb nocreaterole password '{_verifier(connection, role, password)}'"
             )
         for database, owner in ((f"kilo{suffix}", "kilo_migrator"), (f"dagster{suffix}", "kilo_dagster")):
             if not connection.execute(text("select 1 from pg_database where datname = :name"), {"name": database}).first():
@@ -45,6 +48,11 @@ def provision(admin_url: str, known: dict[str, str] | None = None, *, suffix: st
         "system": _url(admin_url, "postgresql+psycopg", "kilo_system", passwords, f"kilo{suffix}"),
         "dagster": _url(admin_url, "postgresql+psycopg2", "kilo_dagster", passwords, f"dagster{suffix}"),
     }
+
+
+def _verifier(connection: Connection, role: str, password: str) -> str:
+    driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]  # the driver of our URL
+    return driver.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256").decode()
 
 
 def _password_of(known: dict[str, str] | None, role: str) -> str | None:

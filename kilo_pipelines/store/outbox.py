@@ -28,7 +28,8 @@ class Outbox:
     def claim_next(self, item_id: UUID) -> ClaimedEffect | None:
         """The next due effect on the item's subjects, leased; None when nothing is due or an earlier one is in the way.
 
-        Order is per subject over all items: an older item's effect goes first even when it is called for a newer one.
+        Order is per subject over all items: an older item's effect goes first even when it is called for a newer one. An effect
+        whose lease is over stays in the way until recovery has counted the try and made it pending again.
         """
         owner_id = owner_of_item(self._database, item_id)
         if owner_id is None:
@@ -39,18 +40,17 @@ class Outbox:
                 connection,
                 """
 with heads as (
-    select distinct on (e.subject_key) e.id, e.state, e.not_before, e.lease_until from effects e
+    select distinct on (e.subject_key) e.id, e.state, e.not_before from effects e
     where e.owner_id = :owner and e.state in ('pending', 'applying')
       and e.subject_key in (select subject_key from effects where owner_id = :owner and item_id = :item)
     order by e.subject_key, e.seq
 ), due as (
     select e.id from effects e join heads h on h.id = e.id
-    where (h.state = 'pending' and h.not_before <= :now) or (h.state = 'applying' and h.lease_until <= :now)
-    limit 1 for update of e skip locked
+    where h.state = 'pending' and h.not_before <= :now and e.state = 'pending'
+    order by e.seq limit 1 for update of e skip locked
 )
 update effects e set state = 'applying', lease_no = e.lease_no + 1, lease_until = :until, offer_until = null
-from due where e.owner_id = :owner and e.id = due.id
-  and (e.state = 'pending' or e.lease_until <= :now)
+from due where e.owner_id = :owner and e.id = due.id and e.state = 'pending'
 returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tries, e.lease_no
 """,
                 owner=owner_id,
@@ -106,10 +106,10 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
         )
 
     def retry(self, effect: ClaimedEffect, wait: timedelta, reason: str, *, final: bool) -> str:
-        """pending again after `wait`, or `dead` when no further try can help or the tries are used up; the new state."""
+        """pending again after `wait`, or `dead` when no further try can help or the tries are used up; the new state (`late`: not ours any more)."""
         now = self._clock.now()
         dead = final or effect.tries + 1 >= MAX_TRIES
-        self._end(
+        done = self._end(
             effect,
             "state = :state, tries = tries + 1, reason = :reason, lease_until = null, not_before = :after, ended_at = :ended",
             state="dead" if dead else "pending",
@@ -117,6 +117,8 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             after=now + wait,
             ended=now if dead else None,
         )
+        if not done:
+            return "late"
         return "dead" if dead else "pending"
 
     def drop(self, effect: ClaimedEffect, reason: str) -> bool:

@@ -13,7 +13,7 @@ from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.inbox import insert_review
-from kilo_pipelines.store.queue import audit, owner_of_item
+from kilo_pipelines.store.queue import audit, lock_subject, owner_of_item
 from kilo_pipelines.store.rows import Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
 
 
@@ -38,7 +38,7 @@ class Owners:
         with self._database.system() as connection:
             changed(
                 connection,
-                "insert into owners (id, kind, name, plan) values (:id, :kind, :name, :plan)",
+                system.NEW_OWNER.sql,
                 id=owner.id,
                 kind=kind,
                 name=name,
@@ -226,7 +226,7 @@ class Owners:
         with self._database.system() as connection:
             changed(
                 connection,
-                "insert into api_keys (id, owner_id, role, key_hash) values (:id, :owner, :role, :hash)",
+                system.NEW_API_KEY.sql,
                 id=uuid4(),
                 owner=owner_id,
                 role=role,
@@ -276,8 +276,7 @@ class Reviews:
         now = self._clock.now()
         item_id = uuid4()
         with self._database.owner(owner_id) as connection:
-            key = f"{owner_id}:{new.service}:{new.subject_key}"
-            one(connection, "select pg_advisory_xact_lock(hashtextextended(:key, 0))::text as locked", key=key)
+            lock_subject(connection, owner_id, new.service, new.subject_key)
             opened = changed(
                 connection,
                 "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
@@ -36,6 +36,12 @@ def owner_of_item(database: Database, item_id: UUID) -> UUID | None:
     return row["owner_id"] if row else None
 
 
+def lock_subject(connection: Connection, owner_id: UUID, service: str, subject_key: str) -> None:
+    """Whoever opens, reopens or supersedes items of a subject does so one after the other, until commit."""
+    key = f"{owner_id}:{service}:{subject_key}"
+    connection.execute(text("select pg_advisory_xact_lock(hashtextextended(:key, 0))"), {"key": key})
+
+
 def details_of(connection: Connection, owner_id: UUID, item_id: UUID) -> dict[str, Any]:
     """The service's own row of an item."""
     row = one(connection, _DETAILS, owner=owner_id, item=item_id)
@@ -43,7 +49,10 @@ def details_of(connection: Connection, owner_id: UUID, item_id: UUID) -> dict[st
 
 
 def free_slots(connection: Connection, owner_id: UUID, item_id: UUID, now: datetime) -> None:
-    """Frees what the item holds and makes the owner's next waiting items due (the NOTIFY follows at commit)."""
+    """Frees what the item holds and makes as many of the owner's waiting items due (the NOTIFY follows at commit).
+
+    Only as many: waking all of them starts a run for each, and the rest finds no slot again.
+    """
     freed = changed(
         connection,
         "update owner_slots set item_id = null, fence = null, taken_at = null where owner_id = :owner and item_id = :item",
@@ -53,11 +62,15 @@ def free_slots(connection: Connection, owner_id: UUID, item_id: UUID, now: datet
     if freed:
         changed(
             connection,
-            "update work_items set not_before = :now, offer_until = null where owner_id = :owner and state = 'waiting'"
-            " and reason = :no_slot",
+            "update work_items set not_before = :now, offer_until = null where owner_id = :owner and state = 'waiting' and id in ("
+            " select id from work_items where owner_id = :owner and state = 'waiting' and reason = :no_slot"
+            " and service = (select service from work_items where owner_id = :owner and id = :item)"
+            " order by priority desc, created_at limit :freed for update skip locked)",
             owner=owner_id,
+            item=item_id,
             now=now,
             no_slot=Reason.NO_SLOT,
+            freed=freed,
         )
 
 
@@ -117,17 +130,13 @@ def end_item(
         reason=reason,
         now=now,
     )
+    # One statement for both states: a session that is claimed meanwhile would slip between two.
     changed(
         connection,
-        "update sessions set interrupt_requested = :reason where owner_id = :owner and item_id = :item and state = 'running'",
-        owner=owner_id,
-        item=item_id,
-        reason=reason or state,
-    )
-    changed(
-        connection,
-        "update sessions set state = 'interrupted', reason = :reason, ended_at = :now, interrupt_requested = :reason"
-        " where owner_id = :owner and item_id = :item and state = 'queued'",
+        "update sessions set interrupt_requested = :reason, state = case state when 'queued' then 'interrupted' else state end,"
+        " reason = case state when 'queued' then :reason else reason end,"
+        " ended_at = case state when 'queued' then cast(:now as timestamptz) end"
+        " where owner_id = :owner and item_id = :item and ended_at is null",
         owner=owner_id,
         item=item_id,
         reason=reason or state,
@@ -151,6 +160,18 @@ class Queue:
             row = one(connection, system.PAUSE.sql)
         return row["reason"] if row else None
 
+    def switch(self, scope: str, kind: str, reason: str) -> None:
+        """Sets a switch: `pause` or `kill` for scope `all`, `service:<name>` or `owner:<id>`. Nothing is claimed while it is set."""
+        with self._database.system() as connection:
+            changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason)
+
+    def unswitch(self, scope: str) -> bool:
+        """Clears a switch and wakes whoever waited; False when there was none."""
+        with self._database.system() as connection:
+            done = changed(connection, system.CLEAR_SWITCH.sql, scope=scope)
+            notify(connection, f"switch:{scope}")
+        return bool(done)
+
     def offers(self, limit: int) -> list[Offer]:
         """Offers of all four kinds, ended work first, so that slots come free before new work is offered."""
         now = self._clock.now()
@@ -165,9 +186,7 @@ class Queue:
             if free and free["free"] > 0:
                 sessions = rows(connection, system.OFFER_SESSIONS.sql, now=now, until=until, limit=limit, capacity=free["free"])
                 made += [self._offer("session", row) for row in sessions]
-            outstanding = one(
-                connection, "select count(*) as n from work_items where state = 'waiting' and offer_until > :now", now=now
-            )
+            outstanding = one(connection, system.OUTSTANDING_OFFERS.sql, now=now)
             room = min(limit, OUTSTANDING_CAP - (outstanding["n"] if outstanding else 0))
             if room > 0:
                 made += [
@@ -215,7 +234,8 @@ class Queue:
         with self._database.owner(owner_id) as connection:
             item = one(
                 connection,
-                "select w.*, i.installation_id, o.kind, o.plan, o.enabled, (i.suspended_at is not null or i.disconnected_at is not null) as cut_off"
+                "select w.*, i.installation_id, o.kind, o.plan, o.enabled, (i.suspended_at is not null or i.disconnected_at is not null) as cut_off,"
+                " (r.removed_at is not null) as removed"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
@@ -235,19 +255,21 @@ class Queue:
                 owner=f"owner:{owner_id}",
             )
             if blocked is not None:
-                self._put_back(connection, owner_id, item_id, None, now + timedelta(seconds=NO_SLOT_SECONDS))
-                return Refused(Reason.KILL_SWITCH if blocked["kind"] == "kill" else Reason.PAUSED, "waiting")
-            if item["cut_off"] or not item["enabled"]:
+                held = Reason.KILL_SWITCH if blocked["kind"] == "kill" else Reason.PAUSED
+                self._put_back(connection, owner_id, item_id, held, now + timedelta(seconds=NO_SLOT_SECONDS))
+                return Refused(held, "waiting")
+            if item["cut_off"] or item["removed"] or not item["enabled"]:
+                reason = Reason.OWNER_CHANGED if item["removed"] else Reason.INTEGRATION_SUSPENDED
                 end_item(
                     connection,
                     owner_id=owner_id,
                     item_id=item_id,
                     state="cancelled",
-                    reason=Reason.INTEGRATION_SUSPENDED,
+                    reason=reason,
                     now=now,
                     announced=False,
                 )
-                return Refused(Reason.INTEGRATION_SUSPENDED, "cancelled")
+                return Refused(reason, "cancelled")
             fence = item["fence"] + 1
             if not self._take_slot(connection, owner_id, service, slots(item["kind"], item["plan"]), item_id, fence, now):
                 self._put_back(connection, owner_id, item_id, Reason.NO_SLOT, now + timedelta(seconds=NO_SLOT_SECONDS))
@@ -388,6 +410,14 @@ class Queue:
         now = self._clock.now()
         states = "('failed', 'cancelled', 'completed')" if force else "('failed', 'cancelled')"
         with self._database.owner(owner_id) as connection:
+            place = one(
+                connection,
+                "select service, subject_key from work_items where owner_id = :owner and id = :id",
+                owner=owner_id,
+                id=item_id,
+            )
+            assert place is not None  # noqa: S101  # its owner was just read from it, and items are never deleted
+            lock_subject(connection, owner_id, place["service"], place["subject_key"])
             done = changed(
                 connection,
                 "update work_items w set state = 'waiting', reason = null, ended_at = null, attempt = attempt + 1, session_id = null, tries = 0, run_id = null,"
@@ -425,7 +455,7 @@ class Queue:
     def counters(self) -> dict[str, int]:
         """Counted oddities, such as late writes."""
         with self._database.system() as connection:
-            return {row["name"]: row["value"] for row in rows(connection, "select name, value from counters")}
+            return {row["name"]: row["value"] for row in rows(connection, system.COUNTERS.sql)}
 
 
 def read_item(connection: Connection, owner_id: UUID, item_id: UUID, *, lock: bool = False) -> ItemRow | None:

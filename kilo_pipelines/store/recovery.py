@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-
-from sqlalchemy import Connection
+from uuid import UUID
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, rows
+from kilo_pipelines.store.outbox import MAX_TRIES
 from kilo_pipelines.store.queue import end_item, free_slots
 
 BATCH = 100
@@ -29,12 +29,12 @@ RECONCILERS: dict[str, str] = {
     "sessions.running": "session_lease",
     "attempts.open": "running_deadline",
     "effects.pending": "queue.offers",
-    "effects.applying": "queue.offers",
+    "effects.applying": "effect_lease",
 }
 
 
 class Recovery:
-    """Reaps what is over."""
+    """Reaps what is over. What is over is looked up over all owners; each row is then moved under its own owner's scope, guarded."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
@@ -42,98 +42,110 @@ class Recovery:
 
     def reap(self) -> dict[str, int]:
         """Runs every reconciler once; how many rows each one moved."""
-        reconcilers: dict[str, Callable[[Connection, datetime], int]] = {
+        reconcilers: dict[str, Callable[[UUID, UUID, datetime], bool]] = {
             "starting_lease": self._starting_lease,
             "session_lease": self._session_lease,
             "session_deadline": self._session_deadline,
             "running_deadline": self._running_deadline,
+            "effect_lease": self._effect_lease,
         }
         counts = {}
         for name, reconcile in reconcilers.items():
+            now = self._clock.now()
             with self._database.system() as connection:
-                counts[name] = reconcile(connection, self._clock.now())
+                found = rows(connection, system.REAP[name].sql, now=now, limit=BATCH)
+            counts[name] = sum(reconcile(row["owner_id"], row["id"], now) for row in found)
         return counts
 
-    @staticmethod
-    def _starting_lease(connection: Connection, now: datetime) -> int:
+    def _starting_lease(self, owner_id: UUID, item_id: UUID, now: datetime) -> bool:
         """A claim whose run died before a session stood: waiting again, slot free; given up after MAX_STARTS."""
-        found = rows(connection, system.REAP["starting_lease"].sql, now=now, limit=BATCH)
-        for row in found:
-            owner, item = row["owner_id"], row["id"]
-            changed(
+        with self._database.owner(owner_id) as connection:
+            waiting = changed(
                 connection,
                 "update work_items set state = 'waiting', reason = null, lease_until = null, offer_until = null, not_before = :now, tries = tries + 1,"
-                " updated_at = :now where owner_id = :owner and id = :id and state = 'starting' and tries < :most",
-                owner=owner,
-                id=item,
+                " updated_at = :now where owner_id = :owner and id = :id and state = 'starting' and lease_until <= :now and tries < :most",
+                owner=owner_id,
+                id=item_id,
                 now=now,
                 most=MAX_STARTS,
-            ) or end_item(
+            )
+            if waiting:
+                free_slots(connection, owner_id, item_id, now)
+                notify(connection, f"item:{item_id}")
+                return True
+            return end_item(
                 connection,
-                owner_id=owner,
-                item_id=item,
+                owner_id=owner_id,
+                item_id=item_id,
                 state="failed",
                 reason=Reason.RETRIES_EXHAUSTED,
                 now=now,
                 announced=False,
+                guard="and state = 'starting' and lease_until <= :now",
             )
-            free_slots(connection, owner, item, now)
-            notify(connection, f"item:{item}")
-        return len(found)
 
-    @staticmethod
-    def _session_lease(connection: Connection, now: datetime) -> int:
+    def _session_lease(self, owner_id: UUID, session_id: UUID, now: datetime) -> bool:
         """A session whose worker died: queued again, at most MAX_LAUNCHES times; interrupted ones end."""
-        found = rows(connection, system.REAP["session_lease"].sql, now=now, limit=BATCH)
-        for row in found:
-            if row["interrupt_requested"]:
-                state, reason = "interrupted", row["interrupt_requested"]
-            elif row["launches"] >= MAX_LAUNCHES:
-                state, reason = "failed", Reason.SESSION_LOST
-            else:
-                state, reason = "queued", Reason.WORKER_LOST
-            changed(
+        with self._database.system() as connection:
+            taken = changed(
                 connection,
-                "update sessions set state = :state, reason = :reason, lease_until = null, offer_until = null, fence = fence + 1, ended_at = :ended"
-                " where owner_id = :owner and id = :id and state = 'running'",
-                owner=row["owner_id"],
-                id=row["id"],
-                state=state,
-                reason=reason,
-                ended=None if state == "queued" else now,
+                system.TAKE_BACK_SESSION.sql,
+                owner=owner_id,
+                id=session_id,
+                now=now,
+                most=MAX_LAUNCHES,
+                lost=Reason.SESSION_LOST,
+                reason=Reason.WORKER_LOST,
             )
-            changed(connection, system.FREE_CAPACITY_OF.sql, session=row["id"])
-            notify(connection, f"session:{row['id']}")
-        return len(found)
+            if taken:
+                changed(connection, system.FREE_CAPACITY_OF.sql, session=session_id)
+                notify(connection, f"session:{session_id}")
+        return bool(taken)
 
-    @staticmethod
-    def _session_deadline(connection: Connection, now: datetime) -> int:
+    def _session_deadline(self, owner_id: UUID, session_id: UUID, now: datetime) -> bool:
         """A session that no host took in time."""
-        found = rows(connection, system.REAP["session_deadline"].sql, now=now, limit=BATCH)
-        for row in found:
-            changed(
+        with self._database.owner(owner_id) as connection:
+            ended = changed(
                 connection,
-                "update sessions set state = 'failed', reason = :reason, ended_at = :now where owner_id = :owner and id = :id and state = 'queued'",
-                owner=row["owner_id"],
-                id=row["id"],
+                "update sessions set state = 'failed', reason = :reason, ended_at = :now where owner_id = :owner and id = :id"
+                " and state = 'queued' and deadline <= :now",
+                owner=owner_id,
+                id=session_id,
                 reason=Reason.NO_CAPACITY,
                 now=now,
             )
-            notify(connection, f"session:{row['id']}")
-        return len(found)
+            notify(connection, f"session:{session_id}")
+        return bool(ended)
 
-    @staticmethod
-    def _running_deadline(connection: Connection, now: datetime) -> int:
+    def _running_deadline(self, owner_id: UUID, item_id: UUID, now: datetime) -> bool:
         """An item past its deadline, whatever became of its session."""
-        found = rows(connection, system.REAP["running_deadline"].sql, now=now, limit=BATCH)
-        for row in found:
-            end_item(
+        with self._database.owner(owner_id) as connection:
+            return end_item(
                 connection,
-                owner_id=row["owner_id"],
-                item_id=row["id"],
+                owner_id=owner_id,
+                item_id=item_id,
                 state="failed",
                 reason=Reason.DEADLINE_PASSED,
                 now=now,
                 announced=False,
+                guard="and state = 'running' and deadline <= :now",
             )
-        return len(found)
+
+    def _effect_lease(self, owner_id: UUID, effect_id: UUID, now: datetime) -> bool:
+        """An effect whose worker died: pending again, and dead when its tries are used up, else one that kills its worker runs for ever."""
+        with self._database.owner(owner_id) as connection:
+            moved = changed(
+                connection,
+                "update effects set state = case when tries + 1 >= :most then 'dead' else 'pending' end, tries = tries + 1,"
+                " reason = case when tries + 1 >= :most then :exhausted else :lost end, lease_until = null, not_before = :now,"
+                " ended_at = case when tries + 1 >= :most then cast(:now as timestamptz) end"
+                " where owner_id = :owner and id = :id and state = 'applying' and lease_until <= :now",
+                owner=owner_id,
+                id=effect_id,
+                most=MAX_TRIES,
+                exhausted=Reason.RETRIES_EXHAUSTED,
+                lost=Reason.WORKER_LOST,
+                now=now,
+            )
+            notify(connection, f"effect:{effect_id}")
+        return bool(moved)

@@ -6,9 +6,11 @@ import hashlib
 import json
 import secrets
 import socket
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
+
+from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
@@ -17,6 +19,7 @@ from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
 from kilo_pipelines.store.queue import intend
+from kilo_pipelines.store.recovery import MAX_LAUNCHES
 from kilo_pipelines.store.rows import Claimed, Refused, SessionClaim, SessionRow
 
 # A session waits for a free place on the host at most this long before its item is tried as failed: a host that has no
@@ -119,13 +122,13 @@ class Sessions:
         with self._database.system() as connection:
             changed(
                 connection,
-                "insert into agent_capacity (host, number) select :host, n from generate_series(1, :places) n on conflict do nothing",
+                system.ADD_CAPACITY.sql,
                 host=host,
                 places=places,
             )
             changed(
                 connection,
-                "delete from agent_capacity where host = :host and number > :places and session_id is null",
+                system.DROP_CAPACITY.sql,
                 host=host,
                 places=places,
             )
@@ -135,26 +138,22 @@ class Sessions:
         now = self._clock.now()
         until = now + timedelta(seconds=lease_s)
         with self._database.system() as connection:
-            row = one(connection, "select * from sessions where id = :id for update", id=session_id)
+            row = one(connection, system.LOCK_SESSION.sql, id=session_id)
             if row is None:
                 return Refused(Reason.MOVED_ON, "unknown")
             if row["state"] != "queued" or row["interrupt_requested"]:
                 return Refused(Reason.MOVED_ON, row["state"], session_id)
+            if row["blocked"]:
+                self._defer(connection, row, until)
+                return Refused(Reason.KILL_SWITCH if row["blocked"] == "kill" else Reason.PAUSED, "queued", session_id)
             if not changed(
                 connection, system.CLAIM_CAPACITY.sql, session=session_id, until=until, now=now, host=socket.gethostname()
             ):
-                changed(
-                    connection,
-                    "update sessions set offer_until = :after where owner_id = :owner and id = :id",
-                    owner=row["owner_id"],
-                    id=session_id,
-                    after=now + timedelta(seconds=lease_s),
-                )
+                self._defer(connection, row, until)
                 return Refused(Reason.NO_CAPACITY, "queued", session_id)
             changed(
                 connection,
-                "update sessions set state = 'running', fence = fence + 1, launches = launches + 1, run_id = :run, lease_until = :until,"
-                " started_at = coalesce(started_at, :now), offer_until = null where owner_id = :owner and id = :id",
+                system.START_SESSION.sql,
                 owner=row["owner_id"],
                 id=session_id,
                 run=run_id,
@@ -170,14 +169,17 @@ class Sessions:
             callback_token=self._cipher.open(bytes(row["callback_token"]), f"callback:{session_id}"),
         )
 
+    @staticmethod
+    def _defer(connection: Connection, session: Any, until: datetime) -> None:
+        changed(connection, system.DEFER_SESSION.sql, owner=session["owner_id"], id=session["id"], after=until)
+
     def beat(self, claim: SessionClaim, lease_s: float) -> str:
         """Extends the lease: `ok`, `cancel` (interrupt requested) or `lost` (somebody else's by now)."""
         until = self._clock.now() + timedelta(seconds=lease_s)
         with self._database.system() as connection:
             row = one(
                 connection,
-                "update sessions set lease_until = :until where owner_id = :owner and id = :id and state = 'running' and fence = :fence"
-                " returning interrupt_requested",
+                system.KEEP_SESSION.sql,
                 owner=claim.owner_id,
                 id=claim.session_id,
                 fence=claim.fence,
@@ -189,17 +191,21 @@ class Sessions:
             return "cancel" if row["interrupt_requested"] else "ok"
 
     def event(self, claim: SessionClaim, kind: str, data: dict[str, Any]) -> None:
-        """Keeps one step of a session; ids only grow."""
+        """Keeps one step of a session; ids only grow. A late writer's step is counted and not kept."""
         with self._database.owner(claim.owner_id) as connection:
-            changed(
+            kept = changed(
                 connection,
-                "insert into session_events (owner_id, session_id, kind, data, at) values (:owner, :session, :kind, cast(:data as jsonb), :now)",
+                "insert into session_events (owner_id, session_id, kind, data, at) select owner_id, id, :kind, cast(:data as jsonb), :now"
+                " from sessions where owner_id = :owner and id = :session and state = 'running' and fence = :fence",
                 owner=claim.owner_id,
                 session=claim.session_id,
+                fence=claim.fence,
                 kind=kind,
                 data=json.dumps(data),
                 now=self._clock.now(),
             )
+            if not kept:
+                count_late_write(connection, "event")
 
     def finish(
         self,
@@ -216,9 +222,7 @@ class Sessions:
         with self._database.system() as connection:
             done = changed(
                 connection,
-                "update sessions set state = :state, reason = :reason, detail = :detail, result = cast(:result as jsonb),"
-                " evidence = cast(:evidence as jsonb), ended_at = :now, lease_until = null where owner_id = :owner and id = :id"
-                " and state = 'running' and fence = :fence",
+                system.END_SESSION.sql,
                 owner=claim.owner_id,
                 id=claim.session_id,
                 fence=claim.fence,
@@ -237,20 +241,28 @@ class Sessions:
         return True
 
     def requeue(self, claim: SessionClaim, reason: str) -> bool:
-        """running -> queued: this worker stops; another one takes the session again (bounded by the reaper's count)."""
+        """This worker stops: another one takes the session again, unless it was to stop or has used up its launches.
+
+        False for a late writer: session and place belong to its successor.
+        """
         with self._database.system() as connection:
             done = changed(
                 connection,
-                "update sessions set state = 'queued', reason = :reason, lease_until = null, offer_until = null"
-                " where owner_id = :owner and id = :id and state = 'running' and fence = :fence",
+                system.GIVE_BACK_SESSION.sql,
                 owner=claim.owner_id,
                 id=claim.session_id,
                 fence=claim.fence,
                 reason=reason,
+                lost=Reason.SESSION_LOST,
+                most=MAX_LAUNCHES,
+                now=self._clock.now(),
             )
+            if not done:
+                count_late_write(connection, "requeue")
+                return False
             changed(connection, system.FREE_CAPACITY_OF.sql, session=claim.session_id)
             notify(connection, f"session:{claim.session_id}")
-        return bool(done)
+        return True
 
     def get(self, session_id: UUID) -> SessionRow | None:
         """A session, or None."""

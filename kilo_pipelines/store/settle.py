@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
-from kilo_pipelines.store.database import Database, changed, one, rows
+from kilo_pipelines.store.database import Database, changed, count_late_write, one, rows
 from kilo_pipelines.store.queue import end_item, intend, owner_of_item, read_item
 from kilo_pipelines.store.rows import ItemRow, SessionRow
 from kilo_pipelines.store.sessions import session_row
@@ -92,17 +92,22 @@ class SettleTx:
             intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
         return ended
 
-    def announce(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]) -> None:
-        """Intends the effects of an item that ended without them (superseded, cancelled, reaped)."""
-        self._keep(verdict, evidence)
-        changed(
+    def announce(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]) -> bool:
+        """Intends the effects of an item that ended without them (superseded, cancelled, reaped). False: announced or live again."""
+        done = changed(
             self._connection,
-            "update work_items set announced = true, offer_until = null, updated_at = :now where owner_id = :owner and id = :id",
+            "update work_items set announced = true, offer_until = null, updated_at = :now where owner_id = :owner and id = :id"
+            " and ended_at is not null and not announced",
             owner=self.item.owner_id,
             id=self.item.id,
             now=self._now,
         )
+        if not done:
+            count_late_write(self._connection, "announce")
+            return False
+        self._keep(verdict, evidence)
         intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
+        return True
 
     def _keep(self, verdict: dict[str, Any], evidence: dict[str, Any] | None) -> None:
         changed(

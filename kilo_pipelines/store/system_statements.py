@@ -1,6 +1,8 @@
 """Every statement that looks across owners, each with its reason (invariant 8). A test lists them.
 
-They run under the system login. Everything that knows its owner runs under the owner's scope instead.
+They run under the system login, and nothing else does: a test watches that login while the whole store is used. What knows
+its owner runs under the owner's scope; sessions are claimed, kept and ended here because the host's capacity, which is
+nobody's, changes in the same transaction.
 """
 
 from __future__ import annotations
@@ -22,33 +24,48 @@ INTEGRATION_BY_INSTALLATION = SystemStatement(
     "a webhook names an installation; whose it is is the question",
 )
 
-NEXT_DELIVERY = SystemStatement(
-    "select owner_id, id, integration_id, event, action, body, received_at, tries from deliveries"
-    " where state = 'received' and not_before <= :now order by not_before, id limit 1 for update skip locked",
+DUE_DELIVERIES = SystemStatement(
+    "select owner_id, id from deliveries where state = 'received' and not_before <= :now order by not_before, id limit :limit",
     "deliveries are admitted in the order of their arrival, whoever owns them",
 )
 
 OFFER_ITEMS = SystemStatement(
     """
-with due as (
-    select w.owner_id, w.id from work_items w join owners o on o.id = w.owner_id
+with line as (
+    -- each owner's line of one service; what is offered already stands at its head
+    select w.owner_id, w.id, w.service, row_number() over (partition by w.owner_id, w.service
+        order by (w.offer_until > :now) is true desc, w.priority desc, w.created_at, w.id) as place
+    from work_items w where w.state = 'waiting' and (w.not_before <= :now or w.offer_until > :now)
+), pools as (
+    -- no rows yet: the owner has never claimed, and the claim will make them
+    select owner_id, pool, count(*) filter (where item_id is null) as free from owner_slots group by owner_id, pool
+), due as (
+    select w.owner_id, w.id from line join work_items w on w.owner_id = line.owner_id and w.id = line.id
+    join owners o on o.id = w.owner_id left join pools p on p.owner_id = line.owner_id and p.pool = line.service
     where w.state = 'waiting' and w.not_before <= :now and (w.offer_until is null or w.offer_until <= :now) and o.enabled
+      and line.place <= coalesce(p.free, :limit)
       and not exists (select 1 from switches s where s.scope in ('all', 'service:' || w.service, 'owner:' || w.owner_id))
-    order by w.priority desc, w.created_at limit :limit for update of w skip locked
+    order by line.place, w.priority desc, w.created_at limit :limit for update of w skip locked
 )
 update work_items w set offer_no = w.offer_no + 1, offer_until = :until
 from due where w.owner_id = due.owner_id and w.id = due.id
 returning w.owner_id, w.id, w.service, w.subject_key, w.offer_no, w.attempt,
     (select r.full_name from repositories r where r.owner_id = w.owner_id and r.external_id = w.repository_id) as repository
 """,
-    "waiting items are offered fairly over all owners",
+    "waiting items are offered in turn over all owners, each no more than its free slots could take",
+)
+
+OUTSTANDING_OFFERS = SystemStatement(
+    "select count(*) as n from work_items where state = 'waiting' and offer_until > :now",
+    "the broker's backlog is bounded over all owners",
 )
 
 OFFER_SESSIONS = SystemStatement(
     """
 with due as (
-    select s.owner_id, s.id from sessions s
+    select s.owner_id, s.id from sessions s join work_items i on i.owner_id = s.owner_id and i.id = s.item_id
     where s.state = 'queued' and (s.offer_until is null or s.offer_until <= :now)
+      and not exists (select 1 from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id))
     order by s.created_at limit least(:limit, :capacity) for update of s skip locked
 )
 update sessions s set offer_no = s.offer_no + 1, offer_until = :until
@@ -71,7 +88,7 @@ with due as (
     select w.owner_id, w.id from work_items w
     where (w.offer_until is null or w.offer_until <= :now) and (
         (w.ended_at is not null and not w.announced)
-        or (w.state = 'running' and exists (
+        or (w.state = 'running' and w.ended_at is null and exists (
             select 1 from sessions s where s.owner_id = w.owner_id and s.id = w.session_id and s.ended_at is not null)))
     order by w.updated_at limit :limit for update of w skip locked
 )
@@ -87,8 +104,7 @@ OFFER_EFFECTS = SystemStatement(
     """
 with due as (
     select e.owner_id, e.id from effects e
-    where ((e.state = 'pending' and e.not_before <= :now) or (e.state = 'applying' and e.lease_until <= :now))
-      and e.created_at <= :overlooked and (e.offer_until is null or e.offer_until <= :now)
+    where e.state = 'pending' and e.not_before <= :now and e.created_at <= :overlooked and (e.offer_until is null or e.offer_until <= :now)
     order by e.not_before limit :limit for update of e skip locked
 )
 update effects e set offer_no = e.offer_no + 1, offer_until = :until
@@ -125,31 +141,84 @@ FREE_CAPACITY_OF = SystemStatement(
     "agent capacity belongs to the host, not to an owner",
 )
 
+ADD_CAPACITY = SystemStatement(
+    "insert into agent_capacity (host, number) select :host, n from generate_series(1, :places) n on conflict do nothing",
+    "agent capacity belongs to the host, not to an owner",
+)
+DROP_CAPACITY = SystemStatement(
+    "delete from agent_capacity where host = :host and number > :places and session_id is null",
+    "agent capacity belongs to the host, not to an owner",
+)
+
+LOCK_SESSION = SystemStatement(
+    """
+select s.*, (select x.kind from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id) limit 1) as blocked
+from sessions s join work_items i on i.owner_id = s.owner_id and i.id = s.item_id where s.id = :id for update of s
+""",
+    "a session is taken together with a place on the host",
+)
+DEFER_SESSION = SystemStatement(
+    "update sessions set offer_until = :after where owner_id = :owner and id = :id and state = 'queued'",
+    "a session that found no place on the host is offered again later",
+)
+START_SESSION = SystemStatement(
+    "update sessions set state = 'running', fence = fence + 1, launches = launches + 1, run_id = :run, lease_until = :until,"
+    " started_at = coalesce(started_at, :now), offer_until = null where owner_id = :owner and id = :id and state = 'queued'",
+    "a session is taken together with a place on the host",
+)
+KEEP_SESSION = SystemStatement(
+    "update sessions set lease_until = :until where owner_id = :owner and id = :id and state = 'running' and fence = :fence"
+    " returning interrupt_requested",
+    "a session is kept together with its place on the host",
+)
+END_SESSION = SystemStatement(
+    "update sessions set state = :state, reason = :reason, detail = :detail, result = cast(:result as jsonb),"
+    " evidence = cast(:evidence as jsonb), ended_at = :now, lease_until = null where owner_id = :owner and id = :id"
+    " and state = 'running' and fence = :fence",
+    "a session ends together with its hold on the host",
+)
+# Whoever gives a session back: one that was asked to stop ends, one that was launched too often fails, else it waits again.
+_GIVE_BACK = (
+    "update sessions set state = case when interrupt_requested is not null then 'interrupted' when launches >= :most then 'failed' else 'queued' end,"
+    " reason = case when interrupt_requested is not null then interrupt_requested when launches >= :most then :lost else :reason end,"
+    " ended_at = case when interrupt_requested is not null or launches >= :most then cast(:now as timestamptz) end,"
+    " lease_until = null, offer_until = null, fence = fence + 1 where owner_id = :owner and id = :id and state = 'running'"
+)
+GIVE_BACK_SESSION = SystemStatement(
+    f"{_GIVE_BACK} and fence = :fence", "a stopping worker gives its session and its place on the host back together"
+)
+TAKE_BACK_SESSION = SystemStatement(
+    f"{_GIVE_BACK} and lease_until <= :now", "recovery takes a dead worker's session and its place on the host back together"
+)
+
 RUN_LOST = SystemStatement(
     """
-select exists (select 1 from work_items where run_id = :run and state = 'starting' and lease_until <= :now)
-    or exists (select 1 from sessions where run_id = :run and state = 'running' and lease_until <= :now) as lost
+select exists (select 1 from work_items where run_id = :run and state = 'starting' and ended_at is null and lease_until <= :now)
+    or exists (select 1 from sessions where run_id = :run and state = 'running' and ended_at is null and lease_until <= :now) as lost
 """,
     "Dagster's monitor asks for a run, not for an owner",
 )
 
 REAP = {
     "starting_lease": SystemStatement(
-        "select owner_id, id from work_items where state = 'starting' and lease_until <= :now limit :limit for update skip locked",
+        "select owner_id, id from work_items where state = 'starting' and ended_at is null and lease_until <= :now limit :limit",
         "recovery looks at every owner's leases",
     ),
     "running_deadline": SystemStatement(
-        "select owner_id, id from work_items where state = 'running' and deadline <= :now limit :limit for update skip locked",
+        "select owner_id, id from work_items where state = 'running' and ended_at is null and deadline <= :now limit :limit",
         "recovery looks at every owner's deadlines",
     ),
     "session_lease": SystemStatement(
-        "select owner_id, id, launches, item_id, interrupt_requested from sessions where state = 'running' and lease_until <= :now"
-        " limit :limit for update skip locked",
+        "select owner_id, id from sessions where state = 'running' and ended_at is null and lease_until <= :now limit :limit",
         "recovery looks at every owner's leases",
     ),
     "session_deadline": SystemStatement(
-        "select owner_id, id, item_id from sessions where state = 'queued' and deadline <= :now limit :limit for update skip locked",
+        "select owner_id, id from sessions where state = 'queued' and deadline <= :now limit :limit",
         "recovery looks at every owner's deadlines",
+    ),
+    "effect_lease": SystemStatement(
+        "select owner_id, id from effects where state = 'applying' and lease_until <= :now limit :limit",
+        "recovery looks at every owner's leases",
     ),
 }
 
@@ -159,15 +228,36 @@ OWNERS_WITH_NEWS = SystemStatement(
 )
 WORK_GAUGES = SystemStatement(
     "select 'items' as what, state, count(*) as n from work_items where ended_at is null group by state"
-    " union all select 'effects', state, count(*) from effects where state in ('pending', 'applying', 'dead', 'unknown') group by state"
+    " union all select 'effects', state, count(*) from effects where state in ('pending', 'applying') group by state"
+    " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown') group by state"
     " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state",
     "metrics are the operator's, over all owners",
 )
+COUNTERS = SystemStatement("select name, value from counters", "metrics are the operator's, over all owners")
+SET_SWITCH = SystemStatement(
+    "insert into switches (scope, kind, reason) values (:scope, :kind, :reason)"
+    " on conflict (scope) do update set kind = excluded.kind, reason = excluded.reason, set_at = now()",
+    "the switch is the platform's",
+)
+CLEAR_SWITCH = SystemStatement("delete from switches where scope = :scope", "the switch is the platform's")
 PAUSE = SystemStatement("select reason from switches where scope = 'all'", "the switch is the platform's")
 OWNERS = SystemStatement("select id, kind, name, plan, enabled from owners order by created_at, id", "the operator lists owners")
+NEW_OWNER = SystemStatement(
+    "insert into owners (id, kind, name, plan) values (:id, :kind, :name, :plan)", "an owner that doesn't exist yet has no scope"
+)
+NEW_API_KEY = SystemStatement(
+    "insert into api_keys (id, owner_id, role, key_hash) values (:id, :owner, :role, :hash)",
+    "an operator's key belongs to no owner",
+)
 API_KEY = SystemStatement(
     "select owner_id, role from api_keys where key_hash = :hash and (expires_at is null or expires_at > :now)",
     "a key says whose it is",
+)
+
+NOTIFY = SystemStatement("select pg_notify('kilo_work', :what)", "whoever waits is woken, for whatever owner; ids only")
+COUNT = SystemStatement(
+    "insert into counters (name, value) values (:name, 1) on conflict (name) do update set value = counters.value + 1",
+    "oddities are counted over all owners",
 )
 
 STATEMENTS: dict[str, SystemStatement] = {

@@ -188,6 +188,7 @@ def test_effects_apply_in_their_subjects_order_and_a_lost_lease_is_taken_over(wo
     assert first and second and {first.intent.intent_key, second.intent.intent_key} == {"a", "x"}
     assert world.store.outbox.claim_next(claim.item_id) is None, "b waits for a"
     world.clock.advance(timedelta(seconds=61))
+    assert world.store.recovery.reap()["effect_lease"] >= 2
     again = world.store.outbox.claim_next(claim.item_id)
     assert again is not None and again.lease_no == 2
     late = first if again.id == first.id else second

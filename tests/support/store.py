@@ -51,6 +51,11 @@ class World:
             "settings": {},
         }
 
+    def new_item(self, pull: int, head: str | None = None) -> NewItem:
+        """What an admission opens for a pull request."""
+        subject = f"github:{self.repository}:pull:{pull}"
+        return NewItem("code_review", subject, self.repository, 0, self.details(pull, head))
+
     def item(self, pull: int | None = None, head: str | None = None) -> UUID:
         """A waiting item, as an admission makes it."""
         opened: list[UUID] = []
@@ -60,13 +65,7 @@ class World:
             if tx.delivery.id != receipt.delivery_id:
                 tx.skip("event_unknown")
                 return
-            opened.append(
-                tx.open(
-                    NewItem(
-                        "code_review", f"github:{self.repository}:pull:{number}", self.repository, 0, self.details(number, head)
-                    )
-                )
-            )
+            opened.append(tx.open(self.new_item(number, head)))
 
         receipt = self.store.inbox.record(self.delivery())
         while not opened:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Self
 
-from dagster import Field, StringSource
+from dagster import DagsterRun, Field, StringSource
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._serdes import ConfigurableClassData
 from dagster_celery.launcher import CeleryRunLauncher
@@ -21,6 +21,16 @@ from kilo_pipelines.resources.store import open_store
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Store
 from kilo_pipelines.worker import EXECUTE_RUN, make_app
+
+
+def _items_of(run: DagsterRun) -> list[str]:
+    """The work items of a service's run: its tag's when it was started for one, else those of its configuration."""
+    if tags.ITEM in run.tags:
+        return [run.tags[tags.ITEM]]
+    if tags.SERVICE not in run.tags:
+        return []
+    configured: dict[str, Any] = dict(run.run_config).get("ops", {})  # type: ignore[assignment]
+    return [str(one) for op in configured.values() for one in op.get("config", {}).get("ids", [])]
 
 
 class KiloRunLauncher(CeleryRunLauncher):
@@ -50,7 +60,7 @@ class KiloRunLauncher(CeleryRunLauncher):
         self._instance.add_run_tags(run.run_id, {tags.TASK: result.task_id})
 
     def terminate(self, run_id: str) -> bool:
-        """Cancels the run and the work item that it stands for.
+        """Cancels the run and the work items that it stands for.
 
         The order matters: the item is cancelled in the database first (that also asks its session to stop and keeps a
         queued one from ever starting), then Dagster is told, then the worker's process is interrupted.
@@ -58,8 +68,7 @@ class KiloRunLauncher(CeleryRunLauncher):
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
-        item = run.tags.get(tags.ITEM)
-        if item is not None:
+        for item in _items_of(run):
             self._store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="dagster-ui")
         self._instance.report_run_canceling(run)
         task_id = run.tags.get(tags.TASK)

@@ -58,6 +58,12 @@ class Settings(BaseSettings):
     sensor_shards: int = Field(default=8, ge=1, le=32, description="Work sensors that wait for events.")
     github_api_url: str = Field(default="https://api.github.com", description="Base address of GitHub's REST API.")
     github_app_id: int | None = Field(default=None, description="Id of the GitHub App.")
+    github_reads_per_hour: float = Field(
+        default=4500, gt=0, description="Requests of ours an hour and installation; GitHub allows 5,000 and more."
+    )
+    github_writes_per_hour: float = Field(
+        default=450, gt=0, description="Writes of ours an hour and installation; GitHub asks for at most 500."
+    )
     model_base_url: str | None = Field(default=None, description="OpenAI-compatible base address of the model.")
     model: str = Field(default="default", description="Model that sessions are allowed to use.")
     lease_seconds: float = Field(default=30.0, ge=2, description="A lease not extended for this long is over.")

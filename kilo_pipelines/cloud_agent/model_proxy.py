@@ -285,12 +285,11 @@ class ModelProxy:
             raise RefusedError(503, "model_unreachable") from None
         if upstream.status_code != 200:
             await upstream.aclose()
-            session.transcript.last_failure = Reason.MODEL_UNREACHABLE
             log.warning("the model answers HTTP %s", upstream.status_code)
             # A wrong key or a redirect is our operator's matter; retrying can't help.
-            raise RefusedError(
-                upstream.status_code if upstream.status_code in (408, 429, 500, 502, 503, 504) else 402, "model_refused"
-            )
+            passing = upstream.status_code in (408, 429, 500, 502, 503, 504)
+            session.transcript.last_failure = Reason.MODEL_UNREACHABLE if passing else Reason.MODEL_REFUSED
+            raise RefusedError(upstream.status_code if passing else 402, "model_refused")
         if body.get("stream"):
             return StreamingResponse(self._pass_on(session, body, upstream), media_type="text/event-stream")
         content = await upstream.aread()

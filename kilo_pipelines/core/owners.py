@@ -8,8 +8,11 @@ FUNDED_PERSON_REVIEWS = 3
 PERSON_REVIEWS = 1
 
 
-def review_slots(kind: str, plan: str) -> int:
-    """How many reviews an owner may have active at once."""
+def review_pools(kind: str, plan: str) -> dict[str, int]:
+    """The pools that a review takes a slot from, and how many slots an owner has in each.
+
+    The pool that bears the service's name is the one that its offers are measured by.
+    """
     if kind == "organization":
-        return ORGANIZATION_REVIEWS
-    return FUNDED_PERSON_REVIEWS if plan == "funded" else PERSON_REVIEWS
+        return {"code_review": ORGANIZATION_REVIEWS}
+    return {"code_review": FUNDED_PERSON_REVIEWS if plan == "funded" else PERSON_REVIEWS}

@@ -39,6 +39,7 @@ class Reason(StrEnum):
     PULL_CLOSED = "pull_closed"
     SUPERSEDED = "superseded"
     ADMISSION_ERROR = "admission_error"
+    ACTION_REQUIRED = "action_required"
     # claim and engine
     MOVED_ON = "moved_on"
     NO_SLOT = "no_slot"
@@ -60,6 +61,7 @@ class Reason(StrEnum):
     AGENT_UNAVAILABLE = "agent_unavailable"
     AGENT_CRASHED = "agent_crashed"
     MODEL_UNREACHABLE = "model_unreachable"
+    MODEL_REFUSED = "model_refused"
     BUDGET_EXCEEDED = "budget_exceeded"
     SESSION_SILENT = "session_silent"
     SESSION_TIMEOUT = "session_timeout"
@@ -136,6 +138,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.PULL_CLOSED: ("The pull request is closed.", "Reopen it."),
     Reason.SUPERSEDED: ("A newer commit or base replaced what was reviewed.", "Nothing; the newer review is on its way."),
     Reason.ADMISSION_ERROR: ("The admission failed five times.", "Look at the log; this is a defect of the platform."),
+    Reason.ACTION_REQUIRED: (
+        "The service is off for this owner until a person acts.",
+        "Mend what `kilo-pipelines services list` names, then `kilo-pipelines services enable`.",
+    ),
     Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
     Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),
     Reason.NO_CAPACITY: ("The host runs as many sessions as it can.", "Wait, raise KILO_AGENTS_MAX, or add a host."),
@@ -155,6 +161,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.AGENT_UNAVAILABLE: ("The agent's program is not installed.", "Run `make deps`."),
     Reason.AGENT_CRASHED: ("The agent ended with an error.", "Look at the session's events, then re-execute."),
     Reason.MODEL_UNREACHABLE: ("The model didn't answer.", "Check the model's address and key."),
+    Reason.MODEL_REFUSED: ("The model's provider refused the key or the model.", "Check the model's key and name."),
     Reason.BUDGET_EXCEEDED: ("The session used up its turns or tokens.", "Raise the limits if the work deserves it."),
     Reason.SESSION_SILENT: ("The session gave no sign of life.", "Look at the session's events, then re-execute."),
     Reason.SESSION_TIMEOUT: ("The session ran into its hard cap.", "Split the pull request or raise the cap."),

@@ -39,6 +39,11 @@ _OF_REASON = {
     Reason.SANDBOX_UNAVAILABLE: Conclusion.ACTION_REQUIRED,
     Reason.AGENT_UNAVAILABLE: Conclusion.ACTION_REQUIRED,
     Reason.INTEGRATION_SUSPENDED: Conclusion.ACTION_REQUIRED,
+    Reason.ACTION_REQUIRED: Conclusion.ACTION_REQUIRED,
+    Reason.PROVIDER_REFUSED: Conclusion.ACTION_REQUIRED,
+    Reason.MODEL_REFUSED: Conclusion.ACTION_REQUIRED,
+    Reason.GITHUB_APP_MISSING: Conclusion.ACTION_REQUIRED,
+    Reason.KILL_SWITCH: Conclusion.CANCELLED,
 }
 
 SEVERITIES = ("critical", "warning", "suggestion")

@@ -32,7 +32,8 @@ FINAL = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED})
 TRANSITIONS: dict[WorkState, frozenset[WorkState]] = {
     WorkState.WAITING: frozenset({WorkState.STARTING, WorkState.CANCELLED, WorkState.FAILED}),
     WorkState.STARTING: frozenset({WorkState.WAITING, WorkState.RUNNING, WorkState.CANCELLED, WorkState.FAILED}),
-    WorkState.RUNNING: frozenset(FINAL),
+    # Back to waiting: the retry policy opens the next attempt (core/retry.py).
+    WorkState.RUNNING: frozenset({WorkState.WAITING, *FINAL}),
     WorkState.COMPLETED: frozenset({WorkState.WAITING}),
     WorkState.FAILED: frozenset({WorkState.WAITING}),
     WorkState.CANCELLED: frozenset({WorkState.WAITING}),

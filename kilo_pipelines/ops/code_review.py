@@ -7,12 +7,13 @@ from uuid import UUID, uuid4
 from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines import tags
+from kilo_pipelines.core import retry
 from kilo_pipelines.core.evidence import Evidence
-from kilo_pipelines.core.owners import review_slots
+from kilo_pipelines.core.owners import review_pools
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
-from kilo_pipelines.ops.ids import Ids
+from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
@@ -21,9 +22,6 @@ from kilo_pipelines.services.code_review import launch, outcome
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.store import Claimed, ItemRow, SessionRow, Store
-
-# A provider that was away is asked again after this long; the item waits meanwhile without a slot.
-PROVIDER_RETRY_SECONDS = 30.0
 
 
 def _say(context: OpExecutionContext, item_id: UUID, word: str, **links: str | None) -> None:
@@ -60,8 +58,7 @@ def subject_of(
 def launch_reviews(
     context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource
 ) -> None:
-    for item_id in config.ids:
-        _launch(context, store.get(), github, cloud_agent, UUID(item_id))
+    each(context, config.ids, lambda item_id: _launch(context, store.get(), github, cloud_agent, item_id))
 
 
 def _launch(
@@ -69,7 +66,14 @@ def _launch(
 ) -> None:
     if _reopened_by_person(context, store, item_id):
         return
-    claim = store.queue.claim(item_id, SERVICE, run_id=context.run_id, slots=review_slots, lease_s=cloud_agent.lease_seconds())
+    claim = store.queue.claim(
+        item_id,
+        SERVICE,
+        run_id=context.run_id,
+        pools=review_pools,
+        lease_s=cloud_agent.lease_seconds(),
+        costs=github.launch_costs(),
+    )
     if not isinstance(claim, Claimed):
         _say(context, item_id, claim.outcome)
         return
@@ -123,8 +127,11 @@ def _reopened_by_person(context: OpExecutionContext, store: Store, item_id: UUID
 
 def _provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, failure: ProviderError) -> None:
     """The item waits and is tried again, or ends with the provider's reason: nothing is kept half-way."""
-    if failure.retryable:
-        wait = timedelta(seconds=failure.retry_after_s or PROVIDER_RETRY_SECONDS)
+    asked = timedelta(seconds=failure.retry_after_s) if failure.retry_after_s is not None else None
+    if asked is not None:
+        store.budgets.block(claim.owner_id, claim.integration_id, datetime.now(UTC) + asked)
+    wait = retry.launch_wait(failure.reason, claim.tries, asked) if failure.retryable else None
+    if wait is not None:
         store.queue.release(claim, not_before=datetime.now(UTC) + wait, reason=failure.reason)
     else:
         store.queue.conclude(claim, WorkState.FAILED, failure.reason)
@@ -135,8 +142,7 @@ def _provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, 
 def settle_reviews(
     context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource
 ) -> None:
-    for item_id in config.ids:
-        _settle(context, store.get(), github, cloud_agent, UUID(item_id))
+    each(context, config.ids, lambda item_id: _settle(context, store.get(), github, cloud_agent, item_id))
 
 
 def _settle(
@@ -159,14 +165,27 @@ def _settle(
             if row["reason"] != Reason.PULL_CLOSED
         ]
         if WorkState(tx.item.state) is WorkState.RUNNING and session is not None and session.ended_at is not None:
+            again = (
+                retry.next_attempt(Reason(session.reason), tx.item.attempt)
+                if session.state == "failed" and session.reason
+                else None
+            )
+            if again is not None:
+                tx.retry(str(session.reason), again)
+                _say(context, item_id, f"{session.reason}: tried again after {again.total_seconds():.0f} s")
+                return
             found = outcome.interpret(subject, _end_of(session), existing, siblings, marker)
             evidence = session.evidence
+            if retry.disables(found.verdict.reason):
+                tx.disable_service(found.verdict.reason)
             tx.conclude(
                 state=found.state, reason=found.reason, verdict=found.stored_verdict(), evidence=evidence, effects=found.effects
             )
         elif WorkState(tx.item.state) in FINAL and not tx.item.announced:
             found = outcome.announce(subject, tx.item.state, Reason(tx.item.reason or Reason.USER_CANCELLED), siblings, marker)
             evidence = session.evidence if session else None
+            if retry.disables(found.verdict.reason):
+                tx.disable_service(found.verdict.reason)
             tx.announce(found.stored_verdict(), evidence, found.effects)
         else:
             _say(context, item_id, Reason.MOVED_ON)

@@ -1,31 +1,40 @@
 """The one hand that applies effects (invariant 5)."""
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import UUID
 
 from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, Out, RetryPolicy, op
 
+from kilo_pipelines.core.effects import DELIVERY, Delivery
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.ids import Ids, ids_of_run
-from kilo_pipelines.resources.github import GitHubResource, ProviderError
+from kilo_pipelines.resources.github import GitHubResource, LostLeaseError, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import ClaimedEffect, Store
 
 # Transport faults between the worker and Postgres or the broker; effects themselves back off in the outbox.
 TRANSPORT_RETRY = RetryPolicy(max_retries=2, delay=1, backoff=Backoff.EXPONENTIAL, jitter=Jitter.PLUS_MINUS)
 
-# First wait after a failed write; doubles with each try (the outbox bounds the tries).
+# First wait after a failed write; doubles with each try (the outbox bounds the tries). A write whose answer was lost may still
+# land: the read-back of the next try must not come before it.
 RETRY_BASE_SECONDS = 5.0
+LOST_ANSWER_SECONDS = 15.0
 RETRY_CAP_SECONDS = 900.0
 
 
 def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubResource, item_ids: list[str]) -> int:
     """Applies what is due for these items in the order of their subjects; returns how many were applied."""
     applied = 0
-    for effect in _due(store, item_ids):
+    for effect in _due(store, github, item_ids):
         try:
-            receipt = github.apply(effect.installation_id, effect.repository_id, effect.intent)
+            receipt = github.apply(
+                effect.installation_id, effect.repository_id, effect.intent, partial(store.outbox.renew, effect)
+            )
+        except LostLeaseError:
+            context.log.warning(f"{effect.intent.kind}: another run has it by now")
+            continue
         except ProviderError as failure:
             _put_back(context, store, effect, failure)
             continue
@@ -37,10 +46,10 @@ def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubRe
     return applied
 
 
-def _due(store: Store, item_ids: list[str]) -> Iterator[ClaimedEffect]:
+def _due(store: Store, github: GitHubResource, item_ids: list[str]) -> Iterator[ClaimedEffect]:
     """Effects of these items one after the other, as long as there are due ones."""
     for item_id in item_ids:
-        while (effect := store.outbox.claim_next(UUID(item_id))) is not None:
+        while (effect := store.outbox.claim_next(UUID(item_id), github.effect_costs())) is not None:
             yield effect
 
 
@@ -49,7 +58,16 @@ def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, 
         store.outbox.drop(effect, failure.reason)
         context.log.warning(f"{effect.intent.kind} dropped: the repository left this owner's installation")
         return
-    wait = failure.retry_after_s or min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2**effect.tries)
+    lost = failure.reason == Reason.PROVIDER_UNAVAILABLE
+    if lost and DELIVERY[effect.intent.kind] is Delivery.AT_MOST_ONCE:
+        store.outbox.unknown(effect, failure.reason)
+        context.log.warning(f"{effect.intent.kind}: the answer was lost, and it may be sent once only: a person looks")
+        return
+    if failure.retry_after_s is not None:
+        until = datetime.now(UTC) + timedelta(seconds=failure.retry_after_s)
+        store.budgets.block(effect.owner_id, effect.integration_id, until)
+    base = LOST_ANSWER_SECONDS if lost else RETRY_BASE_SECONDS
+    wait = failure.retry_after_s or min(RETRY_CAP_SECONDS, base * 2**effect.tries)
     state = store.outbox.retry(effect, timedelta(seconds=wait), failure.reason, final=not failure.retryable)
     context.log.warning(f"{effect.intent.kind} not applied ({failure.reason}): {state}")
 

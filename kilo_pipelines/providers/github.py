@@ -21,7 +21,8 @@ from github.Repository import Repository
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
 
-TIMEOUT_SECONDS = 20
+# Half of an effect's lease (store/outbox.py): a write is over, or its answer lost, before anybody may take the effect over.
+TIMEOUT_SECONDS = 10
 # A cached token is given out only while it lives at least this long: longer than any single use of it.
 TOKEN_MARGIN = timedelta(minutes=5)
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

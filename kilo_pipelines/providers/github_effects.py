@@ -6,6 +6,7 @@ Holds: payloads of the effect kinds and how each is found and written. Does not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from github import GithubException
@@ -82,23 +83,35 @@ class ReactionPayload(_Payload):
     content: Literal["+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"]
 
 
-def apply(installation: GitHubInstallation, intent: EffectIntent) -> EffectReceipt:
-    """Makes one intended write and says what the provider holds now.
+class LostLeaseError(Exception):
+    """Right before the write the effect was somebody else's: nothing was written."""
+
+
+def apply(installation: GitHubInstallation, intent: EffectIntent, before_write: Callable[[], bool]) -> EffectReceipt:
+    """Makes one intended write and says what the provider holds now; LostLeaseError when `before_write` says no.
 
     Errors: ProviderError; `owner_changed` when the repository left the installation (threats, rule 16), `provider_invalid`
     for a payload that isn't its kind's.
     """
     try:
         if intent.kind is EffectKind.GITHUB_CHECK_RUN:
-            return _check_run(installation, CheckRunPayload.model_validate(intent.payload))
+            return _check_run(installation, CheckRunPayload.model_validate(intent.payload), _gate(before_write))
         if intent.kind is EffectKind.GITHUB_REVIEW:
-            return _review(installation, ReviewPayload.model_validate(intent.payload))
+            return _review(installation, ReviewPayload.model_validate(intent.payload), _gate(before_write))
         if intent.kind is EffectKind.GITHUB_SUMMARY_COMMENT:
-            return _summary_comment(installation, SummaryPayload.model_validate(intent.payload))
-        return _reaction(installation, ReactionPayload.model_validate(intent.payload))
+            return _summary_comment(installation, SummaryPayload.model_validate(intent.payload), _gate(before_write))
+        return _reaction(installation, ReactionPayload.model_validate(intent.payload), _gate(before_write))
     except ValidationError as failure:
         fields = ", ".join(".".join(str(part) for part in error["loc"]) for error in failure.errors())
         raise ProviderError(Reason.PROVIDER_INVALID, retryable=False, detail=f"payload of {intent.kind}: {fields}") from None
+
+
+def _gate(before_write: Callable[[], bool]) -> Callable[[], None]:
+    def gate() -> None:
+        if not before_write():
+            raise LostLeaseError("the effect's lease is somebody else's")
+
+    return gate
 
 
 def _here(installation: GitHubInstallation, full_name: str) -> Repository:
@@ -120,7 +133,7 @@ def _left(full_name: str) -> ProviderError:
     return ProviderError(Reason.OWNER_CHANGED, retryable=False, detail=f"{full_name} is not in the installation any more")
 
 
-def _check_run(installation: GitHubInstallation, wanted: CheckRunPayload) -> EffectReceipt:
+def _check_run(installation: GitHubInstallation, wanted: CheckRunPayload, gate: Callable[[], None]) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
     values: dict[str, Any] = {
         "name": wanted.name,
@@ -135,6 +148,7 @@ def _check_run(installation: GitHubInstallation, wanted: CheckRunPayload) -> Eff
     with installation.errors():
         runs = _commit(repository, wanted.head_sha).get_check_runs(check_name=wanted.name, filter="all")
         found = next((run for run in runs if run.external_id == wanted.external_id and _ours(run, installation)), None)
+        gate()
         if found is None:
             made = repository.create_check_run(head_sha=wanted.head_sha, **values)
             return EffectReceipt(external_id=str(made.id), url=made.html_url, created=True)
@@ -155,7 +169,7 @@ def _commit(repository: Repository, sha: str) -> Commit:
     )
 
 
-def _review(installation: GitHubInstallation, wanted: ReviewPayload) -> EffectReceipt:
+def _review(installation: GitHubInstallation, wanted: ReviewPayload, gate: Callable[[], None]) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
     with installation.errors():
         pull = repository.get_pull(wanted.pull_number)
@@ -163,12 +177,14 @@ def _review(installation: GitHubInstallation, wanted: ReviewPayload) -> EffectRe
             by_us = review.user is not None and review.user.login == installation.bot_login
             if by_us and review.commit_id == wanted.commit_id and wanted.marker in (review.body or ""):
                 return EffectReceipt(external_id=str(review.id), url=review.html_url, created=False)
+        gate()
         try:
             made = _post_review(repository, pull, wanted, wanted.comments, [])
         except GithubException as failure:
             if failure.status != 422 or not wanted.comments:
                 raise
             kept, refused = _commentable(pull, wanted.comments)
+            gate()
             made = _post_review(repository, pull, wanted, kept, refused)
         return EffectReceipt(external_id=str(made.id), url=made.html_url, created=True)
 
@@ -216,7 +232,7 @@ def _with_refused(body: str, refused: list[InlineComment]) -> str:
     return text
 
 
-def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload) -> EffectReceipt:
+def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload, gate: Callable[[], None]) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
     with installation.errors():
         pull = repository.get_pull(wanted.pull_number)
@@ -226,6 +242,7 @@ def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload) -
             if one.user is not None and one.user.login == installation.bot_login and wanted.marker in (one.body or "")
         ]
         newest = max(ours, key=lambda one: one.id, default=None)
+        gate()
         if newest is None:
             newest = pull.create_issue_comment(wanted.body)
         elif newest.body != wanted.body:
@@ -233,8 +250,10 @@ def _summary_comment(installation: GitHubInstallation, wanted: SummaryPayload) -
         return EffectReceipt(external_id=str(newest.id), url=newest.html_url, created=not ours)
 
 
-def _reaction(installation: GitHubInstallation, wanted: ReactionPayload) -> EffectReceipt:
+def _reaction(installation: GitHubInstallation, wanted: ReactionPayload, gate: Callable[[], None]) -> EffectReceipt:
     repository = _here(installation, wanted.full_name)
     with installation.errors():
-        made = repository.get_pull(wanted.pull_number).as_issue().create_reaction(wanted.content)
+        issue = repository.get_pull(wanted.pull_number).as_issue()
+        gate()
+        made = issue.create_reaction(wanted.content)
         return EffectReceipt(external_id=str(made.id), created=True)

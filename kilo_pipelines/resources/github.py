@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,16 +10,27 @@ from dagster import ConfigurableResource
 
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
+from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
+from kilo_pipelines.providers.github_effects import LostLeaseError
 from kilo_pipelines.settings import Settings
+from kilo_pipelines.store import Cost
 
-__all__ = ["GitHubResource", "ProviderError"]
+__all__ = ["GitHubResource", "LostLeaseError", "ProviderError"]
 
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
 POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
+
+# What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests.
+LAUNCH_READS = 8
+EFFECT_READS = 5
+# Of an hour's reads this many may go at once: two minutes' worth and a half, so that a burst can't starve the rest of the hour.
+READ_BURST_SHARE = 1 / 24
+# GitHub asks for at most 80 content-generating requests a minute (REST API, secondary rate limits); half is left to others.
+WRITE_BURST = 40
 
 
 @lru_cache(maxsize=4)
@@ -43,6 +55,24 @@ class GitHubResource(ConfigurableResource[None]):
         """A read-only token for fetching one repository."""
         return self._app().token(installation_id, [repository_id], {"metadata": "read", "contents": "read"})
 
-    def apply(self, installation_id: int, repository_id: int, intent: EffectIntent) -> EffectReceipt:
-        """Makes one intended write; raises ProviderError with a reason and whether it may be tried again."""
-        return github_effects.apply(self._app().installation(installation_id, [repository_id], POST), intent)
+    def launch_costs(self) -> list[Cost]:
+        """What launching one review takes from the integration's budget."""
+        return [Cost("read", LAUNCH_READS, self._reads())]
+
+    def effect_costs(self) -> list[Cost]:
+        """What one effect takes from the integration's budget."""
+        return [Cost("read", EFFECT_READS, self._reads()), Cost("write", 1, Rate(Settings().github_writes_per_hour, WRITE_BURST))]
+
+    @staticmethod
+    def _reads() -> Rate:
+        per_hour = Settings().github_reads_per_hour
+        return Rate(per_hour, per_hour * READ_BURST_SHARE)
+
+    def apply(
+        self, installation_id: int, repository_id: int, intent: EffectIntent, before_write: Callable[[], bool]
+    ) -> EffectReceipt:
+        """Makes one intended write; raises ProviderError with a reason and whether it may be tried again.
+
+        `before_write` is asked right before the write: False (somebody else has the effect by now) and nothing is written.
+        """
+        return github_effects.apply(self._app().installation(installation_id, [repository_id], POST), intent, before_write)

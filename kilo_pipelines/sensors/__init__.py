@@ -17,8 +17,9 @@ from kilo_pipelines.store import Offer, Store
 
 # A shard blocks this long for a NOTIFY; the gRPC call that carries it times out after 60 s.
 LONG_POLL_SECONDS = 20.0
-# Deliveries admitted and offers made in one evaluation: bounded, so that one shard never holds the whole backlog.
-BATCH = 20
+# Deliveries admitted in one evaluation, and rows of each kind offered: bounded, so that one shard never holds the whole backlog.
+ADMISSIONS = 20
+OFFERS = 200
 # Hours of patience between two evaluations would be Dagster's default of 30 s; 1 s means: again in the next loop (5 s).
 MINIMUM_INTERVAL_SECONDS = 1
 RECOVERY_INTERVAL_SECONDS = 5
@@ -52,8 +53,8 @@ def run_request(offer: Offer) -> RunRequest:
 def work_once(store: Store) -> list[RunRequest]:
     """Admits what arrived and offers what waits."""
     marker = marker_of(store)
-    store.inbox.admit_next(lambda tx: admit(tx, marker), limit=BATCH)
-    return [run_request(offer) for offer in store.queue.offers(limit=BATCH)]
+    store.inbox.admit_next(lambda tx: admit(tx, marker), limit=ADMISSIONS)
+    return [run_request(offer) for offer in store.queue.offers(limit=OFFERS)]
 
 
 def wait_for_work(store: Store, seconds: float) -> list[RunRequest]:

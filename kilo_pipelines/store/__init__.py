@@ -6,6 +6,7 @@ Holds: every SQL statement. Does not belong here: rules that need no database (c
 from __future__ import annotations
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
@@ -38,9 +39,11 @@ from kilo_pipelines.store.settle import Settlements, SettleTx
 __all__ = [
     "AdmissionTx",
     "AmbiguousInstallationError",
+    "Budgets",
     "Cipher",
     "Claimed",
     "ClaimedEffect",
+    "Cost",
     "DeliveryRow",
     "Integration",
     "ItemRow",
@@ -74,6 +77,7 @@ class Store:
         self.sessions = Sessions(self.database, clock, cipher)
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
+        self.budgets = Budgets(self.database)
         self.recovery = Recovery(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)

@@ -199,7 +199,7 @@ class AdmissionTx:
         """The owner's settings of a service."""
         row = one(
             self._connection,
-            "select config, enabled, revision from service_configs where owner_id = :owner and service = :service",
+            "select config, enabled, revision, action_required from service_configs where owner_id = :owner and service = :service",
             owner=self.delivery.owner_id,
             service=service,
         )

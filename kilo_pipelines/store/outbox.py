@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
-from kilo_pipelines.store.database import Database, changed, count_late_write, one, rows
-from kilo_pipelines.store.queue import owner_of_item
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.budget import Cost, take_budget
+from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
+from kilo_pipelines.store.queue import audit, owner_of_item
 from kilo_pipelines.store.rows import ClaimedEffect
 
-# One write to a provider with its read-back takes seconds; a process that died is overtaken after this.
-LEASE_SECONDS = 60
+# Renewed right before the write, whose own time-out (10 s, providers/github.py) ends well within it: nobody takes an effect over
+# while its write may still be on the way. A process that died is overtaken after this.
+LEASE_SECONDS = 20
 # With the caller's doubling waits eight tries span about twenty minutes; after that a person looks.
 MAX_TRIES = 8
 
@@ -25,8 +30,10 @@ class Outbox:
         self._database = database
         self._clock = clock
 
-    def claim_next(self, item_id: UUID) -> ClaimedEffect | None:
+    def claim_next(self, item_id: UUID, costs: Sequence[Cost] = ()) -> ClaimedEffect | None:
         """The next due effect on the item's subjects, leased; None when nothing is due or an earlier one is in the way.
+
+        `costs` are taken from the integration's budget; without them the effect waits until they are there.
 
         Order is per subject over all items: an older item's effect goes first even when it is called for a newer one. An effect
         whose lease is over stays in the way until recovery has counted the try and made it pending again.
@@ -62,24 +69,42 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
                 return None
             place = one(
                 connection,
-                "select i.installation_id, w.repository_id from work_items w"
+                "select i.installation_id, i.id as integration_id, w.repository_id from work_items w"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id where w.owner_id = :owner and w.id = :item",
                 owner=owner_id,
                 item=row["item_id"],
             )
             assert place is not None  # noqa: S101  # the foreign keys say so
+            wait_until = take_budget(connection, owner_id, place["integration_id"], costs, now)
+            if wait_until is not None:
+                changed(
+                    connection,
+                    "update effects set state = 'pending', lease_until = null, not_before = :after, reason = :reason"
+                    " where owner_id = :owner and id = :id and state = 'applying' and lease_no = :lease",
+                    owner=owner_id,
+                    id=row["id"],
+                    lease=row["lease_no"],
+                    after=wait_until,
+                    reason=Reason.PROVIDER_RATE_LIMITED,
+                )
+                return None
         return ClaimedEffect(
             owner_id=owner_id,
             id=row["id"],
             lease_no=row["lease_no"],
             tries=row["tries"],
             installation_id=place["installation_id"],
+            integration_id=place["integration_id"],
             repository_id=place["repository_id"],
             intent=EffectIntent(
                 kind=row["kind"], intent_key=row["intent_key"], subject_key=row["subject_key"], payload=row["payload"]
             ),
         )
+
+    def renew(self, effect: ClaimedEffect) -> bool:
+        """Right before the write: whether the effect is still ours, with its lease made whole again."""
+        return self._end(effect, "lease_until = :until", until=self._clock.now() + timedelta(seconds=LEASE_SECONDS))
 
     def _end(self, effect: ClaimedEffect, sql: str, **values: Any) -> bool:
         with self._database.owner(effect.owner_id) as connection:
@@ -121,6 +146,15 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             return "late"
         return "dead" if dead else "pending"
 
+    def unknown(self, effect: ClaimedEffect, reason: str) -> bool:
+        """The answer to an `at_most_once` write was lost: never resent by itself, a person looks."""
+        return self._end(
+            effect,
+            "state = 'unknown', tries = tries + 1, reason = :reason, lease_until = null, ended_at = :now",
+            reason=reason,
+            now=self._clock.now(),
+        )
+
     def drop(self, effect: ClaimedEffect, reason: str) -> bool:
         """Not wanted any more."""
         return self._end(
@@ -129,6 +163,54 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             reason=reason,
             now=self._clock.now(),
         )
+
+    def listed(self, *, state: str | None = None, item_id: UUID | None = None, limit: int = 50) -> list[dict[str, Any]]:
+        """Effects over all owners for the operator, newest first."""
+        with self._database.system() as connection:
+            found = rows(connection, system.EFFECTS_OF_PEOPLE.sql, state=state, item=item_id, limit=limit)
+        return [dict(row) for row in found]
+
+    def revive(self, effect_id: UUID, *, actor: str) -> str | None:
+        """A person tries a dead or unknown effect again: its new state, None when it is in neither.
+
+        When the same kind was applied to the same subject since, the old write would undo the newer one: it is dropped instead.
+        """
+        return self._by_person(
+            effect_id,
+            actor,
+            "effect.retry",
+            "update effects e set state = case when newer then 'dropped' else 'pending' end, tries = 0, not_before = :now, offer_until = null,"
+            " reason = case when newer then :superseded end, ended_at = case when newer then cast(:now as timestamptz) end"
+            " from (select o.id, exists (select 1 from effects n where n.owner_id = o.owner_id and n.subject_key = o.subject_key and n.kind = o.kind"
+            "  and n.seq > o.seq and n.state = 'applied') as newer from effects o where o.owner_id = :owner and o.id = :id) seen"
+            " where e.owner_id = :owner and e.id = seen.id and e.state in ('dead', 'unknown') returning e.state",
+            superseded=Reason.SUPERSEDED,
+        )
+
+    def abandon(self, effect_id: UUID, *, actor: str) -> str | None:
+        """A person gives an effect up that isn't being applied: `dropped`, None when it is over or under way."""
+        return self._by_person(
+            effect_id,
+            actor,
+            "effect.drop",
+            "update effects set state = 'dropped', reason = :reason, ended_at = :now where owner_id = :owner and id = :id"
+            " and state in ('pending', 'dead', 'unknown') returning state",
+            reason=Reason.USER_CANCELLED,
+        )
+
+    def _by_person(self, effect_id: UUID, actor: str, action: str, sql: str, **values: Any) -> str | None:
+        with self._database.system() as connection:
+            owner = one(connection, system.EFFECT_OWNER.sql, id=effect_id)
+        if owner is None:
+            return None
+        now = self._clock.now()
+        with self._database.owner(owner["owner_id"]) as connection:
+            row = one(connection, sql, owner=owner["owner_id"], id=effect_id, now=now, **values)
+            if row is None:
+                return None
+            audit(connection, owner["owner_id"], actor, action, str(effect_id), {"state": row["state"]}, now)
+            notify(connection, f"effect:{effect_id}")
+        return str(row["state"])
 
     def of_item(self, item_id: UUID) -> list[dict[str, Any]]:
         """Effects of an item in their order."""

@@ -183,11 +183,35 @@ class Owners:
         with self._database.owner(owner_id) as connection:
             row = one(
                 connection,
-                "select config, enabled, revision from service_configs where owner_id = :owner and service = :service",
+                "select config, enabled, revision, action_required from service_configs where owner_id = :owner and service = :service",
                 owner=owner_id,
                 service=service,
             )
         return ServiceConfig(**row) if row else None
+
+    def enable_service(self, owner_id: UUID, service: str, enabled: bool, *, actor: str) -> bool:
+        """A person switches a service on (which clears what it waited for) or off; False when the owner has no such service."""
+        with self._database.owner(owner_id) as connection:
+            done = changed(
+                connection,
+                "update service_configs set enabled = :enabled, action_required = case when :enabled then null else action_required end,"
+                " revision = revision + 1, updated_at = now() where owner_id = :owner and service = :service",
+                owner=owner_id,
+                service=service,
+                enabled=enabled,
+            )
+            if done:
+                audit(
+                    connection,
+                    owner_id,
+                    actor,
+                    "service.enable" if enabled else "service.disable",
+                    service,
+                    {},
+                    self._clock.now(),
+                )
+                notify(connection, f"service:{service}")
+        return bool(done)
 
     def put_config(
         self, owner_id: UUID, service: str, config: dict[str, Any], *, enabled: bool, expected_revision: int, actor: str

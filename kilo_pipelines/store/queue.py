@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,17 +14,22 @@ from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
 from kilo_pipelines.store.rows import Claimed, ItemRow, Offer, Refused
 
 # How long an offer stands before the item may be offered again (docs/decisions/0008): a lost offer costs at most this.
 OFFER_SECONDS = 20
-# After "no slot" the item is offered again after this; a freed slot makes waiting items due at once.
-NO_SLOT_SECONDS = 30
+# A switch or a pool that isn't the service's own stood in the way: looked at again after this.
+BLOCKED_SECONDS = 30
 # Effects younger than this are being applied by the run that intended them; offering them too would only cost a run.
 EFFECT_GRACE_SECONDS = 15
-# Outstanding offers are capped near 4 x worker slots, so that the broker never holds the backlog.
-OUTSTANDING_CAP = 32
+# Offers are made for runs of one item each while this many suffice (about 3 x dispatch workers); beyond, runs grow.
+SINGLE_ITEM_RUNS = 8
+# Items of one run at most: at 50 ms each it still ends within a second or two, and a killed one leaves little to reap.
+ITEMS_A_RUN = 25
+# Outstanding offers are capped near 4 x worker slots of the largest runs, so that the broker never holds the backlog.
+OUTSTANDING_CAP = 4 * 3 * ITEMS_A_RUN
 
 _DETAILS = "select to_jsonb(r) - 'owner_id' as details from reviews r where r.owner_id = :owner and r.item_id = :item"
 
@@ -48,30 +53,14 @@ def details_of(connection: Connection, owner_id: UUID, item_id: UUID) -> dict[st
     return dict(row["details"]) if row else {}
 
 
-def free_slots(connection: Connection, owner_id: UUID, item_id: UUID, now: datetime) -> None:
-    """Frees what the item holds and makes as many of the owner's waiting items due (the NOTIFY follows at commit).
-
-    Only as many: waking all of them starts a run for each, and the rest finds no slot again.
-    """
-    freed = changed(
+def free_slots(connection: Connection, owner_id: UUID, item_id: UUID) -> None:
+    """Frees what the item holds. `taken_at` stays: it is the pool's last turn. Waiting items are offered as soon as a slot is free."""
+    changed(
         connection,
-        "update owner_slots set item_id = null, fence = null, taken_at = null where owner_id = :owner and item_id = :item",
+        "update owner_slots set item_id = null, fence = null where owner_id = :owner and item_id = :item",
         owner=owner_id,
         item=item_id,
     )
-    if freed:
-        changed(
-            connection,
-            "update work_items set not_before = :now, offer_until = null where owner_id = :owner and state = 'waiting' and id in ("
-            " select id from work_items where owner_id = :owner and state = 'waiting' and reason = :no_slot"
-            " and service = (select service from work_items where owner_id = :owner and id = :item)"
-            " order by priority desc, created_at limit :freed for update skip locked)",
-            owner=owner_id,
-            item=item_id,
-            now=now,
-            no_slot=Reason.NO_SLOT,
-            freed=freed,
-        )
 
 
 def intend(connection: Connection, owner_id: UUID, item_id: UUID, effects: list[EffectIntent], now: datetime) -> None:
@@ -142,9 +131,57 @@ def end_item(
         reason=reason or state,
         now=now,
     )
-    free_slots(connection, owner_id, item_id, now)
+    free_slots(connection, owner_id, item_id)
     notify(connection, f"item:{item_id}")
     return True
+
+
+def _no_longer_wanted(item: Any) -> tuple[str, Reason] | None:
+    """State and reason with which a waiting item ends at its claim, None when it may start (threats, rule 16; contract A13)."""
+    if item["removed"]:
+        return "cancelled", Reason.OWNER_CHANGED
+    if item["cut_off"] or not item["enabled"]:
+        return "cancelled", Reason.INTEGRATION_SUSPENDED
+    if item["action_required"]:
+        return "failed", Reason.ACTION_REQUIRED
+    return None
+
+
+def items_a_run(backlog: int) -> int:
+    """How many items of an owner a run takes: one while there are few, growing with the backlog (design, section 5)."""
+    return min(ITEMS_A_RUN, max(1, -(-backlog // SINGLE_ITEM_RUNS)))
+
+
+def _grouped(kind: str, found: list[Any]) -> list[Offer]:
+    """Offers for rows: of one owner and service each, in the order of their first rows."""
+    size = items_a_run(len(found))
+    groups: dict[tuple[UUID, str], list[list[Any]]] = {}
+    for row in found:
+        chunks = groups.setdefault((row["owner_id"], row["service"]), [[]])
+        if len(chunks[-1]) == size:
+            chunks.append([])
+        chunks[-1].append(row)
+    return [_offer(kind, chunk) for chunks in groups.values() for chunk in chunks]
+
+
+def _offer(kind: str, found: list[Any]) -> Offer:
+    """One run for these rows; with a single row its labels tell the item."""
+    row = found[0]
+    labels: dict[str, str] = {}
+    if len(found) == 1:
+        item = row["item_id"] if kind == "session" else row["id"]
+        session = row["id"] if kind == "session" else row.get("session_id")
+        labels = {"repository": row["repository"] or "", "subject": row["subject_key"], "item": str(item)}
+        labels |= {"session": str(session)} if session else {}
+        labels |= {"attempt": str(row["attempt"])} if row.get("attempt") else {}
+    return Offer(
+        kind=kind,
+        service=row["service"],
+        owner_id=row["owner_id"],
+        ids=[one["id"] for one in found],
+        offer_no=row["offer_no"],
+        labels=labels,
+    )
 
 
 class Queue:
@@ -160,10 +197,21 @@ class Queue:
             row = one(connection, system.PAUSE.sql)
         return row["reason"] if row else None
 
-    def switch(self, scope: str, kind: str, reason: str) -> None:
-        """Sets a switch: `pause` or `kill` for scope `all`, `service:<name>` or `owner:<id>`. Nothing is claimed while it is set."""
+    def switch(self, scope: str, kind: str, reason: str, *, actor: str) -> int:
+        """Sets a switch for scope `all`, `service:<name>` or `owner:<id>`: nothing in it is claimed while it is set.
+
+        `pause` lets what runs end; `kill` cancels it. Returns how many items were cancelled.
+        """
         with self._database.system() as connection:
             changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason)
+            live = rows(connection, system.LIVE_ITEMS.sql, scope=scope) if kind == "kill" else []
+            notify(connection, f"switch:{scope}")
+        return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
+
+    def switches(self) -> list[dict[str, Any]]:
+        """Every switch that is set."""
+        with self._database.system() as connection:
+            return [dict(row) for row in rows(connection, system.SWITCHES.sql)]
 
     def unswitch(self, scope: str) -> bool:
         """Clears a switch and wakes whoever waited; False when there was none."""
@@ -173,59 +221,48 @@ class Queue:
         return bool(done)
 
     def offers(self, limit: int) -> list[Offer]:
-        """Offers of all four kinds, ended work first, so that slots come free before new work is offered."""
+        """Offers of all four kinds, ended work first, so that slots come free before new work is offered.
+
+        Items of one owner share a run when there are many; a session always has a run of its own.
+        """
         now = self._clock.now()
         until = now + timedelta(seconds=OFFER_SECONDS)
         with self._database.system() as connection:
-            made = [
-                self._offer("settle", row)
-                for row in rows(connection, system.OFFER_SETTLEMENTS.sql, now=now, until=until, limit=limit)
-            ]
-            made += self._effect_offers(connection, now, until, limit)
+            ended = rows(connection, system.OFFER_SETTLEMENTS.sql, now=now, until=until, limit=limit)
+            overlooked = now - timedelta(seconds=EFFECT_GRACE_SECONDS)
+            effects = rows(connection, system.OFFER_EFFECTS.sql, now=now, until=until, overlooked=overlooked, limit=limit)
             free = one(connection, system.FREE_CAPACITY.sql, now=now)
-            if free and free["free"] > 0:
-                sessions = rows(connection, system.OFFER_SESSIONS.sql, now=now, until=until, limit=limit, capacity=free["free"])
-                made += [self._offer("session", row) for row in sessions]
+            capacity = free["free"] if free else 0
+            sessions = (
+                rows(connection, system.OFFER_SESSIONS.sql, now=now, until=until, limit=limit, capacity=capacity)
+                if capacity > 0
+                else []
+            )
             outstanding = one(connection, system.OUTSTANDING_OFFERS.sql, now=now)
             room = min(limit, OUTSTANDING_CAP - (outstanding["n"] if outstanding else 0))
-            if room > 0:
-                made += [
-                    self._offer("start", row)
-                    for row in rows(connection, system.OFFER_ITEMS.sql, now=now, until=until, limit=room)
-                ]
-        return made
-
-    def _effect_offers(self, connection: Connection, now: datetime, until: datetime, limit: int) -> list[Offer]:
-        """One offer an item, however many of its effects are due."""
-        overlooked = now - timedelta(seconds=EFFECT_GRACE_SECONDS)
-        seen: dict[UUID, Offer] = {}
-        for row in rows(connection, system.OFFER_EFFECTS.sql, now=now, until=until, overlooked=overlooked, limit=limit):
-            offer = self._offer("effects", {**row, "id": row["item_id"], "attempt": None})
-            seen.setdefault(
-                offer.ids[0], Offer(**{**vars(offer), "labels": offer.labels, "offer_no": row["offer_no"] * 1000 + len(seen)})
-            )
-        return list(seen.values())
-
-    @staticmethod
-    def _offer(kind: str, row: Any) -> Offer:
-        item = row["item_id"] if kind == "session" else row["id"]
-        labels = {"repository": row["repository"] or "", "subject": row["subject_key"], "item": str(item)}
-        if kind == "session":
-            labels["session"] = str(row["id"])
-        elif row.get("session_id"):
-            labels["session"] = str(row["session_id"])
-        if row.get("attempt"):
-            labels["attempt"] = str(row["attempt"])
-        return Offer(
-            kind=kind, service=row["service"], owner_id=row["owner_id"], ids=[row["id"]], offer_no=row["offer_no"], labels=labels
-        )
+            items = rows(connection, system.OFFER_ITEMS.sql, now=now, until=until, limit=room) if room > 0 else []
+        due = {row["item_id"]: {**row, "id": row["item_id"], "attempt": None} for row in effects}
+        return [
+            *_grouped("settle", ended),
+            *_grouped("effects", list(due.values())),
+            *(_offer("session", [row]) for row in sessions),
+            *_grouped("start", items),
+        ]
 
     def claim(
-        self, item_id: UUID, service: str, *, run_id: str, slots: Callable[[str, str], int], lease_s: float
+        self,
+        item_id: UUID,
+        service: str,
+        *,
+        run_id: str,
+        pools: Callable[[str, str], dict[str, int]],
+        lease_s: float,
+        costs: Sequence[Cost] = (),
     ) -> Claimed | Refused:
-        """Takes a waiting item with one slot of its service's pool, a lease and a higher fence, in one transaction.
+        """Takes a waiting item with a slot of every pool that its service names, a lease and a higher fence, in one transaction.
 
-        `slots(owner kind, plan)` says how many slots the owner may hold in the pool (contract A7.1).
+        `pools(owner kind, plan)` says how many slots the owner may hold in each pool (contract A7.1); they are taken in the order
+        of their names, all or none. `costs` is what the launch will ask of the provider, taken from the integration's budget.
         """
         owner_id = owner_of_item(self._database, item_id)
         if owner_id is None:
@@ -234,8 +271,10 @@ class Queue:
         with self._database.owner(owner_id) as connection:
             item = one(
                 connection,
-                "select w.*, i.installation_id, o.kind, o.plan, o.enabled, (i.suspended_at is not null or i.disconnected_at is not null) as cut_off,"
-                " (r.removed_at is not null) as removed"
+                "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
+                " (i.suspended_at is not null or i.disconnected_at is not null) as cut_off, (r.removed_at is not null) as removed,"
+                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = w.service and c.action_required is not null)"
+                " as action_required"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
@@ -256,24 +295,27 @@ class Queue:
             )
             if blocked is not None:
                 held = Reason.KILL_SWITCH if blocked["kind"] == "kill" else Reason.PAUSED
-                self._put_back(connection, owner_id, item_id, held, now + timedelta(seconds=NO_SLOT_SECONDS))
+                self._put_back(connection, owner_id, item_id, held, now + timedelta(seconds=BLOCKED_SECONDS))
                 return Refused(held, "waiting")
-            if item["cut_off"] or item["removed"] or not item["enabled"]:
-                reason = Reason.OWNER_CHANGED if item["removed"] else Reason.INTEGRATION_SUSPENDED
-                end_item(
-                    connection,
-                    owner_id=owner_id,
-                    item_id=item_id,
-                    state="cancelled",
-                    reason=reason,
-                    now=now,
-                    announced=False,
-                )
-                return Refused(reason, "cancelled")
+            ending = _no_longer_wanted(item)
+            if ending is not None:
+                state, reason = ending
+                end_item(connection, owner_id=owner_id, item_id=item_id, state=state, reason=reason, now=now, announced=False)
+                return Refused(reason, state)
             fence = item["fence"] + 1
-            if not self._take_slot(connection, owner_id, service, slots(item["kind"], item["plan"]), item_id, fence, now):
-                self._put_back(connection, owner_id, item_id, Reason.NO_SLOT, now + timedelta(seconds=NO_SLOT_SECONDS))
+            missing = self._take_slots(connection, owner_id, pools(item["kind"], item["plan"]), item_id, fence, now)
+            if missing is not None:
+                free_slots(connection, owner_id, item_id)
+                # Offers are measured by the service's own free slots, so there the next free one makes it due.
+                wait = 0 if missing == service else BLOCKED_SECONDS
+                self._put_back(connection, owner_id, item_id, Reason.NO_SLOT, now + timedelta(seconds=wait))
                 return Refused(Reason.NO_SLOT, "waiting")
+            # Last, so that a budget is spent only by who starts, and its row is locked for as short as may be.
+            wait_until = take_budget(connection, owner_id, item["integration_id"], costs, now)
+            if wait_until is not None:
+                free_slots(connection, owner_id, item_id)
+                self._put_back(connection, owner_id, item_id, Reason.PROVIDER_RATE_LIMITED, wait_until)
+                return Refused(Reason.PROVIDER_RATE_LIMITED, "waiting")
             return self._start(connection, item, fence, run_id, now, lease_s)
 
     @staticmethod
@@ -307,23 +349,34 @@ class Queue:
             subject_key=item["subject_key"],
             fence=fence,
             attempt=attempt,
+            tries=item["tries"],
             repository_id=item["repository_id"],
             installation_id=item["installation_id"],
+            integration_id=item["integration_id"],
             details=details_of(connection, owner_id, item_id),
         )
 
     @staticmethod
-    def _take_slot(connection: Connection, owner_id: UUID, pool: str, cap: int, item_id: UUID, fence: int, now: datetime) -> bool:
-        """Takes one slot row below the cap; rows are made as the plan allows and never counted."""
-        changed(
-            connection,
-            "insert into owner_slots (owner_id, pool, number) select :owner, :pool, n from generate_series(1, :cap) n on conflict do nothing",
-            owner=owner_id,
-            pool=pool,
-            cap=cap,
-        )
-        return bool(
+    def _take_slots(
+        connection: Connection, owner_id: UUID, pools: dict[str, int], item_id: UUID, fence: int, now: datetime
+    ) -> str | None:
+        """Takes one slot row of each pool; the name of the first pool that has none. Rows are made as the plan allows, never counted."""
+        for pool, cap in sorted(pools.items()):
             changed(
+                connection,
+                "insert into owner_slots (owner_id, pool, number) select :owner, :pool, n from generate_series(1, :cap) n on conflict do nothing",
+                owner=owner_id,
+                pool=pool,
+                cap=cap,
+            )
+            changed(
+                connection,
+                "delete from owner_slots where owner_id = :owner and pool = :pool and number > :cap and item_id is null",
+                owner=owner_id,
+                pool=pool,
+                cap=cap,
+            )
+            taken = changed(
                 connection,
                 "update owner_slots set item_id = :item, fence = :fence, taken_at = :now where owner_id = :owner and pool = :pool and number = ("
                 " select number from owner_slots where owner_id = :owner and pool = :pool and number <= :cap and item_id is null"
@@ -335,7 +388,9 @@ class Queue:
                 fence=fence,
                 now=now,
             )
-        )
+            if not taken:
+                return pool
+        return None
 
     @staticmethod
     def _put_back(connection: Connection, owner_id: UUID, item_id: UUID, reason: str | None, not_before: datetime) -> None:
@@ -366,7 +421,7 @@ class Queue:
             if not done:
                 count_late_write(connection, "release")
                 return False
-            free_slots(connection, claim.owner_id, claim.item_id, now)
+            free_slots(connection, claim.owner_id, claim.item_id)
             return True
 
     def conclude(self, claim: Claimed, state: str, reason: str) -> bool:
@@ -446,6 +501,34 @@ class Queue:
         with self._database.system() as connection:
             row = one(connection, system.RUN_LOST.sql, run=run_id, now=self._clock.now())
         return bool(row and row["lost"])
+
+    def run_failed(self, run_id: str) -> int:
+        """Dagster reports a run of ours as failed: the leases that it held are over now. How many there were."""
+        with self._database.system() as connection:
+            row = one(connection, system.HINT_RUN_FAILED.sql, run=run_id, now=self._clock.now())
+        return int(row["n"]) if row else 0
+
+    def items(
+        self, *, owner_id: UUID | None = None, service: str | None = None, state: str | None = None, limit: int = 50
+    ) -> list[dict[str, Any]]:
+        """Work items for the operator, newest first; `state` may also be `live`."""
+        with self._database.system() as connection:
+            found = rows(connection, system.ITEMS_OF_PEOPLE.sql, owner=owner_id, service=service, state=state, limit=limit)
+        return [dict(row) for row in found]
+
+    def attempts(self, item_id: UUID) -> list[dict[str, Any]]:
+        """The attempts of an item, first one first."""
+        owner_id = owner_of_item(self._database, item_id)
+        if owner_id is None:
+            return []
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select number, state, reason, session_id, started_at, ended_at from attempts where owner_id = :owner and item_id = :item order by number",
+                owner=owner_id,
+                item=item_id,
+            )
+        return [dict(row) for row in found]
 
     def gauges(self) -> dict[tuple[str, str], int]:
         """Live rows by (what, state): items, effects, deliveries."""

@@ -7,6 +7,7 @@ from datetime import datetime
 from uuid import UUID
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.effects import DELIVERY, Delivery
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, rows
@@ -70,7 +71,7 @@ class Recovery:
                 most=MAX_STARTS,
             )
             if waiting:
-                free_slots(connection, owner_id, item_id, now)
+                free_slots(connection, owner_id, item_id)
                 notify(connection, f"item:{item_id}")
                 return True
             return end_item(
@@ -132,17 +133,18 @@ class Recovery:
             )
 
     def _effect_lease(self, owner_id: UUID, effect_id: UUID, now: datetime) -> bool:
-        """An effect whose worker died: pending again, and dead when its tries are used up, else one that kills its worker runs for ever."""
+        """An effect whose worker died: pending again, dead when its tries are used up, unknown when it may be sent once only."""
         with self._database.owner(owner_id) as connection:
             moved = changed(
                 connection,
-                "update effects set state = case when tries + 1 >= :most then 'dead' else 'pending' end, tries = tries + 1,"
-                " reason = case when tries + 1 >= :most then :exhausted else :lost end, lease_until = null, not_before = :now,"
-                " ended_at = case when tries + 1 >= :most then cast(:now as timestamptz) end"
+                "update effects set state = case when kind = any(:once) then 'unknown' when tries + 1 >= :most then 'dead' else 'pending' end,"
+                " tries = tries + 1, reason = case when tries + 1 >= :most then :exhausted else :lost end, lease_until = null, not_before = :now,"
+                " ended_at = case when kind = any(:once) or tries + 1 >= :most then cast(:now as timestamptz) end"
                 " where owner_id = :owner and id = :id and state = 'applying' and lease_until <= :now",
                 owner=owner_id,
                 id=effect_id,
                 most=MAX_TRIES,
+                once=[str(kind) for kind, delivery in DELIVERY.items() if delivery is Delivery.AT_MOST_ONCE],
                 exhausted=Reason.RETRIES_EXHAUSTED,
                 lost=Reason.WORKER_LOST,
                 now=now,

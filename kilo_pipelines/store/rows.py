@@ -42,6 +42,7 @@ class ServiceConfig:
     config: dict[str, Any]
     enabled: bool
     revision: int
+    action_required: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,10 @@ class Claimed:
     subject_key: str
     fence: int
     attempt: int
+    tries: int
     repository_id: int
     installation_id: int
+    integration_id: UUID
     details: dict[str, Any]
 
 
@@ -169,6 +172,7 @@ class ClaimedEffect:
     lease_no: int
     tries: int
     installation_id: int
+    integration_id: UUID
     repository_id: int
     intent: EffectIntent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,8 +13,8 @@ from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
-from kilo_pipelines.store.database import Database, changed, count_late_write, one, rows
-from kilo_pipelines.store.queue import end_item, intend, owner_of_item, read_item
+from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
+from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item
 from kilo_pipelines.store.rows import ItemRow, SessionRow
 from kilo_pipelines.store.sessions import session_row
 
@@ -91,6 +91,68 @@ class SettleTx:
             self._keep(verdict, evidence)
             intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
         return ended
+
+    def retry(self, reason: str, wait: timedelta) -> bool:
+        """The attempt failed in a way that the retry policy tries again: waiting, next attempt, slot free. False: it moved on meanwhile."""
+        owner, item = self.item.owner_id, self.item.id
+        done = changed(
+            self._connection,
+            "update work_items set state = 'waiting', reason = :reason, attempt = attempt + 1, session_id = null, run_id = null, tries = 0,"
+            " deadline = null, offer_until = null, not_before = :after, updated_at = :now"
+            " where owner_id = :owner and id = :id and state = 'running' and session_id = :session",
+            owner=owner,
+            id=item,
+            session=self.item.session_id,
+            reason=reason,
+            after=self._now + wait,
+            now=self._now,
+        )
+        if not done:
+            count_late_write(self._connection, "retry")
+            return False
+        changed(
+            self._connection,
+            "update attempts set state = 'failed', reason = :reason, ended_at = :now where owner_id = :owner and item_id = :id and state = 'open'",
+            owner=owner,
+            id=item,
+            reason=reason,
+            now=self._now,
+        )
+        free_slots(self._connection, owner, item)
+        audit(
+            self._connection,
+            owner,
+            "platform",
+            "item.retry",
+            str(item),
+            {"reason": reason, "attempt": self.item.attempt},
+            self._now,
+        )
+        notify(self._connection, f"item:{item}")
+        return True
+
+    def disable_service(self, reason: str) -> None:
+        """Switches the owner's service off until a person acts (contract A13): the first moment stays, the last one moves."""
+        changed(
+            self._connection,
+            "update service_configs set action_required = jsonb_build_object('reason', cast(:reason as text), 'detected_at',"
+            " case when action_required ->> 'reason' = :reason then action_required ->> 'detected_at' else cast(:now as text) end,"
+            " 'last_seen_at', cast(:now as text), 'item', cast(:item as text)), updated_at = now() where owner_id = :owner and service = :service",
+            owner=self.item.owner_id,
+            service=self.item.service,
+            reason=reason,
+            now=self._now.isoformat(),
+            item=str(self.item.id),
+        )
+        audit(
+            self._connection,
+            self.item.owner_id,
+            "platform",
+            "service.action_required",
+            self.item.service,
+            {"reason": reason, "item": str(self.item.id)},
+            self._now,
+        )
 
     def announce(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]) -> bool:
         """Intends the effects of an item that ended without them (superseded, cancelled, reaped). False: announced or live again."""

@@ -31,21 +31,33 @@ DUE_DELIVERIES = SystemStatement(
 
 OFFER_ITEMS = SystemStatement(
     """
-with line as (
-    -- each owner's line of one service; what is offered already stands at its head
-    select w.owner_id, w.id, w.service, row_number() over (partition by w.owner_id, w.service
-        order by (w.offer_until > :now) is true desc, w.priority desc, w.created_at, w.id) as place
-    from work_items w where w.state = 'waiting' and (w.not_before <= :now or w.offer_until > :now)
-), pools as (
-    -- no rows yet: the owner has never claimed, and the claim will make them
-    select owner_id, pool, count(*) filter (where item_id is null) as free from owner_slots group by owner_id, pool
+with recursive line as (
+    -- who has anything waiting, by jumps over the index: the cost grows with the owners in line, not with their backlogs
+    (select owner_id, service from work_items where state = 'waiting' order by owner_id, service limit 1)
+    union all
+    select n.owner_id, n.service from line l cross join lateral (
+        select w.owner_id, w.service from work_items w
+        where w.state = 'waiting' and (w.owner_id, w.service) > (l.owner_id, l.service) order by w.owner_id, w.service limit 1) n
+), room as (
+    -- no slot rows yet: the owner has never claimed, and the claim will make them
+    select l.owner_id, l.service, p.last_turn, o.outstanding, least(:limit, coalesce(p.free, :limit) - o.outstanding) as free
+    from line l join owners w on w.id = l.owner_id and w.enabled
+    cross join lateral (select count(*) as outstanding from work_items i where i.owner_id = l.owner_id and i.service = l.service
+        and i.state = 'waiting' and i.offer_until > :now) o
+    left join lateral (select count(*) filter (where item_id is null) as free, max(taken_at) as last_turn from owner_slots
+        where owner_id = l.owner_id and pool = l.service having count(*) > 0) p on true
+    where not exists (select 1 from switches s where s.scope in ('all', 'service:' || l.service, 'owner:' || l.owner_id))
+), turns as (
+    select r.owner_id, i.id, r.last_turn, i.created_at,
+        r.outstanding + row_number() over (partition by r.owner_id, r.service order by i.priority desc, i.created_at, i.id) as turn
+    from room r cross join lateral (
+        select id, priority, created_at from work_items w where w.owner_id = r.owner_id and w.service = r.service
+          and w.state = 'waiting' and w.not_before <= :now and (w.offer_until is null or w.offer_until <= :now)
+        order by w.priority desc, w.created_at, w.id limit greatest(r.free, 0)) i
 ), due as (
-    select w.owner_id, w.id from line join work_items w on w.owner_id = line.owner_id and w.id = line.id
-    join owners o on o.id = w.owner_id left join pools p on p.owner_id = line.owner_id and p.pool = line.service
-    where w.state = 'waiting' and w.not_before <= :now and (w.offer_until is null or w.offer_until <= :now) and o.enabled
-      and line.place <= coalesce(p.free, :limit)
-      and not exists (select 1 from switches s where s.scope in ('all', 'service:' || w.service, 'owner:' || w.owner_id))
-    order by line.place, w.priority desc, w.created_at limit :limit for update of w skip locked
+    select w.owner_id, w.id from turns t join work_items w on w.owner_id = t.owner_id and w.id = t.id
+    where w.state = 'waiting' and (w.offer_until is null or w.offer_until <= :now)
+    order by t.turn, t.last_turn nulls first, t.created_at, t.id limit :limit for update of w skip locked
 )
 update work_items w set offer_no = w.offer_no + 1, offer_until = :until
 from due where w.owner_id = due.owner_id and w.id = due.id
@@ -238,6 +250,40 @@ SET_SWITCH = SystemStatement(
     "insert into switches (scope, kind, reason) values (:scope, :kind, :reason)"
     " on conflict (scope) do update set kind = excluded.kind, reason = excluded.reason, set_at = now()",
     "the switch is the platform's",
+)
+SWITCHES = SystemStatement("select scope, kind, reason, set_at from switches order by scope", "the switch is the platform's")
+LIVE_ITEMS = SystemStatement(
+    "select owner_id, id from work_items where ended_at is null and state in ('starting', 'running')"
+    " and (:scope = 'all' or :scope = 'service:' || service or :scope = 'owner:' || owner_id)",
+    "a kill switch stops the work of everybody in its scope",
+)
+HINT_RUN_FAILED = SystemStatement(
+    """
+with items as (
+    update work_items set lease_until = :now where run_id = :run and state = 'starting' and ended_at is null and lease_until > :now returning 1
+), held as (
+    update sessions set lease_until = :now where run_id = :run and state = 'running' and ended_at is null and lease_until > :now returning 1
+)
+select (select count(*) from items) + (select count(*) from held) as n
+""",
+    "a failed run is named by Dagster, and what it held is asked for",
+)
+ITEMS_OF_PEOPLE = SystemStatement(
+    "select w.owner_id, w.id, w.service, w.subject_key, w.state, w.reason, w.attempt, w.fence, w.tries, w.priority, w.not_before, w.lease_until,"
+    " w.deadline, w.session_id, w.run_id, w.announced, w.created_at, w.ended_at from work_items w"
+    " where (cast(:owner as uuid) is null or w.owner_id = :owner) and (cast(:service as text) is null or w.service = :service)"
+    " and (cast(:state as text) is null or w.state = :state or (:state = 'live' and w.ended_at is null))"
+    " order by w.created_at desc, w.id limit :limit",
+    "the operator lists work over all owners",
+)
+EFFECTS_OF_PEOPLE = SystemStatement(
+    "select e.owner_id, e.id, e.item_id, e.kind, e.subject_key, e.intent_key, e.state, e.reason, e.tries, e.not_before, e.url, e.created_at, e.ended_at"
+    " from effects e where (cast(:state as text) is null or e.state = :state) and (cast(:item as uuid) is null or e.item_id = :item)"
+    " order by e.seq desc limit :limit",
+    "the operator lists effects over all owners",
+)
+EFFECT_OWNER = SystemStatement(
+    "select owner_id from effects where id = :id", "a command names an effect; whose it is is the question"
 )
 CLEAR_SWITCH = SystemStatement("delete from switches where scope = :scope", "the switch is the platform's")
 PAUSE = SystemStatement("select reason from switches where scope = 'all'", "the switch is the platform's")

@@ -18,7 +18,7 @@ import pytest
 
 from kilo_pipelines.core.clock import ManualClock, SystemClock
 from kilo_pipelines.core.diff import hunks_of
-from kilo_pipelines.core.effects import EffectIntent, EffectKind
+from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.providers import github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
 
@@ -80,6 +80,11 @@ class Twin:
         return read_back(f"http://localhost:{self.port}", self.credentials, self.pull["repository"], self.pull["number"])
 
 
+def apply(installation: GitHubInstallation, intent: EffectIntent) -> EffectReceipt:
+    """An effect that stays ours to its end."""
+    return github_effects.apply(installation, intent, lambda: True)
+
+
 @pytest.fixture
 def twin(tmp_path: Path) -> Iterator[Twin]:
     running = Twin(tmp_path)
@@ -122,9 +127,9 @@ def test_a_pull_request_is_read_as_it_is_now(twin: Twin) -> None:
 
 
 def test_a_check_run_is_made_once_and_updated_in_place(twin: Twin) -> None:
-    first = github_effects.apply(twin.installation(), _check(twin, "in_progress"))
-    again = github_effects.apply(twin.installation(), _check(twin, "in_progress"))
-    ended = github_effects.apply(twin.installation(), _check(twin, "completed", conclusion="failure"))
+    first = apply(twin.installation(), _check(twin, "in_progress"))
+    again = apply(twin.installation(), _check(twin, "in_progress"))
+    ended = apply(twin.installation(), _check(twin, "completed", conclusion="failure"))
     assert first.created and not again.created and {again.external_id, ended.external_id} == {first.external_id}
     runs = twin.read()["check_runs"]
     assert [(run["status"], run["conclusion"], run["external_id"]) for run in runs] == [("completed", "failure", "e1")]
@@ -142,9 +147,9 @@ def test_a_write_whose_answer_was_lost_is_not_made_twice(twin: Twin, path: str) 
     }
     twin.fault("POST", path, "lost")
     with pytest.raises(ProviderError) as lost:
-        github_effects.apply(twin.installation(), intents[path])
+        apply(twin.installation(), intents[path])
     assert lost.value.retryable and lost.value.reason == "provider_unavailable"
-    github_effects.apply(twin.installation(), intents[path])
+    apply(twin.installation(), intents[path])
     seen = twin.read()
     here = {"/check-runs": "check_runs", "/reviews": "reviews", "/comments": "comments", "/reactions": "reactions"}[path]
     assert len(seen[here]) == 1
@@ -152,9 +157,7 @@ def test_a_write_whose_answer_was_lost_is_not_made_twice(twin: Twin, path: str) 
 
 def test_a_review_carries_its_inline_comments(twin: Twin) -> None:
     path, line = _place(twin)
-    receipt = github_effects.apply(
-        twin.installation(), _review(twin, {"path": path, "line": line, "side": "RIGHT", "body": "Look"})
-    )
+    receipt = apply(twin.installation(), _review(twin, {"path": path, "line": line, "side": "RIGHT", "body": "Look"}))
     seen = twin.read()
     assert [(one["path"], one["line"], one["body"]) for one in seen["review_comments"]] == [(path, line, "Look")]
     assert receipt.created and str(seen["reviews"][0]["id"]) == receipt.external_id
@@ -169,7 +172,7 @@ def test_comments_that_github_refuses_go_to_the_body(twin: Twin) -> None:
         {"path": path, "line": 99_999, "side": "RIGHT", "body": "Outside"},
         {"path": "no/such", "line": 1, "side": "RIGHT", "body": "Nowhere"},
     ]
-    assert github_effects.apply(twin.installation(), _review(twin, good, *bad)).created
+    assert apply(twin.installation(), _review(twin, good, *bad)).created
     seen = twin.read()
     assert [one["body"] for one in seen["review_comments"]] == ["Look here"]
     body = seen["reviews"][0]["body"]
@@ -181,10 +184,10 @@ def test_a_refusal_for_another_cause_is_tried_once_more_and_no_oftener(twin: Twi
     intent = _review(twin, {"path": path, "line": line, "side": "RIGHT", "body": "Look"})
     twin.fault("POST", "/reviews", status=422, times=2)
     with pytest.raises(ProviderError) as refused:
-        github_effects.apply(twin.installation(), intent)
+        apply(twin.installation(), intent)
     assert (refused.value.reason, refused.value.retryable) == ("provider_invalid", False)
     assert twin.read()["reviews"] == []
-    github_effects.apply(twin.installation(), intent)  # the two refusals are used up: exactly two were asked for
+    apply(twin.installation(), intent)  # the two refusals are used up: exactly two were asked for
     assert len(twin.read()["review_comments"]) == 1
 
 
@@ -192,13 +195,13 @@ def test_the_summary_is_updated_in_place_beyond_the_first_page_and_forged_marker
     def summary(body: str) -> EffectIntent:
         return twin.intent(EffectKind.GITHUB_SUMMARY_COMMENT, pull_number=twin.pull["number"], body=body, marker=MARKER)
 
-    first = github_effects.apply(twin.installation(), summary(f"one {MARKER}"))
+    first = apply(twin.installation(), summary(f"one {MARKER}"))
     other = "<!-- another -->"
     pull = twin.installation().pull_object(twin.pull["repository"], twin.pull["number"])
     for number in range(35):  # PyGithub's page holds 30
         pull.create_issue_comment(f"{number} {other}")
-    second = github_effects.apply(twin.installation(), summary(f"two {MARKER}"))
-    same = github_effects.apply(twin.installation(), summary(f"two {MARKER}"))
+    second = apply(twin.installation(), summary(f"two {MARKER}"))
+    same = apply(twin.installation(), summary(f"two {MARKER}"))
     assert first.created and not second.created and first.external_id == second.external_id == same.external_id
     assert twin.installation(READ).summary_comment(twin.pull["repository"], twin.pull["number"], MARKER) == f"two {MARKER}"
     assert twin.installation(READ).summary_comment(twin.pull["repository"], twin.pull["number"], "<!-- of nobody -->") is None
@@ -207,17 +210,17 @@ def test_the_summary_is_updated_in_place_beyond_the_first_page_and_forged_marker
 def test_a_repository_that_left_the_installation_gets_nothing(twin: Twin) -> None:
     """Asked at effect time, also with a token from before (threats, rule 16)."""
     held = twin.installation()
-    github_effects.apply(held, _check(twin, "in_progress"))
+    apply(held, _check(twin, "in_progress"))
     twin.control("uninstall", repository=twin.pull["repository"])
     for client in (lambda: held, twin.installation):
         with pytest.raises(ProviderError) as gone:
-            github_effects.apply(client(), _check(twin, "completed", conclusion="success"))
+            apply(client(), _check(twin, "completed", conclusion="success"))
         assert (gone.value.reason, gone.value.retryable) == ("owner_changed", False)
 
 
 def test_a_token_can_do_only_what_it_was_minted_for(twin: Twin) -> None:
     with pytest.raises(ProviderError) as refused:
-        github_effects.apply(twin.installation(READ), _check(twin, "in_progress"))
+        apply(twin.installation(READ), _check(twin, "in_progress"))
     assert refused.value.reason in ("provider_refused", "provider_not_found") and not refused.value.retryable
 
 
@@ -320,13 +323,13 @@ def test_tokens_never_travel_in_the_clear(address: str) -> None:
 )
 def test_a_payload_that_is_not_its_kinds_is_refused_before_anything_is_asked(twin: Twin, payload: dict[str, Any]) -> None:
     with pytest.raises(ProviderError) as refused:
-        github_effects.apply(twin.installation(), twin.intent(EffectKind.GITHUB_REACTION, **payload))
+        apply(twin.installation(), twin.intent(EffectKind.GITHUB_REACTION, **payload))
     assert (refused.value.reason, refused.value.retryable) == ("provider_invalid", False)
 
 
 def test_no_token_is_logged_or_shown(twin: Twin, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         client = twin.installation()
-        github_effects.apply(client, _check(twin, "in_progress"))
+        apply(client, _check(twin, "in_progress"))
     assert "ghs_" not in caplog.text and "Bearer ey" not in caplog.text
     assert "ghs_" not in repr(client) and "BEGIN" not in repr(twin.app())

@@ -170,7 +170,7 @@ def test_a_freed_slot_wakes_one_waiting_item(world: World) -> None:
 
 def test_a_waiting_item_says_why_the_switch_holds_it(world: World) -> None:
     item = world.item()
-    world.store.queue.switch(f"owner:{world.owner.id}", "kill", "test")
+    world.store.queue.switch(f"owner:{world.owner.id}", "kill", "test", actor="test")
     refused = world.claim(item)
     assert isinstance(refused, Refused) and refused.outcome == Reason.KILL_SWITCH
     found = world.store.queue.get(item)
@@ -180,21 +180,34 @@ def test_a_waiting_item_says_why_the_switch_holds_it(world: World) -> None:
 
 
 @pytest.mark.parametrize("scope", ["all", "service:code_review", "owner"])
-def test_the_kill_switch_holds_sessions_that_wait(world: World, scope: str) -> None:
+def test_a_pause_holds_sessions_that_wait(world: World, scope: str) -> None:
     """An agent that wasn't started yet isn't started while the switch is set."""
     _, session = world.launched()
     place = f"owner:{world.owner.id}" if scope == "owner" else scope
-    world.store.queue.switch(place, "kill", "test")
+    world.store.queue.switch(place, "pause", "test", actor="test")
     world.store.sessions.ensure_capacity(64)
     try:
         assert not [one for one in world.store.queue.offers(100) if one.ids == [session]]
         refused = world.session_claim(session)
-        assert isinstance(refused, Refused) and refused.outcome == Reason.KILL_SWITCH
+        assert isinstance(refused, Refused) and refused.outcome == Reason.PAUSED
         assert _capacity_of(world, session) == 0
     finally:
         world.store.queue.unswitch(place)
     world.clock.advance(timedelta(seconds=31))
     assert isinstance(world.session_claim(session), SessionClaim)
+
+
+@pytest.mark.parametrize("scope", ["all", "service:code_review", "owner"])
+def test_the_kill_switch_stops_what_runs_and_leaves_what_waits(world: World, scope: str) -> None:
+    claim, held = world.running()
+    waiting = world.item()
+    place = f"owner:{world.owner.id}" if scope == "owner" else scope
+    try:
+        assert world.store.queue.switch(place, "kill", "test", actor="test") >= 1
+        assert world.store.sessions.beat(held, 30) == "cancel"
+        assert (world.state(claim.item_id), world.state(waiting)) == ("cancelled", "waiting")
+    finally:
+        world.store.queue.unswitch(place)
 
 
 def test_reopening_waits_for_an_admission_of_the_same_subject(world: World) -> None:

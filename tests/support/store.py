@@ -73,7 +73,9 @@ class World:
         return opened[0]
 
     def claim(self, item: UUID, cap: int = 20, lease: float = 30) -> Any:
-        return self.store.queue.claim(item, "code_review", run_id=uuid4().hex, slots=lambda _kind, _plan: cap, lease_s=lease)
+        return self.store.queue.claim(
+            item, "code_review", run_id=uuid4().hex, pools=lambda _kind, _plan: {"code_review": cap}, lease_s=lease
+        )
 
     def launched(self, item: UUID | None = None) -> tuple[Claimed, UUID]:
         """A running item with a queued session."""

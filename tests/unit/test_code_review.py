@@ -64,6 +64,7 @@ def event(action: str = "opened", **pull: Any) -> PullRequestEvent:
 class Setting:
     config: dict[str, Any] = field(default_factory=dict)
     enabled: bool = True
+    action_required: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def test_reviewed_actions_open_an_item(action: str) -> None:
         (event(draft=True), Setting(), True, Reason.SKIPPED_DRAFT),
         (event(), None, True, Reason.REVIEWER_NOT_ENABLED),
         (event(), Setting(enabled=False), True, Reason.REVIEWER_NOT_ENABLED),
+        (event(), Setting(action_required={"reason": "provider_refused"}), True, Reason.ACTION_REQUIRED),
         (event(), Setting(), False, Reason.REPOSITORY_UNKNOWN),
         (
             event(),

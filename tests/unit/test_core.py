@@ -13,7 +13,7 @@ from kilo_pipelines.cloud_agent.transcript import Turn, bind, canonical
 from kilo_pipelines.core.diff import commentable, hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.markers import Marker
-from kilo_pipelines.core.owners import review_slots
+from kilo_pipelines.core.owners import review_pools
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.core.text import cut, fence, harmless, one_line
 from kilo_pipelines.core.verdict import GATES, SEVERITIES, Conclusion, EvidenceKey, conclude, fault_of, worst
@@ -122,11 +122,8 @@ def test_every_reason_has_a_meaning_and_a_remedy() -> None:
 
 
 def test_slots_follow_the_plan() -> None:
-    assert [review_slots("organization", "default"), review_slots("user", "funded"), review_slots("user", "default")] == [
-        20,
-        3,
-        1,
-    ]
+    pools = [review_pools("organization", "default"), review_pools("user", "funded"), review_pools("user", "default")]
+    assert pools == [{"code_review": 20}, {"code_review": 3}, {"code_review": 1}]
 
 
 def make_diff(blocks: list[tuple[int, int, int]]) -> str:

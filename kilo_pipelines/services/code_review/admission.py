@@ -44,6 +44,8 @@ class OwnerSetting(Protocol):
     def config(self) -> dict[str, Any]: ...
     @property
     def enabled(self) -> bool: ...
+    @property
+    def action_required(self) -> dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def decide(
         return AdmissionDecision(skip=Reason.SKIPPED_DRAFT)
     if setting is None or not setting.enabled:
         return AdmissionDecision(skip=Reason.REVIEWER_NOT_ENABLED)
+    if setting.action_required is not None:
+        return AdmissionDecision(skip=Reason.ACTION_REQUIRED)
     if not repository_known:
         return AdmissionDecision(skip=Reason.REPOSITORY_UNKNOWN)
     config = CodeReviewConfig.model_validate(setting.config)

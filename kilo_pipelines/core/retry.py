@@ -1,0 +1,121 @@
+"""The one retry policy: which failures of the work are tried again, how often, after how long, and which disable a service.
+
+Source: contract A11 (one attempt more after an infrastructure failure, never after a cap, a cancel or a push) and A13
+(reasons that need a person switch the service off). Effects have the outbox's own back-off; this is about attempts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+
+from kilo_pipelines.core.reasons import Reason
+
+
+class FailureClass(StrEnum):
+    """Why a session or a launch did not lead to a verdict."""
+
+    INFRASTRUCTURE = "infrastructure"  # a worker, a sandbox or the agent's process died
+    DEPENDENCY = "dependency"  # model, provider or git host did not answer
+    ACTION_REQUIRED = "action_required"  # the owner has to change something at the provider
+    OPERATOR = "operator"  # the operator has to change a key or the machine; the owner's service stays on
+    INPUT = "input"  # what was asked can't be done, or was done and did not count
+    STOPPED = "stopped"  # a person, a push or the platform ended it
+    LIMIT = "limit"  # a cap of ours: the same work would meet it again
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`attempts` in all for one item; `delay` before the next; `disables` the owner's service until a person acts."""
+
+    attempts: int
+    delay: timedelta = timedelta()
+    disables: bool = False
+
+
+POLICY: dict[FailureClass, Policy] = {
+    # A host that just lost a worker is given ten seconds to get one again.
+    FailureClass.INFRASTRUCTURE: Policy(attempts=2, delay=timedelta(seconds=10)),
+    # Outages of minutes are common, of seconds rare.
+    FailureClass.DEPENDENCY: Policy(attempts=2, delay=timedelta(seconds=60)),
+    FailureClass.ACTION_REQUIRED: Policy(attempts=1, disables=True),
+    FailureClass.OPERATOR: Policy(attempts=1),
+    FailureClass.INPUT: Policy(attempts=1),
+    FailureClass.STOPPED: Policy(attempts=1),
+    FailureClass.LIMIT: Policy(attempts=1),
+}
+
+# Every reason with which a session or a launch may fail; a test holds it against the reasons that code gives.
+CLASS_OF: dict[Reason, FailureClass] = {
+    Reason.AGENT_CRASHED: FailureClass.INFRASTRUCTURE,
+    Reason.SESSION_LOST: FailureClass.INFRASTRUCTURE,
+    Reason.CHECKOUT_FAILED: FailureClass.INFRASTRUCTURE,
+    Reason.FETCH_FAILED: FailureClass.DEPENDENCY,
+    Reason.MODEL_UNREACHABLE: FailureClass.DEPENDENCY,
+    Reason.PROVIDER_UNAVAILABLE: FailureClass.DEPENDENCY,
+    Reason.PROVIDER_RATE_LIMITED: FailureClass.DEPENDENCY,
+    Reason.PROVIDER_REFUSED: FailureClass.ACTION_REQUIRED,
+    Reason.MODEL_REFUSED: FailureClass.OPERATOR,
+    Reason.GITHUB_APP_MISSING: FailureClass.OPERATOR,
+    Reason.SANDBOX_UNAVAILABLE: FailureClass.OPERATOR,
+    Reason.AGENT_UNAVAILABLE: FailureClass.OPERATOR,
+    Reason.PROVIDER_NOT_FOUND: FailureClass.INPUT,
+    Reason.PROVIDER_INVALID: FailureClass.INPUT,
+    Reason.REPOSITORY_TOO_LARGE: FailureClass.INPUT,
+    Reason.DIFF_TOO_LARGE: FailureClass.INPUT,
+    Reason.DIFF_EMPTY: FailureClass.INPUT,
+    Reason.RESULT_MISSING: FailureClass.INPUT,  # the runner has had its repair turn
+    Reason.RESULT_INVALID: FailureClass.INPUT,
+    Reason.RESULT_UNBOUND: FailureClass.INPUT,
+    Reason.NO_TURNS: FailureClass.INPUT,
+    Reason.COVERAGE_GAP: FailureClass.INPUT,
+    Reason.EVIDENCE_MISSING: FailureClass.INPUT,
+    Reason.EVIDENCE_MISMATCH: FailureClass.INPUT,
+    Reason.EVIDENCE_REPORTED: FailureClass.INPUT,
+    Reason.BUDGET_EXCEEDED: FailureClass.LIMIT,
+    Reason.SESSION_SILENT: FailureClass.LIMIT,
+    Reason.SESSION_TIMEOUT: FailureClass.LIMIT,
+    Reason.DEADLINE_PASSED: FailureClass.LIMIT,
+    Reason.NO_CAPACITY: FailureClass.LIMIT,
+    Reason.RETRIES_EXHAUSTED: FailureClass.LIMIT,
+    Reason.HEAD_MOVED: FailureClass.STOPPED,
+    Reason.INTERRUPTED: FailureClass.STOPPED,
+    Reason.SUPERSEDED: FailureClass.STOPPED,
+    Reason.USER_CANCELLED: FailureClass.STOPPED,
+    Reason.PULL_CLOSED: FailureClass.STOPPED,
+    Reason.SKIPPED_DRAFT: FailureClass.STOPPED,
+    Reason.OWNER_CHANGED: FailureClass.STOPPED,
+    Reason.KILL_SWITCH: FailureClass.STOPPED,
+    Reason.INTEGRATION_SUSPENDED: FailureClass.STOPPED,
+    Reason.ACTION_REQUIRED: FailureClass.STOPPED,
+}
+
+
+def next_attempt(reason: Reason, attempt: int) -> timedelta | None:
+    """After how long an item whose attempt (from 1) failed so is tried again; None: not again. Unknown reasons never are."""
+    failure = CLASS_OF.get(reason)
+    if failure is None or attempt >= POLICY[failure].attempts:
+        return None
+    return POLICY[failure].delay
+
+
+def disables(reason: Reason) -> bool:
+    """Whether the owner's service is switched off until a person acts."""
+    failure = CLASS_OF.get(reason)
+    return failure is not None and POLICY[failure].disables
+
+
+# A provider that was away is asked again after this, doubled with every try up to the cap; the item waits meanwhile without a
+# slot and is never failed by its age (invariant 4).
+LAUNCH_WAIT = timedelta(seconds=30)
+LAUNCH_WAIT_CAP = timedelta(minutes=15)
+# A refused token is minted anew once or twice; a third refusal is an answer.
+REFUSED_TRIES = 3
+
+
+def launch_wait(reason: Reason, tries: int, retry_after: timedelta | None) -> timedelta | None:
+    """How long a claimed item waits after its launch met a provider's failure that may pass; None: it ends."""
+    if reason is Reason.PROVIDER_REFUSED and tries + 1 >= REFUSED_TRIES:
+        return None
+    return retry_after or min(LAUNCH_WAIT_CAP, LAUNCH_WAIT * 2 ** min(tries, 10))

@@ -9,11 +9,12 @@ from dagster import Definitions, in_process_executor
 from dagster import definitions as lazy_definitions
 
 from kilo_pipelines.assets import default_assets
+from kilo_pipelines.assets.engine import invariant_checks
 from kilo_pipelines.jobs import default_jobs
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.resources.store import StoreResource
-from kilo_pipelines.schedules import default_schedules, refresh_outcomes
+from kilo_pipelines.schedules import default_schedules, reconcile, refresh_outcomes
 from kilo_pipelines.sensors import default_sensors
 from kilo_pipelines.settings import Settings
 
@@ -22,7 +23,8 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
     """Fresh definitions with this many work shards; `overrides` replaces resources by name, for tests."""
     return Definitions(
         assets=default_assets(),
-        jobs=[*default_jobs(), refresh_outcomes],
+        asset_checks=invariant_checks(),
+        jobs=[*default_jobs(), refresh_outcomes, reconcile],
         sensors=default_sensors(shards),
         schedules=default_schedules(),
         # A warm worker's child may have no children of its own, and one process a run is what it is for.

@@ -16,6 +16,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
+from kilo_pipelines.assets.engine import reconciliation
 from kilo_pipelines.partitions import OWNERS
 from kilo_pipelines.resources.store import StoreResource
 
@@ -80,4 +81,4 @@ def review_outcomes(context: AssetExecutionContext, store: StoreResource) -> Mat
 
 def default_assets() -> list[AssetsDefinition]:
     """Every asset of the platform."""
-    return [review_outcomes]
+    return [reconciliation, review_outcomes]

@@ -1,4 +1,4 @@
-"""`kilo-pipelines`: up, down, status, doctor, demo, owners, integrations, reviews. `--json` everywhere, honest exit codes.
+"""`kilo-pipelines`: up, down, status, doctor, demo, owners, integrations, reviews; and the operator's hands (cli/work.py). `--json` everywhere, honest exit codes.
 
 0: done, or everything is well; 1: it could not be done, or something is missing; 2: the command was misused (click's own).
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from uuid import UUID
 
 import click
@@ -24,7 +24,8 @@ import psutil
 
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import doctor as doctor_checks
-from kilo_pipelines.cli import setup, supervisor, world
+from kilo_pipelines.cli import setup, supervisor, work, world
+from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.services.code_review import admission
@@ -35,30 +36,6 @@ from kilo_pipelines.store.embedded import EmbeddedPostgresError
 
 # What ends a start with one line instead of a traceback.
 FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, ValueError, OSError)
-
-as_json = click.option("--json", "plain", is_flag=True, help="Prints one JSON document instead of text.")
-
-
-def _show(plain: bool, value: Any, text: Callable[[], str]) -> None:
-    click.echo(json.dumps(value, default=str) if plain else text())
-
-
-def _end(plain: bool, message: str, code: int = 1) -> NoReturn:
-    if plain:
-        click.echo(json.dumps({"error": message}))
-    else:
-        click.echo(f"kilo-pipelines: {message}", err=True)
-    sys.exit(code)
-
-
-def _store(plain: bool) -> tuple[Settings, Store]:
-    settings = Settings()
-    if not supervisor.is_running(settings) and settings.database_url is None:
-        _end(plain, f"the platform of {settings.home} isn't running: start it with `kilo-pipelines up`")
-    try:
-        return settings, setup.open_store(settings)
-    except SettingsError as failure:
-        _end(plain, str(failure))
 
 
 @click.group()
@@ -140,14 +117,14 @@ def down(plain: bool) -> None:
     settings = Settings()
     state = supervisor.read_state(settings)
     if not supervisor.is_running(settings) or "pid" not in state:
-        _end(plain, f"no platform runs in {settings.home}")
+        end(plain, f"no platform runs in {settings.home}")
     process = psutil.Process(int(str(state["pid"])))
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(supervisor.STOP_SECONDS + 5)
     except psutil.TimeoutExpired:
-        _end(plain, f"process {process.pid} doesn't end; its children are {[one.pid for one in process.children()]}")
-    _show(plain, {"stopped": True}, lambda: "stopped")
+        end(plain, f"process {process.pid} doesn't end; its children are {[one.pid for one in process.children()]}")
+    show(plain, {"stopped": True}, lambda: "stopped")
 
 
 @main.command()
@@ -175,7 +152,7 @@ def status(plain: bool) -> None:
         ]
         return "\n".join([*lines, "work: " + (", ".join(f"{count} {name}" for name, count in work.items()) or "nothing waits")])
 
-    _show(plain, report, text)
+    show(plain, report, text)
     sys.exit(0 if running and all(child["alive"] for child in children) else 1)
 
 
@@ -193,7 +170,7 @@ def doctor(plain: bool) -> None:
             for check in checks
         )
 
-    _show(plain, {"ok": not bad, "checks": [asdict(check) for check in checks]}, text)
+    show(plain, {"ok": not bad, "checks": [asdict(check) for check in checks]}, text)
     sys.exit(1 if bad else 0)
 
 
@@ -246,9 +223,9 @@ def owners() -> None:
 @as_json
 def owners_list(plain: bool) -> None:
     """Lists owners."""
-    _, store = _store(plain)
+    _, store = open_store(plain)
     found = [asdict(one) for one in store.owners.all()]
-    _show(
+    show(
         plain,
         found,
         lambda: "\n".join(f"{one['id']}  {one['kind']:<12} {one['plan']:<8} {one['name']}" for one in found) or "no owners",
@@ -262,7 +239,7 @@ def owners_list(plain: bool) -> None:
 @as_json
 def owners_create(name: str, kind: str, plan: str, plain: bool) -> None:
     """Creates an owner and enables Code Review with its defaults."""
-    _, store = _store(plain)
+    _, store = open_store(plain)
     owner = store.owners.create(kind, name, plan)
     store.owners.put_config(
         owner.id,
@@ -270,9 +247,9 @@ def owners_create(name: str, kind: str, plan: str, plain: bool) -> None:
         CodeReviewConfig().model_dump(mode="json"),
         enabled=True,
         expected_revision=0,
-        actor="operator",
+        actor=OPERATOR,
     )
-    _show(plain, asdict(owner), lambda: str(owner.id))
+    show(plain, asdict(owner), lambda: str(owner.id))
 
 
 @main.group()
@@ -284,9 +261,9 @@ def integrations() -> None:
 @as_json
 def integrations_list(plain: bool) -> None:
     """Lists integrations with their repositories."""
-    _, store = _store(plain)
+    _, store = open_store(plain)
     found = [{"owner": str(owner.id), **one} for owner in store.owners.all() for one in store.owners.integrations(owner.id)]
-    _show(
+    show(
         plain,
         found,
         lambda: (
@@ -306,15 +283,15 @@ def integrations_list(plain: bool) -> None:
 @as_json
 def integrations_connect(owner: UUID, installation: int, account: str, plain: bool) -> None:
     """Connects an installation after GitHub confirmed that this App holds it."""
-    settings, store = _store(plain)
+    settings, store = open_store(plain)
     holder = store.owners.by_installation("github", installation)
     if holder is not None and holder.owner_id != owner:
-        _end(plain, f"installation {installation} belongs to another owner already")
+        end(plain, f"installation {installation} belongs to another owner already")
     try:
         made = setup.connect_installation(settings, store, owner, installation, account)
     except (ValueError, setup.ProviderError) as failure:
-        _end(plain, str(failure))
-    _show(plain, {"integration": str(made)}, lambda: str(made))
+        end(plain, str(failure))
+    show(plain, {"integration": str(made)}, lambda: str(made))
 
 
 @main.group()
@@ -325,7 +302,7 @@ def reviews() -> None:
 def _find(store: Store, review: UUID, plain: bool) -> Any:
     row = store.reviews.get(review)
     if row is None:
-        _end(plain, f"no review {review}")
+        end(plain, f"no review {review}")
     return row
 
 
@@ -334,10 +311,10 @@ def _find(store: Store, review: UUID, plain: bool) -> Any:
 @as_json
 def reviews_list(limit: int, plain: bool) -> None:
     """Lists reviews of all owners, newest first."""
-    _, store = _store(plain)
+    _, store = open_store(plain)
     rows = [row for owner in store.owners.all() for row in store.reviews.of_owner(owner.id, limit=limit)]
     rows.sort(key=lambda row: row.created_at, reverse=True)
-    _show(
+    show(
         plain,
         [asdict(row) for row in rows[:limit]],
         lambda: (
@@ -356,7 +333,7 @@ def reviews_list(limit: int, plain: bool) -> None:
 @as_json
 def reviews_show(review: UUID, plain: bool) -> None:
     """Shows a review with its evidence: what was sent to the model, what was not."""
-    _, store = _store(plain)
+    _, store = open_store(plain)
     row = _find(store, review, plain)
     effects = store.outbox.of_item(review)
     events = store.sessions.events(row.session_id) if row.session_id else []
@@ -386,7 +363,7 @@ def reviews_show(review: UUID, plain: bool) -> None:
         lines += [f"event  {one['at']:%H:%M:%S} {one['kind']} {one['data']}" for one in events]
         return "\n".join(lines)
 
-    _show(plain, {**asdict(row), "effects": effects, "events": events}, text)
+    show(plain, {**asdict(row), "effects": effects, "events": events}, text)
 
 
 @reviews.command("dispatch")
@@ -396,18 +373,18 @@ def reviews_show(review: UUID, plain: bool) -> None:
 @as_json
 def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> None:
     """Asks for a review by hand."""
-    settings, store = _store(plain)
+    settings, store = open_store(plain)
     config = store.owners.config(owner, admission.SERVICE)
     known = {name: one for one in store.owners.integrations(owner) for name in one["repositories"]}
     if config is None or not config.enabled or repository not in known:
-        _end(plain, f"{repository} isn't connected to this owner, or Code Review is off")
+        end(plain, f"{repository} isn't connected to this owner, or Code Review is off")
     try:
         installation = known[repository]["installation_id"]
         app = setup.github_app(settings)
         ids = [one.external_id for one in app.installed_repositories(installation) if one.full_name == repository]
         state = app.installation(installation, ids, {"metadata": "read", "pull_requests": "read"}).pull(repository, pull)
     except (ValueError, setup.ProviderError) as failure:
-        _end(plain, str(failure))
+        end(plain, str(failure))
     item = store.reviews.dispatch(
         owner,
         NewItem(
@@ -417,11 +394,11 @@ def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> No
             priority=1,
             details={**asdict(state), "pull_number": pull, "trigger": "manual", "settings": config.config},
         ),
-        actor="operator",
+        actor=OPERATOR,
     )
     if item is None:
-        _end(plain, "this pull request has an active review already")
-    _show(plain, {"review": str(item)}, lambda: str(item))
+        end(plain, "this pull request has an active review already")
+    show(plain, {"review": str(item)}, lambda: str(item))
 
 
 @reviews.command("cancel")
@@ -429,11 +406,14 @@ def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> No
 @as_json
 def reviews_cancel(review: UUID, plain: bool) -> None:
     """Cancels an active review; its session stops and its slot is free."""
-    _, store = _store(plain)
-    if not store.queue.cancel(review, reason=Reason.USER_CANCELLED, actor="operator"):
-        _end(plain, "this review is over already, or unknown")
-    _show(plain, {"cancelled": True}, lambda: "cancelled")
+    _, store = open_store(plain)
+    if not store.queue.cancel(review, reason=Reason.USER_CANCELLED, actor=OPERATOR):
+        end(plain, "this review is over already, or unknown")
+    show(plain, {"cancelled": True}, lambda: "cancelled")
 
+
+for command in work.COMMANDS:
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

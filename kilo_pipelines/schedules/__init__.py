@@ -4,6 +4,8 @@ Holds: cron expressions and which runs they ask for. Does not belong here: the w
 """
 
 from dagster import (
+    AssetKey,
+    AssetSelection,
     DefaultScheduleStatus,
     RunRequest,
     ScheduleDefinition,
@@ -44,6 +46,25 @@ def outcomes(context: ScheduleEvaluationContext, store: StoreResource) -> list[R
     return [RunRequest(run_key=f"{owner}:{moment}", partition_key=owner, tags={tags.OWNER: owner}) for owner in owners]
 
 
+# The recovery sensor reaps every few seconds; this shows its results and holds the invariants, soon enough for a person.
+RECONCILE_CRON = "*/5 * * * *"
+
+reconcile = define_asset_job(
+    "reconcile",
+    selection=AssetSelection.assets("reconciliation") | AssetSelection.checks_for_assets(AssetKey("reconciliation")),
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
+    description="Runs every reconciler once and checks every invariant.",
+)
+
+reconcilers = ScheduleDefinition(
+    name="reconcilers",
+    job=reconcile,
+    cron_schedule=RECONCILE_CRON,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Every reconciler with its results, and every invariant with its offenders: the asset `reconciliation`.",
+)
+
+
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes]
+    return [outcomes, reconcilers]

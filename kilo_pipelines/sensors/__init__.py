@@ -6,7 +6,17 @@ Holds: waiting for work and turning offers into run requests. What a sensor comm
 
 import time
 
-from dagster import DefaultSensorStatus, RunRequest, SensorDefinition, SensorEvaluationContext, SensorResult, SkipReason, sensor
+from dagster import (
+    DefaultSensorStatus,
+    RunFailureSensorContext,
+    RunRequest,
+    SensorDefinition,
+    SensorEvaluationContext,
+    SensorResult,
+    SkipReason,
+    run_failure_sensor,
+    sensor,
+)
 
 from kilo_pipelines import tags
 from kilo_pipelines.jobs import agent_session, code_review, outbox, settle_code_review
@@ -103,6 +113,17 @@ def recovery(context: SensorEvaluationContext, store: StoreResource) -> SkipReas
     return SkipReason(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "nothing to reap")
 
 
+@run_failure_sensor(
+    name="failed_runs",
+    default_status=DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=RECOVERY_INTERVAL_SECONDS,
+    description="A run that Dagster calls failed is a hint: what it held is over now, and recovery takes it back.",
+)
+def failed_runs(context: RunFailureSensorContext, store: StoreResource) -> SkipReason:
+    freed = store.get().queue.run_failed(context.dagster_run.run_id)
+    return SkipReason(f"run {context.dagster_run.run_id} held {freed} leases")
+
+
 def default_sensors(shards: int) -> list[SensorDefinition]:
-    """The work shards and the recovery sensor."""
-    return [*(_shard(number) for number in range(shards)), recovery]
+    """The work shards, the recovery sensor and the one that hears of failed runs."""
+    return [*(_shard(number) for number in range(shards)), recovery, failed_runs]

@@ -10,10 +10,11 @@ from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
+from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
 from kilo_pipelines.store.queue import Queue
-from kilo_pipelines.store.recovery import Recovery
+from kilo_pipelines.store.recovery import RECONCILERS, Recovery
 from kilo_pipelines.store.rows import (
     Claimed,
     ClaimedEffect,
@@ -35,8 +36,11 @@ from kilo_pipelines.store.rows import (
 )
 from kilo_pipelines.store.sessions import Sessions
 from kilo_pipelines.store.settle import Settlements, SettleTx
+from kilo_pipelines.store.system_statements import INVARIANTS
 
 __all__ = [
+    "INVARIANTS",
+    "RECONCILERS",
     "AdmissionTx",
     "AmbiguousInstallationError",
     "Budgets",
@@ -78,6 +82,7 @@ class Store:
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
         self.budgets = Budgets(self.database)
+        self.invariants = Invariants(self.database, clock)
         self.recovery = Recovery(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)

@@ -189,6 +189,16 @@ class Owners:
             )
         return ServiceConfig(**row) if row else None
 
+    def services(self, owner_id: UUID) -> list[dict[str, Any]]:
+        """An owner's services: on or off, and what each waits for."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select service, enabled, revision, action_required from service_configs where owner_id = :owner order by service",
+                owner=owner_id,
+            )
+        return [dict(row) for row in found]
+
     def enable_service(self, owner_id: UUID, service: str, enabled: bool, *, actor: str) -> bool:
         """A person switches a service on (which clears what it waited for) or off; False when the owner has no such service."""
         with self._database.owner(owner_id) as connection:

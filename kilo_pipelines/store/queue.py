@@ -155,13 +155,16 @@ def items_a_run(backlog: int) -> int:
 def _grouped(kind: str, found: list[Any]) -> list[Offer]:
     """Offers for rows: of one owner and service each, in the order of their first rows."""
     size = items_a_run(len(found))
-    groups: dict[tuple[UUID, str], list[list[Any]]] = {}
+    groups: list[list[Any]] = []
+    open_group: dict[tuple[UUID, str], list[Any]] = {}
     for row in found:
-        chunks = groups.setdefault((row["owner_id"], row["service"]), [[]])
-        if len(chunks[-1]) == size:
-            chunks.append([])
-        chunks[-1].append(row)
-    return [_offer(kind, chunk) for chunks in groups.values() for chunk in chunks]
+        key = (row["owner_id"], row["service"])
+        group = open_group.get(key)
+        if group is None or len(group) == size:
+            group = open_group[key] = []
+            groups.append(group)
+        group.append(row)
+    return [_offer(kind, group) for group in groups]
 
 
 def _offer(kind: str, found: list[Any]) -> Offer:
@@ -241,6 +244,7 @@ class Queue:
             outstanding = one(connection, system.OUTSTANDING_OFFERS.sql, now=now)
             room = min(limit, OUTSTANDING_CAP - (outstanding["n"] if outstanding else 0))
             items = rows(connection, system.OFFER_ITEMS.sql, now=now, until=until, limit=room) if room > 0 else []
+            items.sort(key=lambda row: row["place"])
         due = {row["item_id"]: {**row, "id": row["item_id"], "attempt": None} for row in effects}
         return [
             *_grouped("settle", ended),

@@ -54,14 +54,16 @@ with recursive line as (
         select id, priority, created_at from work_items w where w.owner_id = r.owner_id and w.service = r.service
           and w.state = 'waiting' and w.not_before <= :now and (w.offer_until is null or w.offer_until <= :now)
         order by w.priority desc, w.created_at, w.id limit greatest(r.free, 0)) i
+), places as (
+    select owner_id, id, row_number() over (order by turn, last_turn nulls first, created_at, id) as place from turns
 ), due as (
-    select w.owner_id, w.id from turns t join work_items w on w.owner_id = t.owner_id and w.id = t.id
+    select w.owner_id, w.id, t.place from places t join work_items w on w.owner_id = t.owner_id and w.id = t.id
     where w.state = 'waiting' and (w.offer_until is null or w.offer_until <= :now)
-    order by t.turn, t.last_turn nulls first, t.created_at, t.id limit :limit for update of w skip locked
+    order by t.place limit :limit for update of w skip locked
 )
 update work_items w set offer_no = w.offer_no + 1, offer_until = :until
 from due where w.owner_id = due.owner_id and w.id = due.id
-returning w.owner_id, w.id, w.service, w.subject_key, w.offer_no, w.attempt,
+returning due.place, w.owner_id, w.id, w.service, w.subject_key, w.offer_no, w.attempt,
     (select r.full_name from repositories r where r.owner_id = w.owner_id and r.external_id = w.repository_id) as repository
 """,
     "waiting items are offered in turn over all owners, each no more than its free slots could take",
@@ -234,6 +236,58 @@ REAP = {
     ),
 }
 
+INVARIANTS = {
+    "slots_belong_to_live_items": SystemStatement(
+        "select s.owner_id, s.pool, s.number, s.item_id, w.state from owner_slots s"
+        " left join work_items w on w.owner_id = s.owner_id and w.id = s.item_id"
+        " where s.item_id is not null and (w.id is null or w.state not in ('starting', 'running') or w.fence <> s.fence) limit :limit",
+        "a slot that nobody holds is lost to its owner",
+    ),
+    "live_items_hold_slots": SystemStatement(
+        "select w.owner_id, w.id, w.service, w.state from work_items w where w.state in ('starting', 'running') and w.ended_at is null"
+        " and not exists (select 1 from owner_slots s where s.owner_id = w.owner_id and s.item_id = w.id and s.pool = w.service) limit :limit",
+        "an item without a slot is over its owner's cap",
+    ),
+    "deadlines_are_kept": SystemStatement(
+        "select owner_id, id, 'work item' as what, state, coalesce(lease_until, deadline) as since from work_items where ended_at is null"
+        " and ((state = 'starting' and lease_until <= :grace) or (state = 'running' and deadline <= :grace))"
+        " union all select owner_id, id, 'session', state, coalesce(lease_until, deadline) from sessions where ended_at is null"
+        " and ((state = 'running' and lease_until <= :grace) or (state = 'queued' and deadline <= :grace))"
+        " union all select owner_id, id, 'effect', state, lease_until from effects where state = 'applying' and lease_until <= :grace limit :limit",
+        "what is over and not reaped means that recovery stands still",
+    ),
+    "endings_are_announced": SystemStatement(
+        "select owner_id, id, service, state, reason, ended_at from work_items where ended_at <= :grace and not announced limit :limit",
+        "an ending that nobody was told of leaves its check open",
+    ),
+    "sessions_are_settled": SystemStatement(
+        "select w.owner_id, w.id, s.id as session_id, s.state, s.ended_at from work_items w"
+        " join sessions s on s.owner_id = w.owner_id and s.id = w.session_id"
+        " where w.ended_at is null and w.state = 'running' and s.ended_at <= :grace limit :limit",
+        "an ended session that is not settled holds its owner's slot",
+    ),
+    "deliveries_are_admitted": SystemStatement(
+        "select owner_id, id, event, tries, received_at from deliveries where state = 'received' and not_before <= :grace limit :limit",
+        "a delivery that waits means that no sensor works",
+    ),
+    "effects_are_applied": SystemStatement(
+        "select owner_id, id, item_id, kind, state, reason, tries from effects where state in ('dead', 'unknown')"
+        " union all select e.owner_id, e.id, e.item_id, e.kind, e.state, e.reason, e.tries from effects e"
+        " where e.state = 'pending' and e.not_before <= :grace limit :limit",
+        "dead letters wait for a person, overdue ones mean that nobody applies them",
+    ),
+    "one_live_item_a_subject": SystemStatement(
+        "select owner_id, service, subject_key, count(*) as items from work_items where ended_at is null"
+        " group by owner_id, service, subject_key having count(*) > 1 limit :limit",
+        "two live items of one subject race each other",
+    ),
+    "capacity_belongs_to_sessions": SystemStatement(
+        "select c.host, c.number, c.session_id, s.state from agent_capacity c left join sessions s on s.id = c.session_id"
+        " where c.session_id is not null and c.lease_until > :now and (s.id is null or s.state <> 'running') limit :limit",
+        "a place on the host that no session holds is lost to all",
+    ),
+}
+
 OWNERS_WITH_NEWS = SystemStatement(
     "select distinct owner_id from work_items where service = 'code_review' and updated_at >= :since",
     "the outcomes of every owner are refreshed on one clock",
@@ -306,6 +360,6 @@ COUNT = SystemStatement(
     "oddities are counted over all owners",
 )
 
-STATEMENTS: dict[str, SystemStatement] = {
-    name: value for name, value in globals().items() if isinstance(value, SystemStatement)
-} | {f"REAP.{name}": value for name, value in REAP.items()}
+STATEMENTS: dict[str, SystemStatement] = {name: value for name, value in globals().items() if isinstance(value, SystemStatement)}
+STATEMENTS |= {f"REAP.{name}": value for name, value in REAP.items()}
+STATEMENTS |= {f"INVARIANTS.{name}": value for name, value in INVARIANTS.items()}

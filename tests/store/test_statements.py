@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, event, text
 from kilo_pipelines.core.effects import EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Claimed, Refused, Repository, SessionClaim, StaleRevisionError
-from kilo_pipelines.store.system_statements import STATEMENTS
+from kilo_pipelines.store.system_statements import INVARIANTS, STATEMENTS
 from tests.conftest import Database
 from tests.support.store import World, intent
 
@@ -94,6 +94,7 @@ def _use_everything(database: Database) -> None:
     store.queue.switch(f"owner:{owner}", "kill", "test", actor="test")
     store.queue.unswitch(f"owner:{owner}")
     store.queue.gauges()
+    assert {name: store.invariants.offenders(name) for name in INVARIANTS}
     store.queue.counters()
     store.owners.disconnect(integration)
 
@@ -180,7 +181,7 @@ REPEATED = sorted(
 def test_no_repeated_statement_reads_the_whole_history(database: Database, full: World, name: str) -> None:
     """What every run, beat and second of recovery asks must not grow with what is finished."""
     now = database.clock.now()
-    values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after"), now)
+    values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after", "grace"), now)
     values |= {"limit": 20, "capacity": 5, "most": 3, "fence": 1, "owner": full.owner.id, "id": uuid4(), "session": uuid4()}
     values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {
         "result": "{}",

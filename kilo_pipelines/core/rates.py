@@ -49,5 +49,6 @@ def take(bucket: Bucket, rate: Rate, cost: float, now: datetime) -> Taken:
         return Taken(refilled, bucket.blocked_until)
     needed = min(cost, rate.burst)
     if tokens < needed:
-        return Taken(refilled, now + timedelta(seconds=(needed - tokens) * 3600 / rate.per_hour))
+        # A millisecond more than computed, so that rounding never sends anybody round again.
+        return Taken(refilled, now + timedelta(seconds=(needed - tokens) * 3600 / rate.per_hour, milliseconds=1))
     return Taken(Bucket(tokens - cost, refilled.refilled_at), None)

@@ -46,8 +46,11 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address that the listeners bind to.")
     public_port: int = Field(default=8080, description="Webhooks and callbacks.")
-    admin_port: int = Field(default=8081, description="Control API, metrics.")
-    dagster_port: int = Field(default=3000, description="Dagster UI (loopback).")
+    admin_port: int = Field(default=8081, description="Control API, metrics, and Dagster's UI behind the operator's login.")
+    admin_origin: str | None = Field(
+        default=None,
+        description="Origin under which browsers reach the admin port through a TLS proxy, such as https://kilo.example.",
+    )
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     offline: bool = Field(default=True, description="Run against the offline twin.")
@@ -66,8 +69,12 @@ class Settings(BaseSettings):
     )
     model_base_url: str | None = Field(default=None, description="OpenAI-compatible base address of the model.")
     model: str = Field(default="default", description="Model that sessions are allowed to use.")
-    lease_seconds: float = Field(default=30.0, ge=2, description="A lease not extended for this long is over.")
+    # With recovery's 5 s and a new run's start, what a killed process held is at work again within 30 s.
+    lease_seconds: float = Field(default=15.0, ge=2, description="A lease not extended for this long is over.")
     heartbeat_seconds: float = Field(default=5.0, ge=0.5, description="How often a session extends its lease.")
+    failpoints: Path | None = Field(
+        default=None, description="For crash tests: a directory whose files name the points at which a process kills itself."
+    )
     session_silence_seconds: float = Field(default=420.0, description="A session without any sign of life ends after this.")
     session_cap_seconds: float = Field(default=1800.0, description="Hard cap of a session.")
 
@@ -152,8 +159,25 @@ class Settings(BaseSettings):
         return f"http://{self.host}:{self.admin_port}"
 
     @property
+    def dagster_prefix(self) -> str:
+        """Where the admin listener serves Dagster's UI."""
+        return "/dagster"
+
+    @property
     def dagster_url(self) -> str:
-        return f"http://127.0.0.1:{self.dagster_port}"
+        return f"{self.admin_origin or self.admin_url}{self.dagster_prefix}"
+
+    @property
+    def dagster_socket(self) -> Path:
+        return self.sockets / "dagster-ui.sock"
+
+    @property
+    def operator_password_file(self) -> Path:
+        return self.secrets_dir / "operator-password"
+
+    @property
+    def operator_sessions_file(self) -> Path:
+        return self.secrets_dir / "operator-sessions"
 
     @property
     def twin_url(self) -> str:

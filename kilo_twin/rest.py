@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -140,6 +142,7 @@ class Rest:
             ("GET", repo + "/commits/{ref}/statuses", self.list_statuses),
             ("POST", repo + "/statuses/{ref}", self.create_status),
             ("GET", "/app/hook/deliveries", self.list_deliveries),
+            ("GET", "/app/hook/deliveries/{delivery:int}", self.get_delivery),
         ]
         return [Route("/api/v3" + path, self._endpoint(handler), methods=[method]) for method, path, handler in table]
 
@@ -155,6 +158,9 @@ class Rest:
             fault = self._fault(request)
             if fault and fault["kind"] == "error":
                 return _error(ApiError(fault["status"], "twin: fault", fault.get("headers")))
+            if fault and fault["kind"] == "late":  # the answer is lost, and the write lands only afterwards
+                threading.Timer(fault["seconds"], self._later, (handler, request, body)).start()
+                return _error(ApiError(502, "twin: answer lost"))
             try:
                 with self.twin.lock:
                     answer = handler(request, body)
@@ -168,6 +174,10 @@ class Rest:
             return answer
 
         return endpoint
+
+    def _later(self, handler: Callable[[Request, dict[str, Any]], Response], request: Request, body: dict[str, Any]) -> None:
+        with suppress(ApiError), self.twin.lock:
+            handler(request, body)
 
     def _fault(self, request: Request) -> dict[str, Any] | None:
         for fault in self.twin.faults:
@@ -497,20 +507,37 @@ class Rest:
 
     def list_deliveries(self, request: Request, _body: dict[str, Any]) -> Response:
         self._as_app(request)
-        names = (
-            "id",
-            "guid",
-            "delivered_at",
-            "redelivery",
-            "duration",
-            "status",
-            "status_code",
-            "event",
-            "action",
-            "installation_id",
-            "repository_id",
+        return self._page(request, [_delivery(one) for one in reversed(self.twin.data["deliveries"])])
+
+    def get_delivery(self, request: Request, _body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        found = next((one for one in self.twin.data["deliveries"] if one["id"] == request.path_params["delivery"]), None)
+        if found is None:
+            raise ApiError(404, "Not Found")
+        sent = {
+            "headers": {"X-GitHub-Event": found["event"], "X-GitHub-Delivery": found["guid"]},
+            "payload": json.loads(found["body"]),
+        }
+        return JSONResponse(
+            _delivery(found) | {"url": "", "request": sent, "response": {"headers": {}, "payload": found["answer"]}}
         )
-        return self._page(request, [{name: one[name] for name in names} for one in reversed(self.twin.data["deliveries"])])
+
+
+def _delivery(one: dict[str, Any]) -> dict[str, Any]:
+    """A delivery in a list: what became of it, without its body."""
+    names = (
+        "id",
+        "guid",
+        "delivered_at",
+        "redelivery",
+        "duration",
+        "status",
+        "status_code",
+        "event",
+        "action",
+        "installation_id",
+    )
+    return {name: one[name] for name in (*names, "repository_id")}
 
 
 def _changed_files(path: Any, base: str, head: str) -> list[dict[str, Any]]:

@@ -164,7 +164,7 @@ def _kept(path: Path) -> bool:
 def _ports(settings: Settings) -> list[Check]:
     if supervisor.is_running(settings):
         return [Check("ports", "port_taken", True, "in use by this platform", "")]
-    ports = {"public": settings.public_port, "admin": settings.admin_port, "dagster": settings.dagster_port}
+    ports = {"public": settings.public_port, "admin": settings.admin_port}
     if settings.offline:
         ports["twin"] = settings.twin_port
     return [_port(settings.host, name, number) for name, number in ports.items()]

@@ -28,6 +28,7 @@ from kilo_pipelines.cli import setup, supervisor, work, world
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.ingress.door import new_password
 from kilo_pipelines.services.code_review import admission
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, SettingsError
@@ -212,6 +213,22 @@ def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, kee
     if answer:
         click.echo(json.dumps(answer))
     sys.exit(0 if ok else 1)
+
+
+@main.group()
+def password() -> None:
+    """The operator's password of the Dagster UI."""
+
+
+@password.command("reset")
+@as_json
+def password_reset(plain: bool) -> None:
+    """Makes a new password, prints it once and ends every session."""
+    settings = Settings()
+    if not settings.secrets_dir.is_dir():
+        end(plain, f"{settings.home} has never been started: `kilo-pipelines up` makes the first password")
+    made = new_password(settings.operator_password_file, settings.operator_sessions_file)
+    show(plain, {"password": made}, lambda: made)
 
 
 @main.group()

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.ingress.door import new_password
 from kilo_pipelines.ingress.keys import ensure_operator_key
 from kilo_pipelines.providers.github import GitHubApp, ProviderError
 from kilo_pipelines.services.code_review.admission import SERVICE
@@ -22,14 +23,17 @@ from kilo_pipelines.store.migrate import migrate, provision, read_logins
 DEMO_OWNER = "acme"
 
 
-def prepare_secrets(settings: Settings) -> None:
-    """Makes what the platform needs for itself and never shows."""
+def prepare_secrets(settings: Settings) -> str | None:
+    """Makes what the platform needs for itself; the operator's password when it was made now, to be shown once."""
     private_dir(settings.secrets_dir)
     if not settings.encryption_key_file.exists():
         write_secret(settings.encryption_key_file, Cipher.new_key_file())
     password = settings.secrets_dir / "broker-password"
     if not password.exists():
         write_secret(password, secrets.token_urlsafe(24))
+    if settings.operator_password_file.exists():
+        return None
+    return new_password(settings.operator_password_file, settings.operator_sessions_file)
 
 
 def prepare_database(settings: Settings, admin_url: str) -> None:

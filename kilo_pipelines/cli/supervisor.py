@@ -135,6 +135,8 @@ class Platform:
     def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
         self.settings = settings
         self._say = say
+        # The operator's password when this start made it; told once, never logged.
+        self.new_password: str | None = None
         self.children: list[Child] = []
         self._kept: list[Child] = []
         self._stopping = threading.Event()
@@ -578,10 +580,10 @@ def dagster_processes(settings: Settings) -> list[Child]:
         ),
         Child(
             "dagster-ui",
-            [_program("dagster-webserver"), "-w", workspace, "-h", "127.0.0.1", "-p", str(settings.dagster_port)],
+            [sys.executable, "-m", "kilo_pipelines.webserver"],
             env,
-            ready=answers(f"{settings.dagster_url}/server_info"),
-            address=settings.dagster_url,
+            ready=_answers_on_socket(settings.dagster_socket),
+            address=f"{settings.dagster_url}/ (unix socket behind the login)",
         ),
         Child("dagster-daemon", [_program("dagster-daemon"), "run", "-w", workspace], env),
     ]

@@ -47,7 +47,7 @@ def start_platform(platform: Platform) -> Settings:
     """
     settings = platform.settings
     setup.refuse_mixed_worlds(settings)
-    setup.prepare_secrets(settings)
+    platform.new_password = setup.prepare_secrets(settings)
     first = [supervisor.redis(settings)]
     if settings.offline:
         first.append(supervisor.twin(settings))
@@ -79,7 +79,6 @@ def decide(settings: Settings, github_app_id: int | None) -> Settings:
     values: dict[str, Any] = {
         "public_port": settings.public_port,
         "admin_port": settings.admin_port,
-        "dagster_port": settings.dagster_port,
         "twin_port": settings.twin_port,
         "agent": settings.agent,
         "offline": offline,
@@ -197,6 +196,8 @@ def table(platform: Platform, say: Callable[[str], None]) -> None:
         pid = child.popen.pid if child.popen else 0
         say(f"  {child.name:<19} pid {pid:<8} {child.address:<24} {platform.log_file(child).name}")
     say(f"  Dagster UI          {settings.dagster_url}/runs")
+    if platform.new_password is not None:
+        say(f"  operator's password {platform.new_password} (shown this once; `kilo-pipelines password reset` makes a new one)")
     if settings.offline:
         say(f"  offline GitHub      {settings.twin_url}/acme/orders")
     say(f"  operator's API key  {settings.operator_key_file}")
@@ -287,7 +288,7 @@ def scratch_environment(home: Path) -> None:
         if name in ("run_dir", "host", "database_url", "offline") or name.startswith(("github_", "model")):
             os.environ.pop(f"KILO_{name.upper()}", None)
     os.environ["KILO_HOME"] = str(home)
-    names = ("PUBLIC", "ADMIN", "DAGSTER", "TWIN")
+    names = ("PUBLIC", "ADMIN", "TWIN")
     for name, port in zip(names, free_ports(len(names)), strict=True):
         os.environ[f"KILO_{name}_PORT"] = str(port)
 

@@ -28,6 +28,11 @@ class Reason(StrEnum):
     CALLBACK_REFUSED = "callback_refused"
     CALLBACK_EXPIRED = "callback_expired"
     CALLBACK_CONFLICT = "callback_conflict"
+    # the operator's door
+    LOGIN_REQUIRED = "login_required"
+    ORIGIN_REFUSED = "origin_refused"
+    METHOD_REFUSED = "method_refused"
+    UI_UNAVAILABLE = "ui_unavailable"
     # admission
     ACTION_IGNORED = "action_ignored"
     SKIPPED_DRAFT = "skipped_draft"
@@ -125,6 +130,13 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.CALLBACK_EXPIRED: ("A callback after its token's end.", "Nothing; the session was settled without it."),
     Reason.CALLBACK_CONFLICT: ("A second callback with another body.", "Look at the session's events: somebody knew its token."),
+    Reason.LOGIN_REQUIRED: ("The UI is the operator's.", "Log in at `/login` of the admin address."),
+    Reason.ORIGIN_REFUSED: (
+        "The request comes from a page that isn't ours.",
+        "Open the UI under its own address; behind a proxy set KILO_ADMIN_ORIGIN.",
+    ),
+    Reason.METHOD_REFUSED: ("GraphQL goes through as POST with JSON only.", "Use the UI, or POST with a JSON body."),
+    Reason.UI_UNAVAILABLE: ("Dagster's webserver doesn't answer.", "Look at `dagster-ui.log`; it is started again."),
     Reason.ACTION_IGNORED: ("This action of the event is not reviewed.", "Nothing."),
     Reason.SKIPPED_DRAFT: ("The pull request is a draft.", "Mark it ready for review."),
     Reason.REVIEWER_NOT_ENABLED: ("Code Review is not enabled for this owner.", "Enable it in the owner's settings."),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 
+from kilo_pipelines import failpoints
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
+from kilo_pipelines.ingress.door import Door, Operators
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cipher, Store
 
@@ -31,14 +34,22 @@ def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
 
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT."""
+    failpoints.arm(settings.failpoints)
     logins = settings.database_logins()
     store = Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
     store.database.check_roles()
     secret = settings.webhook_secret_file.read_text().strip() if settings.webhook_secret_file.exists() else None
-    ingress = Ingress(store, secret, frozenset({"localhost", "127.0.0.1", settings.host}))
+    hosts = {"localhost", "127.0.0.1", settings.host}
+    origins = {f"http://{host}:{settings.admin_port}" for host in hosts}
+    if settings.admin_origin is not None:
+        hosts.add(str(urlsplit(settings.admin_origin).hostname))
+        origins.add(settings.admin_origin)
+    ingress = Ingress(store, secret, frozenset(hosts))
+    operators = Operators(settings.operator_password_file, settings.operator_sessions_file, SystemClock())
+    door = Door(operators, settings.dagster_socket, settings.dagster_prefix, frozenset(origins))
     servers = [
         _server(public_application(ingress), settings.host, settings.public_port),
-        _server(admin_application(ingress), settings.host, settings.admin_port),
+        _server(admin_application(ingress, door.routes()), settings.host, settings.admin_port),
     ]
     loop = asyncio.get_running_loop()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from kilo_pipelines import __version__
 from kilo_pipelines.core.reasons import Reason
@@ -103,7 +104,7 @@ def public_application(ingress: Ingress) -> Starlette:
     )
 
 
-def _guarded(ingress: Ingress, routes: list[Route]) -> Starlette:
+def _guarded(ingress: Ingress, routes: Sequence[BaseRoute]) -> Starlette:
     """Only requests to our own names: a page in somebody's browser must not talk to us under a name of its own."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -232,8 +233,8 @@ async def _callback(ingress: Ingress, request: Request) -> Response:
     return answer(202 if outcome == "accepted" else 200, outcome)
 
 
-def admin_application(ingress: Ingress) -> Starlette:
-    """Control API and metrics; every route but health asks for an API key."""
+def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starlette:
+    """Control API and metrics, where every route but health asks for an API key; and the `door` for people."""
 
     async def principal(request: Request) -> tuple[UUID | None, str] | None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -332,7 +333,7 @@ def admin_application(ingress: Ingress) -> Starlette:
         Route("/api/v1/integrations", list_integrations, methods=["GET"]),
         Route("/api/v1/openapi.json", describe, methods=["GET"]),
     ]
-    return _guarded(ingress, routes)
+    return _guarded(ingress, [*routes, *door])
 
 
 def _description(routes: list[Route]) -> dict[str, Any]:

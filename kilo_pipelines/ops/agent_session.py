@@ -1,7 +1,8 @@
 """The op of a self-hosted session: claim, run under a lease, store the outcome, call back."""
 
+import threading
 import time
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 from dagster import DagsterExecutionInterruptedError, Nothing, OpExecutionContext, Out, op
@@ -20,23 +21,53 @@ INTERRUPT_POLL_SECONDS = 1.0
 
 
 class LeasedControl:
-    """The engine's half of a running session: lease, interrupt column, events."""
+    """The engine's half of a running session: lease, interrupt column, events.
 
-    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim, lease_s: float) -> None:
+    A thread of its own beats while the runner is busy with something long (a diff of a large repository). A database that
+    doesn't answer ends nothing before the lease would be over.
+    """
+
+    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim, *, lease_s: float, every_s: float) -> None:
         self._lease_s = lease_s
+        self._every_s = every_s
         self._context = context
         self._store = store
         self._claim = claim
+        self._lock = threading.Lock()
+        self._kept_at = time.monotonic()
         self._next_beat = 0.0
         self._last = Heartbeat.OK
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._every_s):
+            self._beat()
 
     def beat(self) -> Heartbeat:
         """Extends the lease and reads the interrupt column, at most once in `INTERRUPT_POLL_SECONDS`."""
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + INTERRUPT_POLL_SECONDS
-            self._last = Heartbeat(self._store.sessions.beat(self._claim, self._lease_s))
+        if time.monotonic() >= self._next_beat:
+            self._beat()
         return self._last
+
+    def _beat(self) -> None:
+        with self._lock:
+            asked = time.monotonic()
+            self._next_beat = asked + INTERRUPT_POLL_SECONDS
+            answer = self._store.sessions.beat(self._claim, self._lease_s)
+            if answer == "unreachable":
+                self._last = Heartbeat.LOST if asked - self._kept_at > self._lease_s else self._last
+                return
+            self._kept_at = asked
+            self._last = Heartbeat(answer)
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """Keeps the step and shows it in the run's log."""
@@ -55,7 +86,6 @@ def run_agent_session(
         context.log.info(f"nothing to run: {claim.outcome} (session is {claim.state})")
         return
     lease_s = cloud_agent.lease_seconds()
-    control = LeasedControl(context, platform, claim, lease_s)
     spec = SessionSpec.model_validate(claim.spec)
     if not cloud_agent.agent_ready(spec.agent):
         unavailable = SessionOutcome(status=SessionStatus.FAILED, reason=Reason.AGENT_UNAVAILABLE)
@@ -68,14 +98,16 @@ def run_agent_session(
             raise ProviderError(Reason.OWNER_CHANGED, retryable=False)
         return github.clone_token(item.installation_id, item.repository_id)
 
-    try:
-        outcome = cloud_agent.runner(spec.agent).run(spec, CodeReviewTask(spec.task), control, token)
-    except ProviderError as failure:
-        outcome = SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason)
-    except DagsterExecutionInterruptedError:
-        _after_interrupt(context, platform, claim, lease_s)
-        raise
-    if control.beat() is Heartbeat.LOST:
+    with LeasedControl(context, platform, claim, lease_s=lease_s, every_s=cloud_agent.heartbeat_seconds()) as control:
+        try:
+            outcome = cloud_agent.runner(spec.agent).run(spec, CodeReviewTask(spec.task), control, token)
+        except ProviderError as failure:
+            outcome = SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason)
+        except DagsterExecutionInterruptedError:
+            _after_interrupt(context, platform, claim, lease_s)
+            raise
+        lost = control.beat() is Heartbeat.LOST
+    if lost:
         context.log.warning("the lease went to somebody else: this outcome is not reported")
         return
     _report(context, platform, cloud_agent, claim, outcome)

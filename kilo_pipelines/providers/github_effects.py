@@ -17,6 +17,7 @@ from github.PullRequestReview import PullRequestReview
 from github.Repository import Repository
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kilo_pipelines import failpoints
 from kilo_pipelines.core.diff import commentable, hunks_of
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
@@ -93,23 +94,28 @@ def apply(installation: GitHubInstallation, intent: EffectIntent, before_write: 
     Errors: ProviderError; `owner_changed` when the repository left the installation (threats, rule 16), `provider_invalid`
     for a payload that isn't its kind's.
     """
+    gate = _gate(before_write, intent.kind)
     try:
         if intent.kind is EffectKind.GITHUB_CHECK_RUN:
-            return _check_run(installation, CheckRunPayload.model_validate(intent.payload), _gate(before_write))
-        if intent.kind is EffectKind.GITHUB_REVIEW:
-            return _review(installation, ReviewPayload.model_validate(intent.payload), _gate(before_write))
-        if intent.kind is EffectKind.GITHUB_SUMMARY_COMMENT:
-            return _summary_comment(installation, SummaryPayload.model_validate(intent.payload), _gate(before_write))
-        return _reaction(installation, ReactionPayload.model_validate(intent.payload), _gate(before_write))
+            receipt = _check_run(installation, CheckRunPayload.model_validate(intent.payload), gate)
+        elif intent.kind is EffectKind.GITHUB_REVIEW:
+            receipt = _review(installation, ReviewPayload.model_validate(intent.payload), gate)
+        elif intent.kind is EffectKind.GITHUB_SUMMARY_COMMENT:
+            receipt = _summary_comment(installation, SummaryPayload.model_validate(intent.payload), gate)
+        else:
+            receipt = _reaction(installation, ReactionPayload.model_validate(intent.payload), gate)
     except ValidationError as failure:
         fields = ", ".join(".".join(str(part) for part in error["loc"]) for error in failure.errors())
         raise ProviderError(Reason.PROVIDER_INVALID, retryable=False, detail=f"payload of {intent.kind}: {fields}") from None
+    failpoints.reach("after", f"send.{intent.kind}")
+    return receipt
 
 
-def _gate(before_write: Callable[[], bool]) -> Callable[[], None]:
+def _gate(before_write: Callable[[], bool], kind: EffectKind) -> Callable[[], None]:
     def gate() -> None:
         if not before_write():
             raise LostLeaseError("the effect's lease is somebody else's")
+        failpoints.reach("before", f"send.{kind}")
 
     return gate
 

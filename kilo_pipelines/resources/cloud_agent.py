@@ -38,6 +38,10 @@ class CloudAgentResource(ConfigurableResource[None]):
         """How long a claim stands without a heartbeat."""
         return Settings().lease_seconds
 
+    def heartbeat_seconds(self) -> float:
+        """How often a session extends its lease."""
+        return Settings().heartbeat_seconds
+
     def cap_seconds(self) -> float:
         """Hard cap of a session."""
         return Settings().session_cap_seconds

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from dagster import ConfigurableResource
 
+from kilo_pipelines import failpoints
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Store
@@ -19,6 +20,7 @@ def _open(app_url: str, system_url: str, key_file: str) -> Store:
 
 def open_store(settings: Settings) -> Store:
     """The process's store for these settings."""
+    failpoints.arm(settings.failpoints)
     logins = settings.database_logins()
     return _open(logins["app"], logins["system"], str(settings.encryption_key_file))
 

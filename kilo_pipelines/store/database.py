@@ -14,6 +14,7 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, create_engine, text
 
+from kilo_pipelines import failpoints
 from kilo_pipelines.store import system_statements as system
 
 POOL_SIZE = 5  # a process runs one op or a handful of requests at once
@@ -37,12 +38,16 @@ class Database:
         with self._app.begin() as connection:
             connection.execute(text("select set_config('kilo.owner_id', :owner, true)"), {"owner": str(owner_id)})
             yield connection
+            failpoints.reach("before")
+        failpoints.reach("after")
 
     @contextmanager
     def system(self) -> Iterator[Connection]:
         """A transaction of the engine itself: claims, recovery, lookups before the owner is known."""
         with self._system.begin() as connection:
             yield connection
+            failpoints.reach("before")
+        failpoints.reach("after")
 
     @contextmanager
     def listener(self, *channels: str) -> Iterator[Listener]:

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
@@ -174,7 +175,13 @@ class Sessions:
         changed(connection, system.DEFER_SESSION.sql, owner=session["owner_id"], id=session["id"], after=until)
 
     def beat(self, claim: SessionClaim, lease_s: float) -> str:
-        """Extends the lease: `ok`, `cancel` (interrupt requested) or `lost` (somebody else's by now)."""
+        """Extends the lease: `ok`, `cancel` (interrupt requested), `lost` (somebody else's by now) or `unreachable` (no database)."""
+        try:
+            return self._beat(claim, lease_s)
+        except OperationalError:
+            return "unreachable"
+
+    def _beat(self, claim: SessionClaim, lease_s: float) -> str:
         until = self._clock.now() + timedelta(seconds=lease_s)
         with self._database.system() as connection:
             row = one(

@@ -5,14 +5,21 @@ Nothing is lost and nothing is done twice: one review, one summary, one check st
 
 from __future__ import annotations
 
+import random
+import re
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import psutil
+import psycopg
 import pytest
 from sqlalchemy import text
 
+from tests.support.figures import Figures
 from tests.support.platform import RunningPlatform
 
 
@@ -50,6 +57,24 @@ def _kill(name: str) -> Callable[[RunningPlatform], None]:
 _MODEL_PROXY = _kill("model-proxy")
 
 
+def _backends(platform: RunningPlatform) -> None:
+    """Every connection to the database is cut, as by a fail-over."""
+    for login, url in platform.settings.database_logins().items():
+        if login == "migrator":
+            continue
+        with psycopg.connect(re.sub(r"\+psycopg2?", "", url), autocommit=True) as connection:
+            connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where usename = current_user and pid <> pg_backend_pid()"
+            )
+
+
+def _broker_without_data(platform: RunningPlatform) -> None:
+    """The broker's machine is lost: it starts again with an empty memory."""
+    _kill("redis")(platform)
+    for left in (platform.settings.home / "redis").glob("appendonly*"):
+        shutil.rmtree(left)
+
+
 def _supervisor(platform: RunningPlatform) -> None:
     """Everything at once: the supervisor first, so that it restarts nothing."""
     children = psutil.Process(platform.process.pid).children(recursive=True)
@@ -75,15 +100,34 @@ def _supervisor(platform: RunningPlatform) -> None:
         _kill("dagster-code"),
         _MODEL_PROXY,
         _kill("redis"),
+        _broker_without_data,
+        _kill("postgres"),
+        _backends,
         _supervisor,
     ],
-    ids=["pool-child", "agents-worker", "daemon", "ingress", "code-server", "model-proxy", "broker", "everything"],
+    ids=[
+        "pool-child",
+        "agents-worker",
+        "daemon",
+        "ingress",
+        "code-server",
+        "model-proxy",
+        "broker",
+        "broker-without-data",
+        "postgres",
+        "backends",
+        "everything",
+    ],
 )
-def test_a_review_completes_once_whatever_is_killed(platform: RunningPlatform, kill: Callable[[RunningPlatform], Any]) -> None:
+def test_a_review_completes_once_whatever_is_killed(
+    platform: RunningPlatform, kill: Callable[[RunningPlatform], Any], figures: Figures
+) -> None:
     pull = platform.control("open-pull", kind="planted")
     platform.at_work(pull)
     kill(platform)
+    killed = time.monotonic()
     row = platform.settled(pull, 240)
+    figures(tried=1, settled_s=round(time.monotonic() - killed, 1))
     seen = platform.read(pull)
     session = platform.store.sessions.get(row.session_id) if row.session_id else None
     if row.state == "failed":
@@ -95,6 +139,46 @@ def test_a_review_completes_once_whatever_is_killed(platform: RunningPlatform, k
     assert len(seen["reviews"]) == 1 and len(seen["comments"]) == 1 and len(seen["check_runs"]) == 1
     assert seen["check_runs"][0]["conclusion"] == "failure"
     assert len(seen["review_comments"]) == 5
+
+
+# Of the supervised processes, those whose death in a review's way must not be seen afterwards.
+VICTIMS = ("ingress", "dagster-code", "dagster-daemon", "worker-dispatch", "worker-agents", "redis")
+
+
+@pytest.mark.timeout(3_600)
+def test_random_kills_leave_one_review_each(platform: RunningPlatform, full: bool, figures: Figures) -> None:
+    """Whole processes at random moments of a review's life, two in each."""
+    chance = random.Random(5)
+    for _ in range(30 if full else 2):
+        pull = platform.control("open-pull", kind="planted")
+        for _ in range(2):
+            time.sleep(chance.uniform(0, 2.5))
+            platform.wait(lambda: all(platform.alive(name) for name in VICTIMS), 30)
+            _kill(chance.choice(VICTIMS))(platform)
+        if platform.delivery_lost(pull):  # GitHub never redelivers by itself: a person, or the repair, does
+            platform.wait(partial(platform.redelivered, pull), 30)
+        row = platform.settled(pull, 240)
+        seen = platform.read(pull)
+        figures(tried=1, lost=row.state != "completed", duplicated=len(seen["reviews"]) + len(seen["comments"]) != 2)
+        assert (row.state, len(seen["reviews"]), len(seen["comments"]), len(seen["check_runs"])) == ("completed", 1, 1, 1)
+
+
+@pytest.mark.timeout(3_600)
+def test_the_daemon_dies_at_its_own_crash_points(platform: RunningPlatform, full: bool, figures: Figures) -> None:
+    """Between the tick's rows and the runs that it asks for: what was offered is offered again."""
+    points = ("TICK_CREATED", "TICK_HELD", "RUN_CREATED", "RUN_LAUNCHED")
+    for point in points if full else ("RUN_CREATED",):
+        daemon = platform.child("dagster-daemon")
+        daemon.suspend()
+        try:
+            pull = platform.control("open-pull", kind="planted")
+            assert platform.crash_daemon(point) == -signal.SIGKILL, f"nobody came by {point}"
+        finally:
+            daemon.resume()
+        row = platform.settled(pull, 120)
+        seen = platform.read(pull)
+        figures(tried=1, lost=row.state != "completed", duplicated=len(seen["reviews"]) != 1)
+        assert (row.state, len(seen["reviews"]), len(seen["comments"]), len(seen["check_runs"])) == ("completed", 1, 1, 1)
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -84,7 +84,7 @@ def test_up_shows_a_review_stops_in_time_and_goes_on_with_a_new_commit(fresh: Ru
         if held.status == psutil.CONN_LISTEN
     }
     settings = fresh.settings
-    ports = {settings.public_port, settings.admin_port, settings.dagster_port, settings.twin_port}
+    ports = {settings.public_port, settings.admin_port, settings.twin_port}
     assert listening == {("127.0.0.1", port) for port in ports}, "nothing listens beyond loopback, nothing else listens at all"
 
     assert fresh.stop() < 10

@@ -11,11 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import psutil
+from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.settings import Settings
@@ -39,7 +42,7 @@ class RunningPlatform:
             "KILO_LEASE_SECONDS": str(lease_seconds),
             "KILO_AGENTS_MAX": "2",
             "KILO_SENSOR_SHARDS": "4",
-            **{f"KILO_{name}_PORT": str(free_port()) for name in ("PUBLIC", "ADMIN", "DAGSTER", "TWIN")},
+            **{f"KILO_{name}_PORT": str(free_port()) for name in ("PUBLIC", "ADMIN", "TWIN")},
         }
         self.process: subprocess.Popen[bytes]
         self.settings: Settings
@@ -73,9 +76,10 @@ class RunningPlatform:
         """The first thing that `look` finds."""
         deadline = time.monotonic() + seconds
         while True:
-            found = look()
-            if found:
-                return found
+            with suppress(OperationalError):  # a database that a test has killed comes back
+                found = look()
+                if found:
+                    return found
             assert time.monotonic() < deadline, f"not within {seconds} s\n{self.log.read_text()[-3000:]}"
             time.sleep(0.1)
 
@@ -138,11 +142,18 @@ class RunningPlatform:
         )
         return done.returncode, json.loads(done.stdout) if done.stdout.strip() else done.stderr
 
+    @cached_property
+    def browser(self) -> httpx.Client:
+        """An operator's browser, logged in with a new password."""
+        password = self.cli("password", "reset")[1]["password"]
+        client = httpx.Client(base_url=self.settings.admin_url, timeout=30, headers={"origin": self.settings.admin_url})
+        # A test that guessed passwords has used up the guesses for a while.
+        self.wait(lambda: client.post("/login", data={"password": password}).status_code == 303, 40)
+        return client
+
     def graphql(self, query: str, **variables: Any) -> dict[str, Any]:
-        """One request to the Dagster UI's API."""
-        answer: dict[str, Any] = httpx.post(
-            f"{self.settings.dagster_url}/graphql", json={"query": query, "variables": variables}, timeout=30
-        ).json()
+        """One request to the Dagster UI's API, through the door."""
+        answer: dict[str, Any] = self.browser.post("/dagster/graphql", json={"query": query, "variables": variables}).json()
         assert "errors" not in answer, answer
         return dict(answer["data"])
 
@@ -150,6 +161,26 @@ class RunningPlatform:
         """A supervised process."""
         state = supervisor.read_state(self.settings)
         return psutil.Process(next(int(str(one["pid"])) for one in state["children"] if one["name"] == name))
+
+    def alive(self, name: str) -> bool:
+        """Whether a supervised process runs and answers."""
+        try:
+            return self.child(name).status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, StopIteration):
+            return False
+
+    def delivery_lost(self, pull: dict[str, Any]) -> bool:
+        """Whether the ingress never answered this event."""
+        return pull["delivery"]["status_code"] not in (200, 202)
+
+    def redelivered(self, pull: dict[str, Any]) -> bool:
+        """A person presses Redeliver; whether the ingress answered."""
+        return self.control("redeliver", delivery_id=pull["delivery"]["id"])["status_code"] in (200, 202)
+
+    def crash_daemon(self, point: str) -> int:
+        """Runs a second sensor daemon that kills itself at one of Dagster's crash points; its exit status."""
+        env = self.env | supervisor.dagster_environment(self.settings)
+        return subprocess.run([sys.executable, "-m", "tests.support.crashing_daemon", point], env=env, check=False).returncode
 
     def stop(self) -> float:
         """Ctrl-C; how long it took."""
@@ -160,6 +191,8 @@ class RunningPlatform:
         return time.monotonic() - started
 
     def close(self) -> None:
+        if "browser" in self.__dict__:
+            self.browser.close()
         if self.process.poll() is None:
             self.stop()
         shutil.rmtree(self.home, ignore_errors=True)

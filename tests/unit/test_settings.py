@@ -102,13 +102,13 @@ def test_the_twin_and_a_real_app_never_share_a_home(tmp_path: Path, offline: boo
 def test_a_demo_takes_nothing_of_a_real_platforms_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("DATABASE_URL", "postgresql://x"), ("OFFLINE", "false"), ("GITHUB_APP_ID", "1"), ("HOST", "0.0.0.0")):
         monkeypatch.setenv(f"KILO_{name}", value)
-    for name in ("HOME", "PUBLIC_PORT", "ADMIN_PORT", "DAGSTER_PORT", "TWIN_PORT"):
+    for name in ("HOME", "PUBLIC_PORT", "ADMIN_PORT", "TWIN_PORT"):
         monkeypatch.setenv(f"KILO_{name}", "1")  # so that it is put back afterwards
     world.scratch_environment(tmp_path)
     found = Settings()
     assert (found.database_url, found.offline, found.github_app_id, found.host) == (None, True, None, "127.0.0.1")
-    ports = {found.public_port, found.admin_port, found.dagster_port, found.twin_port}
-    assert len(ports) == 4 and found.home == tmp_path
+    ports = {found.public_port, found.admin_port, found.twin_port}
+    assert len(ports) == 3 and found.home == tmp_path
 
 
 def test_importing_the_command_line_reads_no_settings_and_makes_no_home(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ _numbers = itertools.count(1000)
 class World:
     """One owner's corner of the database."""
 
-    def __init__(self, store: Store, clock: ManualClock, kind: str = "organization") -> None:
+    def __init__(self, store: Store, clock: ManualClock, kind: str = "organization", repository: int | None = None) -> None:
         self.store, self.clock = store, clock
         self.installation = next(_numbers)
-        self.repository = next(_numbers)
+        self.repository = repository or next(_numbers)
         self.owner = store.owners.create(kind, f"owner-{self.installation}")
         self.integration = store.owners.connect(
             self.owner.id,

@@ -1,0 +1,113 @@
+"""Two owners that nothing but their own ids tells apart: same repository, same pull requests, same heads, same subjects."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg import sql
+
+from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.store import Claimed, SessionClaim
+from tests.conftest import Database
+from tests.support.catalogue import owner_tables
+from tests.support.store import World, intent
+
+HEAD = "c" * 40
+
+
+class Corner(World):
+    """An owner with a row in every table, each text of it marked with the owner's canary."""
+
+    def __init__(self, database: Database, repository: int, canary: str) -> None:
+        super().__init__(database.store, database.clock, repository=repository)
+        self.canary = canary
+        config = CodeReviewConfig().model_dump(mode="json")
+        database.store.owners.put_config(
+            self.owner.id, "code_review", config, enabled=True, expected_revision=0, actor=f"{canary}-actor"
+        )
+
+    def details(self, pull: int, head: str | None = None) -> dict[str, Any]:
+        marked = {"title": f"{self.canary}-title", "author": f"{self.canary}-author", "head_ref": f"{self.canary}-ref"}
+        return super().details(pull, head or HEAD) | marked | {"settings": CodeReviewConfig().model_dump(mode="json")}
+
+    def finished(self, pull: int, conclusion: str) -> UUID:
+        """A completed review with its verdict, effects that wait and a callback."""
+        claim, session = self.launched(self.item(pull))
+        held = self.session_claim(session)
+        assert isinstance(held, SessionClaim)
+        self.store.sessions.event(held, "turn", {"text": f"{self.canary}-event"})
+        self.store.sessions.record_callback(session, held.callback_token, f'{{"of": "{self.canary}"}}'.encode())
+        result = {"summary": f"{self.canary}-summary"}
+        assert self.store.sessions.finish(held, status="completed", reason=None, detail=f"{self.canary}-detail", result=result)
+        with self.store.settlements.open(claim.item_id) as tx:
+            assert tx is not None
+            verdict = {"conclusion": conclusion, "reason": "reviewed", "earned": True, "counts": {}, "of": self.canary}
+            effects = [intent(f"{self.canary}:{pull}", f"github:{self.repository}:pull:{pull}")]
+            assert tx.conclude(state="completed", reason="reviewed", verdict=verdict, evidence=None, effects=effects)
+        return claim.item_id
+
+    def fill(self, admin: psycopg.Connection[Any]) -> None:
+        """A row in every table of the platform; a new table wants its row here."""
+        self.done = self.finished(1, "failure")
+        self.live, self.session = self.launched(self.item(2))
+        self.waiting = self.item(3)
+        assert isinstance(self.claim(self.item(4)), Claimed)
+        admin.execute(
+            "insert into people (owner_id, id, login, role) values (%s, %s, %s, 'owner')",
+            (self.owner.id, uuid4(), f"{self.canary}-login"),
+        )
+
+    def marks(self) -> list[str]:
+        """What must not be found outside this owner: its canary and ids that name it alone."""
+        return [self.canary, *(str(one) for one in (self.owner.id, self.integration, self.done, self.live.item_id, self.session))]
+
+
+def connect(database: Database, postgres_admin: str) -> psycopg.Connection[Any]:
+    """A superuser in the module's database: it looks past every policy, to see what an attack did."""
+    name = database.logins["app"].rsplit("/", 1)[1].split("?")[0]
+    return psycopg.connect(postgres_admin.replace("+psycopg", ""), dbname=name, autocommit=True)
+
+
+def mirror(admin: psycopg.Connection[Any], source: UUID, target: UUID) -> None:
+    """Gives `target` a copy of every row of `source`: equal in every key but the owner's id."""
+    admin.execute("set session_replication_role = replica")  # the order of the foreign keys doesn't matter then
+    for table in owner_tables(admin):
+        if table.name == "owners":
+            continue
+        copy = "insert into {t} overriding system value select (jsonb_populate_record(x, jsonb_build_object('owner_id', %s::text))).* from {t} x where owner_id = %s"
+        admin.execute(sql.SQL(copy).format(t=sql.Identifier(table.name)), (target, source))
+    admin.execute("set session_replication_role = origin")
+
+
+def digest(admin: psycopg.Connection[Any], owner: UUID) -> dict[str, tuple[int, str]]:
+    """Number and content of an owner's rows, by table."""
+    found = {}
+    for table in owner_tables(admin):
+        look = "select count(*), coalesce(md5(string_agg(to_jsonb(x)::text, ',' order by to_jsonb(x)::text)), '') from {t} x where {o} = %s"
+        statement = sql.SQL(look).format(t=sql.Identifier(table.name), o=sql.Identifier(table.owner_column))
+        row = admin.execute(statement, (owner,)).fetchone()
+        assert row is not None
+        found[table.name] = (row[0], row[1])
+    return found
+
+
+def expired(database: Database, key_owner: UUID) -> str:
+    """A key of an owner whose time is over."""
+    import hashlib
+
+    key = database.store.owners.create_api_key("owner", key_owner)
+    with database.store.database.system() as connection:
+        connection.exec_driver_sql(
+            "update api_keys set expires_at = %(at)s where key_hash = %(hash)s",
+            {"at": database.clock.now() - timedelta(seconds=1), "hash": hashlib.sha256(key.encode()).digest()},
+        )
+    return key
+
+
+def as_json(value: Any) -> str:
+    """Anything as one text to search for canaries in."""
+    return json.dumps(value, default=str)

@@ -12,6 +12,7 @@ import click
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import Store
+from kilo_pipelines.store.crypto import CipherError
 
 # The actor that audit events name for commands of this machine's operator.
 OPERATOR = "operator"
@@ -40,5 +41,5 @@ def open_store(plain: bool) -> tuple[Settings, Store]:
         end(plain, f"the platform of {settings.home} isn't running: start it with `kilo-pipelines up`")
     try:
         return settings, setup.open_store(settings)
-    except SettingsError as failure:
+    except (SettingsError, CipherError) as failure:
         end(plain, str(failure))

@@ -33,12 +33,17 @@ class Cipher:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Cipher:
-        """Reads the key file; CipherError when others may read it."""
+        """Reads the key file; CipherError when it is missing, when others may read it, or when it is none."""
         file = Path(path)
+        if not file.exists():
+            raise CipherError(f"{file} is missing: start the platform once with `kilo-pipelines up`")
         if stat.S_IMODE(file.stat().st_mode) & 0o077:
             raise CipherError(f"{file} must have mode 0600")
-        held = json.loads(file.read_text())
-        return cls({key_id: bytes.fromhex(key) for key_id, key in held["keys"].items()}, held["current"])
+        try:
+            held = json.loads(file.read_text())
+            return cls({key_id: bytes.fromhex(key) for key_id, key in held["keys"].items()}, held["current"])
+        except (ValueError, KeyError, TypeError):
+            raise CipherError(f"{file} is no key file: restore it from a backup") from None
 
     @staticmethod
     def new_key_file() -> str:

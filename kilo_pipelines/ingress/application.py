@@ -295,6 +295,8 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starl
         same = [one for one in reviews if (one.repository, one.pull_number) == (wanted.repository, wanted.pull_number)]
         if not same:
             return _answer(404, "not_found")
+        if len({one.owner_id for one in same}) > 1:  # the operator's key: two owners hold a repository of this name
+            return _answer(409, "refused", Reason.INTEGRATION_AMBIGUOUS)
         actor = "operator" if found[0] is None else f"owner:{found[0]}"
         newest = max(same, key=lambda one: one.created_at)
         done = await anyio.to_thread.run_sync(lambda: ingress.store.queue.reopen(newest.item_id, actor=actor, force=wanted.force))

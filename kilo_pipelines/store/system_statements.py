@@ -129,11 +129,13 @@ returning e.owner_id, e.item_id, e.id, e.offer_no, w.service, w.subject_key,
     "effects that a dead run left behind are applied for all owners",
 )
 
+# An id that two owners hold is nobody's (invariant 9): keys start with the owner, so the database would take such a row.
 ITEM_OWNER = SystemStatement(
-    "select owner_id from work_items where id = :id", "a run's configuration names an item; whose it is is the question"
+    "select min(owner_id::text)::uuid as owner_id from work_items where id = :id having count(*) = 1",
+    "a run's configuration names an item; whose it is is the question",
 )
 SESSION_OWNER = SystemStatement(
-    "select owner_id from sessions where id = :id",
+    "select min(owner_id::text)::uuid as owner_id from sessions where id = :id having count(*) = 1",
     "a run's configuration or a callback names a session; whose it is is the question",
 )
 
@@ -167,7 +169,8 @@ DROP_CAPACITY = SystemStatement(
 LOCK_SESSION = SystemStatement(
     """
 select s.*, (select x.kind from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id) limit 1) as blocked
-from sessions s join work_items i on i.owner_id = s.owner_id and i.id = s.item_id where s.id = :id for update of s
+from sessions s join work_items i on i.owner_id = s.owner_id and i.id = s.item_id
+where s.id = :id and (select count(*) from sessions x where x.id = :id) = 1 for update of s
 """,
     "a session is taken together with a place on the host",
 )

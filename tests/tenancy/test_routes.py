@@ -1,0 +1,336 @@
+"""Every route of both applications x principal, with another owner's ids (threats, rules 20 and 24).
+
+The routes come from the applications themselves: one without an entry in `ROUTES` fails. What is another owner's and what
+nobody has are answered alike, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+import anyio
+import httpx
+import psycopg
+import pytest
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from kilo_pipelines.ingress import application
+from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
+from tests.conftest import Database
+from tests.support.figures import Figures
+from tests.support.ingress import pull_request
+from tests.support.two import Corner, connect, digest, expired
+
+SECRET = "canary-secret-of-the-webhook"
+REPOSITORY = 990_077
+# A pull request that A has and B doesn't, and one that nobody has.
+ONLY_A, NOBODYS = 4, 4_000
+
+
+@dataclass
+class Stage:
+    """Both applications in this process over a real database with two owners of one repository."""
+
+    database: Database
+    admin: psycopg.Connection[Any]
+    a: Corner
+    b: Corner
+    applications: dict[str, Starlette]
+    keys: dict[str, dict[str, str]]
+
+    def ask(self, listener: str, method: str, path: str, who: str, **more: Any) -> httpx.Response:
+        headers = self.keys[who] | more.pop("headers", {})
+
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(self.applications[listener], raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                return await client.request(method, path, headers=headers, **more)
+
+        return anyio.run(send)
+
+
+@pytest.fixture(scope="module")
+def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
+    with connect(database, postgres_admin) as admin:
+        a, b = Corner(database, REPOSITORY, "canary-a"), Corner(database, REPOSITORY, "canary-b")
+        a.fill(admin)
+        b.done, (b.live, b.session), b.waiting = b.finished(1, "success"), b.launched(b.item(2)), b.item(3)
+        owners = database.store.owners
+        ingress = Ingress(database.store, SECRET, frozenset({"localhost"}))
+        keys = {
+            "operator": owners.create_api_key("operator"),
+            "owner a": owners.create_api_key("owner", a.owner.id),
+            "reader a": owners.create_api_key("reader", a.owner.id),
+            "owner b": owners.create_api_key("owner", b.owner.id),
+            "reader b": owners.create_api_key("reader", b.owner.id),
+            "expired key": expired(database, a.owner.id),
+            "removed member": owners.create_api_key("owner", a.owner.id),
+            "wrong key": "kilo_" + "x" * 43,
+        }
+        hashed = hashlib.sha256(keys["removed member"].encode()).digest()
+        admin.execute("delete from api_keys where key_hash = %s", (hashed,))
+        headers = {who: {"Authorization": f"Bearer {key}"} for who, key in keys.items()}
+        headers |= {
+            "nobody": {},
+            "no scheme": {"Authorization": keys["owner a"]},
+            "basic": {"Authorization": f"Basic {keys['owner a']}"},
+        }
+        headers |= {"empty key": {"Authorization": "Bearer "}, "hash as key": {"Authorization": f"Bearer {hashed.hex()}"}}
+        applications = {"public": public_application(ingress), "admin": admin_application(ingress)}
+        yield Stage(database, admin, a, b, applications, headers)
+
+
+STRANGERS = ("nobody", "no scheme", "basic", "empty key", "hash as key", "wrong key", "expired key", "removed member")
+FOREIGNERS = ("owner b", "reader b")
+EVERYBODY = (*STRANGERS, *FOREIGNERS, "owner a", "reader a", "operator")
+Ask = Callable[[Stage, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Who is served, and how the route is asked for A's thing, for nobody's and for what is no id."""
+
+    served: tuple[str, ...]
+    refused: int = 401
+    asks: dict[str, Ask] = field(default_factory=lambda: {"all": lambda _stage, path: {"path": path}})
+    missing: int = 404
+
+
+def _item(found: Callable[[Stage], object]) -> Ask:
+    return lambda stage, path: {"path": path.replace("{item}", str(found(stage)))}
+
+
+_ITEMS = {
+    "of A": _item(lambda stage: stage.a.waiting),
+    "of nobody": _item(lambda _stage: UUID(int=7)),
+    "no id": _item(lambda _stage: "x"),
+}
+
+
+def _pull(number: int) -> Ask:
+    return lambda _stage, path: {"path": path, "json": {"repository": "octo/demo", "pull_number": number}}
+
+
+_OWNERS = ("owner a", "reader a", "owner b", "reader b", "operator")
+_WRITERS = ("owner a", "owner b", "operator")
+ROUTES: dict[tuple[str, str, str], Entry] = {
+    # The public listener knows no API key: its own tests below ask with signatures and callback tokens.
+    ("public", "GET", "/health"): Entry(served=EVERYBODY),
+    ("public", "POST", "/webhooks/github"): Entry(served=()),
+    ("public", "POST", "/callbacks/sessions/{session}"): Entry(
+        served=(), asks={"of A": lambda stage, path: {"path": path.replace("{session}", str(stage.a.session)), "json": {}}}
+    ),
+    ("admin", "GET", "/health"): Entry(served=EVERYBODY),
+    ("admin", "GET", "/metrics"): Entry(served=("operator",)),
+    ("admin", "GET", "/api/v1/reviews"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/owners"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/integrations"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/openapi.json"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/reviews/{item}"): Entry(served=_OWNERS, asks=_ITEMS),
+    ("admin", "POST", "/api/v1/reviews/{item}/cancel"): Entry(served=_WRITERS, asks=_ITEMS),
+    ("admin", "POST", "/api/v1/reviews/dispatch"): Entry(
+        served=_WRITERS, asks={"of A": _pull(ONLY_A), "of nobody": _pull(NOBODYS), "no id": _pull(-1)}
+    ),
+}
+
+
+def routes(stage: Stage) -> set[tuple[str, str, str]]:
+    """What the applications serve; HEAD comes with GET. A mount or a socket would need an entry of a kind of its own."""
+    found = set()
+    for listener, app in stage.applications.items():
+        for route in app.routes:
+            assert isinstance(route, Route), f"{listener}: {route} is no plain route, and nothing here knows how to ask it"
+            found |= {(listener, method, route.path) for method in (route.methods or set()) - {"HEAD"}}
+    return found
+
+
+def test_every_route_is_in_the_table(stage: Stage) -> None:
+    assert routes(stage) == set(ROUTES)
+
+
+def foreign_sees(stage: Stage, entry: Entry, route: tuple[str, str, str], who: str) -> list[str]:
+    """What is wrong with the answers to somebody who is not A: no word of A, and none that differs for A's things."""
+    listener, method, path = route
+    answers = {name: stage.ask(listener, method, who=who, **ask(stage, path)) for name, ask in entry.asks.items()}
+    wrong = [f"{name}: {answer.status_code}" for name, answer in answers.items() if answer.status_code >= 500]
+    for name, answer in answers.items():
+        told = [mark for mark in stage.a.marks() if mark in answer.text or mark in str(answer.headers)]
+        if told and who != "operator":
+            wrong.append(f"{name}: tells {told}")
+        refused = answer.status_code == entry.refused
+        if refused == (who in entry.served):
+            wrong.append(f"{name}: {answer.status_code}")
+    if len({(answer.status_code, answer.content, tuple(sorted(answer.headers.items()))) for answer in answers.values()}) > 1:
+        wrong.append(f"answers differ: { {name: (answer.status_code, answer.text) for name, answer in answers.items()} }")
+    if who in FOREIGNERS and who in entry.served and "of A" in answers and answers["of A"].status_code != entry.missing:
+        wrong.append(f"of A: {answers['of A'].status_code}")
+    return wrong
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=" ".join)
+@pytest.mark.parametrize("who", [*STRANGERS, *FOREIGNERS])
+def test_nobody_learns_or_changes_what_is_anothers(stage: Stage, route: tuple[str, str, str], who: str, figures: Figures) -> None:
+    before = digest(stage.admin, stage.a.owner.id)
+    wrong = foreign_sees(stage, ROUTES[route], route, who)
+    figures(tried=len(ROUTES[route].asks), leaked=len(wrong))
+    assert wrong == []
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+@pytest.mark.parametrize("route", [one for one in ROUTES if one[0] == "admin"], ids=" ".join)
+def test_those_whose_it_is_are_served(stage: Stage, route: tuple[str, str, str]) -> None:
+    """Else the refusals above prove nothing. A reader changes nothing, and learns that before anything is looked up."""
+    listener, method, path = route
+    entry = ROUTES[route]
+    name, ask = next(iter(entry.asks.items()))
+    for who in ("reader a", "operator", "owner a"):
+        answer = stage.ask(listener, method, who=who, **ask(stage, path))
+        assert (answer.status_code != entry.refused) == (who in entry.served), (who, answer.status_code)
+        if who in entry.served and name == "of A":
+            assert answer.status_code != entry.missing
+        if who == "reader a" and who not in entry.served:
+            assert len({stage.ask(listener, method, who=who, **one(stage, path)).content for one in entry.asks.values()}) == 1
+
+
+def test_other_methods_are_refused_alike_for_everybody(stage: Stage) -> None:
+    for listener, _method, path in ROUTES:
+        served = {method for one, method, other in ROUTES if (one, other) == (listener, path)}
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - served:
+            ask = next(iter(ROUTES[(listener, next(iter(served)), path)].asks.values()))
+            answers = {
+                stage.ask(listener, method, who=who, path=ask(stage, path)["path"]).status_code for who in ("nobody", "owner b")
+            }
+            assert answers == {405} or answers <= {401, 404}, (method, path, answers)
+
+
+def test_lists_hold_the_askers_own_and_nothing_else(stage: Stage) -> None:
+    for path, name in (("/api/v1/reviews", "reviews"), ("/api/v1/integrations", "integrations"), ("/api/v1/owners", "owners")):
+        for corner, who in ((stage.a, "reader a"), (stage.b, "reader b")):
+            rows = stage.ask("admin", "GET", path, who).json()[name]
+            assert {row.get("owner_id", row.get("id")) for row in rows} == {str(corner.owner.id)}
+
+
+def test_the_owner_comes_from_the_key_and_never_from_the_request(stage: Stage) -> None:
+    """Ids of A in the query, in headers or in the body of a request with B's key change nothing (threats, rule 20)."""
+    a = str(stage.a.owner.id)
+    for path in ("/api/v1/reviews", "/api/v1/owners", "/api/v1/integrations", f"/api/v1/reviews/{stage.a.waiting}"):
+        plain = stage.ask("admin", "GET", path, "owner b")
+        for extra in ({"params": {"owner": a, "owner_id": a}}, {"headers": {"X-Owner": a, "X-Kilo-Owner": a}}):
+            assert stage.ask("admin", "GET", path, "owner b", **extra).content == plain.content
+    body = {"repository": "octo/demo", "pull_number": ONLY_A, "owner": a}
+    assert stage.ask("admin", "POST", "/api/v1/reviews/dispatch", "owner b", json=body).status_code == 400
+
+
+def test_a_dispatch_by_name_finds_the_askers_own_review_of_the_same_pull_request(stage: Stage) -> None:
+    """Both owners hold octo/demo#1: B's key repeats B's review."""
+    before = digest(stage.admin, stage.a.owner.id)
+    body = {"repository": "octo/demo", "pull_number": 1, "force": True}
+    answer = stage.ask("admin", "POST", "/api/v1/reviews/dispatch", "owner b", json=body)
+    assert (answer.status_code, answer.json()["review"]) == (202, str(stage.b.done))
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def test_a_dispatch_by_the_operator_of_a_name_that_two_owners_hold_is_refused(stage: Stage) -> None:
+    """Whose review it should be is not known (invariant 9)."""
+    before = {one.canary: digest(stage.admin, one.owner.id) for one in (stage.a, stage.b)}
+    body = {"repository": "octo/demo", "pull_number": 2, "force": True}
+    answer = stage.ask("admin", "POST", "/api/v1/reviews/dispatch", "operator", json=body)
+    assert (answer.status_code, answer.json()["reason"]) == (409, "integration_ambiguous")
+    assert {one.canary: digest(stage.admin, one.owner.id) for one in (stage.a, stage.b)} == before
+
+
+def call_back(stage: Stage, session: UUID, token: str) -> httpx.Response:
+    """One callback with a token."""
+    return stage.ask(
+        "public",
+        "POST",
+        f"/callbacks/sessions/{session}",
+        "nobody",
+        json={"status": "completed"},
+        headers={"X-Callback-Token": token},
+    )
+
+
+def forged_callbacks(stage: Stage) -> list[str]:
+    """B's running session under A's token, A's keys and made-up tokens: whatever is taken."""
+    held_a, held_b = (one.running()[1] for one in (stage.a, stage.b))
+    wrong = []
+    unknown = call_back(stage, uuid4(), held_a.callback_token)
+    for session, token in (
+        (held_b.session_id, held_a.callback_token),
+        (held_a.session_id, held_b.callback_token),
+        (held_b.session_id, stage.keys["owner a"]["Authorization"].split()[1]),
+        (held_b.session_id, str(held_b.session_id)),
+    ):
+        answer = call_back(stage, session, token)
+        if (answer.status_code, answer.content) != (401, unknown.content):
+            wrong.append(f"{answer.status_code} {answer.text}")
+    with stage.database.store.database.system() as connection:
+        taken = connection.execute(
+            text("select count(*) from callback_tokens where received_at is not null and session_id in (:a, :b)"),
+            {"a": held_a.session_id, "b": held_b.session_id},
+        ).scalar_one()
+    return [*wrong, *["stored"] * taken]
+
+
+def test_one_owners_callback_token_opens_no_other_owners_session(stage: Stage, figures: Figures) -> None:
+    wrong = forged_callbacks(stage)
+    figures(tried=4, accepted=len(wrong))
+    assert wrong == []
+
+
+def _webhook(stage: Stage, payload: dict[str, Any], secret: str = SECRET) -> httpx.Response:
+    body = json.dumps(payload).encode()
+    signature = "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    headers = {"X-GitHub-Event": "pull_request", "X-GitHub-Delivery": uuid4().hex, "X-Hub-Signature-256": signature}
+    return stage.ask("public", "POST", "/webhooks/github", "nobody", content=body, headers=headers)
+
+
+def test_a_webhook_reaches_the_owner_of_its_installation_only(stage: Stage, figures: Figures) -> None:
+    """The repository is both owners'; the installation decides. An unsigned word about the owner decides nothing."""
+    before = digest(stage.admin, stage.a.owner.id)
+    named = pull_request(installation={"id": stage.b.installation}, owner={"id": str(stage.a.owner.id)})
+    named["repository"]["id"] = REPOSITORY
+    assert _webhook(stage, named).status_code == 202
+    assert _webhook(stage, named, secret=stage.keys["owner a"]["Authorization"]).status_code == 401
+    figures(tried=2, accepted=0)
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def test_an_id_that_two_owners_hold_is_nobodys(stage: Stage) -> None:
+    """Ids are random, but a copied or restored row may repeat one: whose it is isn't known, so nothing is done (invariant 9)."""
+    a, b = Corner(stage.database, REPOSITORY, "canary-c"), Corner(stage.database, REPOSITORY, "canary-d")
+    claim, session = a.launched()
+    held = a.store.sessions
+    copied = "insert into {0} overriding system value select (jsonb_populate_record(x, jsonb_build_object('owner_id', %s::text))).* from {0} x where {1} = %s"
+    for table, column, value in (
+        ("work_items", "id", claim.item_id),
+        ("reviews", "item_id", claim.item_id),
+        ("sessions", "id", session),
+        ("callback_tokens", "session_id", session),
+    ):
+        stage.admin.execute(copied.format(table, column).encode(), (b.owner.id, value))
+    before = [digest(stage.admin, one.owner.id) for one in (a, b)]
+    assert held.get(session) is None and a.store.queue.get(claim.item_id) is None
+    assert a.session_claim(session).outcome == "moved_on"
+    assert held.record_callback(session, "any", b"{}") == "refused"
+    assert not a.store.queue.cancel(claim.item_id, reason="user_cancelled", actor="test")
+    assert [digest(stage.admin, one.owner.id) for one in (a, b)] == before
+
+
+def test_a_route_without_an_entry_fails(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's own proof."""
+    monkeypatch.setitem(
+        stage.applications,
+        "admin",
+        Starlette(routes=[*stage.applications["admin"].routes, Route("/api/v1/new", application.health)]),
+    )
+    assert routes(stage) != set(ROUTES)

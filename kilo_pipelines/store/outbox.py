@@ -21,6 +21,8 @@ from kilo_pipelines.store.rows import ClaimedEffect
 LEASE_SECONDS = 20
 # With the caller's doubling waits eight tries span about twenty minutes; after that a person looks.
 MAX_TRIES = 8
+# An installation that two owners hold is an operator's slip: mended within the tries, its effects are not lost.
+AMBIGUOUS_WAIT = timedelta(minutes=5)
 
 
 class Outbox:
@@ -36,11 +38,25 @@ class Outbox:
         `costs` are taken from the integration's budget; without them the effect waits until they are there.
 
         Order is per subject over all items: an older item's effect goes first even when it is called for a newer one. An effect
-        whose lease is over stays in the way until recovery has counted the try and made it pending again.
+        whose lease is over stays in the way until recovery has counted the try and made it pending again. What left the owner
+        since it was intended (repository removed, integration gone, installation somebody else's) is dropped here (threats,
+        rule 16); that the repository is in the installation's list is then asked of the provider itself.
         """
         owner_id = owner_of_item(self._database, item_id)
         if owner_id is None:
             return None
+        while (found := self._lease_next(owner_id, item_id, costs)) is not None:
+            effect, problem = found
+            if problem is None:
+                return effect
+            if problem is Reason.OWNER_CHANGED:
+                self.drop(effect, problem)
+            else:
+                self.retry(effect, AMBIGUOUS_WAIT, problem, final=False)
+        return None
+
+    def _lease_next(self, owner_id: UUID, item_id: UUID, costs: Sequence[Cost]) -> tuple[ClaimedEffect, Reason | None] | None:
+        """The effect and why it must not be applied."""
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
             row = one(
@@ -69,7 +85,8 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
                 return None
             place = one(
                 connection,
-                "select i.installation_id, i.id as integration_id, w.repository_id from work_items w"
+                "select i.provider, i.installation_id, i.id as integration_id, w.repository_id,"
+                " (r.removed_at is not null or i.disconnected_at is not null) as gone from work_items w"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id where w.owner_id = :owner and w.id = :item",
                 owner=owner_id,
@@ -89,7 +106,7 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
                     reason=Reason.PROVIDER_RATE_LIMITED,
                 )
                 return None
-        return ClaimedEffect(
+        effect = ClaimedEffect(
             owner_id=owner_id,
             id=row["id"],
             lease_no=row["lease_no"],
@@ -101,6 +118,15 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
                 kind=row["kind"], intent_key=row["intent_key"], subject_key=row["subject_key"], payload=row["payload"]
             ),
         )
+        with self._database.system() as connection:
+            holders = rows(
+                connection,
+                system.INTEGRATION_BY_INSTALLATION.sql,
+                provider=place["provider"],
+                installation=place["installation_id"],
+            )
+        others = any(holder["owner_id"] != owner_id for holder in holders)
+        return effect, Reason.OWNER_CHANGED if place["gone"] else Reason.INTEGRATION_AMBIGUOUS if others else None
 
     def renew(self, effect: ClaimedEffect) -> bool:
         """Right before the write: whether the effect is still ours, with its lease made whole again."""

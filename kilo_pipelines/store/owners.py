@@ -10,10 +10,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.inbox import insert_review
-from kilo_pipelines.store.queue import audit, lock_subject, owner_of_item
+from kilo_pipelines.store.queue import audit, end_item, lock_subject, owner_of_item
 from kilo_pipelines.store.rows import Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
 
 
@@ -122,6 +123,29 @@ class Owners:
                     id=external_id,
                     now=self._clock.now(),
                 )
+                self._end_work(connection, integration, external_id)
+
+    def _end_work(self, connection: Any, integration: Integration, external_id: int | None = None) -> None:
+        """What left an owner is worked on no more: a waiting or running session would read what may be somebody else's by now."""
+        live = rows(
+            connection,
+            "select w.id from work_items w join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
+            " where w.owner_id = :owner and w.ended_at is null and r.integration_id = :integration"
+            " and r.external_id = coalesce(:id, r.external_id) order by w.id for update of w",
+            owner=integration.owner_id,
+            integration=integration.id,
+            id=external_id,
+        )
+        for item in live:
+            end_item(
+                connection,
+                owner_id=integration.owner_id,
+                item_id=item["id"],
+                state="cancelled",
+                reason=Reason.OWNER_CHANGED,
+                now=self._clock.now(),
+                announced=False,
+            )
 
     def set_suspended(self, integration: Integration, suspended: bool) -> None:
         """GitHub suspended or unsuspended the installation."""
@@ -144,6 +168,7 @@ class Owners:
                 id=integration.id,
                 now=self._clock.now(),
             )
+            self._end_work(connection, integration)
 
     def by_installation(self, provider: str, installation_id: int) -> Integration | None:
         """The one integration of an installation; AmbiguousInstallationError when several owners hold it."""

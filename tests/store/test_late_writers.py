@@ -281,9 +281,8 @@ def test_an_item_that_was_reopened_is_not_announced_as_ended(world: World) -> No
 
 def test_an_item_whose_repository_left_the_installation_is_not_claimed(world: World) -> None:
     item = world.item()
-    integration = world.store.owners.by_installation("github", world.installation)
-    assert integration is not None
-    world.store.owners.change_repositories(integration, added=[], removed=[world.repository])
+    with world.store.database.owner(world.owner.id) as connection:
+        connection.execute(text("update repositories set removed_at = now() where external_id = :id"), {"id": world.repository})
     refused = world.claim(item)
     assert isinstance(refused, Refused) and refused.outcome == Reason.OWNER_CHANGED
     assert world.state(item) == "cancelled"

@@ -1,0 +1,412 @@
+"""Every op, sensor, schedule and asset at work for B beside an A that differs in nothing but its id (goals, section 4).
+
+A has the same repository, pull requests, heads and subjects. Nothing of A is named in a statement, read into a row, a run, a
+log or a payload, or asked of the provider. What runs is Dagster's own code over the real store; GitHub is a recorder, because
+what is asked of it is what is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from dagster import DagsterInstance, JobDefinition, build_schedule_context, build_sensor_context, materialize
+from sqlalchemy import event
+
+from kilo_pipelines import tags
+from kilo_pipelines.assets import default_assets, review_outcomes
+from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.jobs import agent_session, code_review, default_jobs, outbox, settle_code_review
+from kilo_pipelines.partitions import OWNERS_NAME
+from kilo_pipelines.providers.github import PullState
+from kilo_pipelines.resources.cloud_agent import CloudAgentResource
+from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.schedules import default_schedules, outcomes
+from kilo_pipelines.sensors import default_sensors, recovery, work_once
+from kilo_pipelines.store import Repository, SessionClaim, Store
+from tests.conftest import Database
+from tests.support.figures import Figures
+from tests.support.two import HEAD, Corner, as_json, connect, digest
+
+REPOSITORY = 991_077
+_numbers = iter(range(100, 10_000))
+
+
+class Held:
+    """What the resources of this module reach; Dagster copies resources, so it stands beside them."""
+
+    store: Store
+    asked: list[tuple[str, int, int, Any]] = []  # noqa: RUF012  # one for the module, on purpose
+
+
+class TheStore(StoreResource):
+    def get(self) -> Store:
+        return Held.store
+
+
+class Reader:
+    """A pull request as both owners' GitHub shows it."""
+
+    def pull(self, full_name: str, number: int) -> PullState:
+        return PullState(
+            repository_id=REPOSITORY,
+            number=number,
+            state="open",
+            draft=False,
+            merged=False,
+            title="t",
+            body="",
+            author="grace",
+            author_type="User",
+            labels=[],
+            head_sha=HEAD,
+            head_ref="topic",
+            head_repository_id=REPOSITORY,
+            base_sha="b" * 40,
+            base_ref="main",
+            url="http://localhost/pull",
+            full_name=full_name,
+            clone_url="http://localhost/octo/demo.git",
+            default_branch="main",
+        )
+
+    def summary_comment(self, _full_name: str, _number: int, _marker: str) -> None:
+        return None
+
+    def review_comments(self, _full_name: str, _number: int) -> list[Any]:
+        return []
+
+
+class Recorder(GitHubResource):
+    """Keeps which installation was asked for what."""
+
+    def reader(self, installation_id: int, repository_id: int) -> Any:
+        Held.asked.append(("read", installation_id, repository_id, None))
+        return Reader()
+
+    def clone_token(self, installation_id: int, repository_id: int) -> str:
+        Held.asked.append(("clone", installation_id, repository_id, None))
+        return "token"
+
+    def apply(self, installation_id: int, repository_id: int, intent: EffectIntent) -> EffectReceipt:
+        Held.asked.append(("apply", installation_id, repository_id, intent.model_dump(mode="json")))
+        return EffectReceipt(external_id="1", created=True)
+
+
+class Runner:
+    """A session that fetches, beats, says something and ends."""
+
+    def run(self, spec: SessionSpec, _task: Any, control: Any, token: Callable[[], str]) -> SessionOutcome:
+        Held.asked.append(("spec", 0, spec.repository.external_id, str(spec.owner_id)))
+        assert token() == "token" and control.beat() == "ok"
+        control.event("turn", {"number": 1})
+        return SessionOutcome(status=SessionStatus.FAILED, reason=Reason.NO_TURNS)
+
+
+class Agent(CloudAgentResource):
+    def runner(self, agent: str) -> Any:
+        return Runner()
+
+    def agent_ready(self, agent: str) -> bool:
+        return True
+
+    def call_back(self, session_id: UUID, token: str, outcome: SessionOutcome) -> int:
+        return 202 if Held.store.sessions.record_callback(session_id, token, b"{}") == "accepted" else 401
+
+
+RESOURCES = {"store": TheStore(), "github": Recorder(), "cloud_agent": Agent()}
+
+
+class Stage:
+    """A and B, and a Dagster instance for B's runs."""
+
+    def __init__(self, database: Database, admin: psycopg.Connection[Any], instance: DagsterInstance) -> None:
+        self.database, self.admin, self.instance = database, admin, instance
+        self.a, self.b = Corner(database, REPOSITORY, "canary-a"), Corner(database, REPOSITORY, "canary-b")
+        self.a.fill(admin)
+
+    def run(self, job: JobDefinition, op: str, ids: list[UUID]) -> None:
+        done = job.execute_in_process(
+            run_config={"ops": {op: {"config": {"ids": [str(one) for one in ids]}}}},
+            resources=RESOURCES,
+            instance=self.instance,
+            tags={tags.OWNER: str(self.b.owner.id), tags.ITEM: str(ids[0])},
+        )
+        assert done.success
+
+    def effects(self, item: UUID) -> list[tuple[str, str | None]]:
+        return [(one["state"], one["reason"]) for one in self.database.store.outbox.of_item(item)]
+
+
+@pytest.fixture
+def stage(database: Database, postgres_admin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    monkeypatch.setenv("KILO_HOME", str(tmp_path))
+    monkeypatch.setenv("KILO_AGENT", "scripted")
+    Held.store, Held.asked = database.store, []
+    dagster = tmp_path / "dagster"
+    dagster.mkdir()
+    with connect(database, postgres_admin) as admin, DagsterInstance.local_temp(str(dagster)) as instance:
+        yield Stage(database, admin, instance)
+        # The next test's owners have the same subjects; sessions that wait would be offered there.
+        admin.execute("update work_items set state = 'cancelled', ended_at = now(), announced = true where ended_at is null")
+        admin.execute("update sessions set state = 'interrupted', ended_at = now() where ended_at is null")
+        admin.execute("update effects set state = 'dropped', ended_at = now() where state in ('pending', 'applying')")
+
+
+@contextmanager
+def watched(stage: Stage) -> Iterator[list[str]]:
+    """Whatever of A is named in a statement's values while the block runs."""
+    seen: list[str] = []
+    marks = stage.a.marks()
+
+    def listen(_connection: object, _cursor: object, statement: str, values: object, *_rest: object) -> None:
+        seen.extend(f"{mark} in {statement}" for mark in marks if mark in str(values))
+
+    engines = (stage.database.store.database._app, stage.database.store.database._system)
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield seen
+    finally:
+        for engine in engines:
+            event.remove(engine, "before_cursor_execute", listen)
+
+
+def _launch(stage: Stage) -> None:
+    item = stage.b.item(next(_numbers))
+    stage.run(code_review, "launch_reviews", [item])
+    assert stage.b.state(item) == "running"
+    assert {state for state, _ in stage.effects(item)} == {"applied"}, "A's earlier effects on the same subjects stand in no way"
+
+
+def _session(stage: Stage) -> None:
+    item = stage.b.item(next(_numbers))
+    stage.run(code_review, "launch_reviews", [item])
+    row = stage.database.store.queue.get(item)
+    assert row is not None and row.session_id is not None
+    stage.database.store.sessions.ensure_capacity(64)
+    stage.run(agent_session, "run_agent_session", [row.session_id])
+    ended = stage.database.store.sessions.get(row.session_id)
+    assert ended is not None and ended.state == "failed"
+    assert ("spec", 0, REPOSITORY, str(stage.b.owner.id)) in Held.asked
+
+
+def _settle(stage: Stage) -> None:
+    """A's pull request with the same head failed its review; it is no sibling of B's."""
+    claim, session = stage.b.launched(stage.b.item(next(_numbers)))
+    held = stage.b.session_claim(session)
+    assert isinstance(held, SessionClaim)
+    assert stage.database.store.sessions.finish(held, status="failed", reason=Reason.NO_TURNS)
+    with stage.database.store.settlements.open(claim.item_id) as tx:
+        assert tx is not None and tx.siblings() == []
+    stage.run(settle_code_review, "settle_reviews", [claim.item_id])
+    assert stage.b.state(claim.item_id) == "failed"
+    checks = [one[3]["payload"] for one in Held.asked if one[0] == "apply" and "summary" in one[3]["payload"]]
+    assert checks and checks[-1]["status"] == "completed" and checks[-1]["head_sha"] == HEAD
+
+
+def _outbox(stage: Stage) -> None:
+    item = stage.b.finished(1, "success")
+    stage.run(outbox, "apply_waiting_effects", [item])
+    assert stage.effects(item) == [("applied", None)]
+    waiting = stage.admin.execute("select state from effects where owner_id = %s", (stage.a.owner.id,)).fetchall()
+    assert waiting == [("pending",)], "the same subject, and not applied along"
+
+
+def _outcomes_asset(stage: Stage) -> None:
+    stage.b.finished(1, "success")
+    stage.instance.add_dynamic_partitions(OWNERS_NAME, [str(stage.b.owner.id)])
+    done = materialize([review_outcomes], partition_key=str(stage.b.owner.id), resources=RESOURCES, instance=stage.instance)
+    (made,) = done.asset_materializations_for_node("review_outcomes")
+    assert made.metadata["reviews"].value == 1 and made.metadata["completed"].value == 1
+    records = made.metadata["newest reviews"].records  # type: ignore[attr-defined]  # a table
+    assert [one.data["check"] for one in records] == ["success"]
+
+
+def _shard(stage: Stage) -> None:
+    """The sensors serve all owners: each run that they ask for is of one, and says whose."""
+    mine = {stage.b.item(next(_numbers)) for _ in range(3)}
+    stage.database.clock.advance(timedelta(minutes=1))
+    requests = [one for _ in range(4) for one in work_once(stage.database.store)]
+    assert mine <= {UUID(one.tags[tags.ITEM]) for one in requests}
+    for request in requests:
+        item = UUID(request.tags[tags.ITEM])
+        row = stage.admin.execute("select owner_id from work_items where id = %s", (item,)).fetchone()
+        assert row is not None and request.tags[tags.OWNER] == str(row[0])
+        if request.tags[tags.OWNER] == str(stage.b.owner.id):
+            assert not [mark for mark in stage.a.marks() if mark in as_json([request.tags, request.run_config])]
+
+
+def _recovery(stage: Stage) -> None:
+    """B's claim ran out, A's stands."""
+    for corner, lease in ((stage.a, 9_000.0), (stage.b, 1.0)):
+        corner.last = corner.item(next(_numbers))  # type: ignore[attr-defined]
+        corner.claim(corner.last, lease=lease)  # type: ignore[attr-defined]
+    stage.database.clock.advance(timedelta(seconds=5))
+    before = digest(stage.admin, stage.a.owner.id)
+    with build_sensor_context(resources=RESOURCES) as context:
+        recovery(context)
+    assert stage.b.state(stage.b.last) == "waiting"  # type: ignore[attr-defined]
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def _outcomes_schedule(stage: Stage) -> None:
+    stage.b.finished(1, "success")
+    with build_schedule_context(
+        instance=stage.instance, resources=RESOURCES, scheduled_execution_time=stage.database.clock.now()
+    ) as context:
+        requests = outcomes(context)
+    asked = {one.partition_key: one.tags[tags.OWNER] for one in requests}  # type: ignore[union-attr]
+    assert str(stage.b.owner.id) in asked and all(partition == owner for partition, owner in asked.items())
+
+
+# What works for all owners at once is looked at in its own function; the rest must not name A at all.
+WORK: dict[str, Callable[[Stage], None]] = {
+    "op launch_reviews": _launch,
+    "op run_agent_session": _session,
+    "op settle_reviews": _settle,
+    "op apply_effects": _launch,
+    "op apply_waiting_effects": _outbox,
+    "asset review_outcomes": _outcomes_asset,
+    "sensor work_00": _shard,
+    "sensor recovery": _recovery,
+    "schedule outcomes": _outcomes_schedule,
+}
+OVER_ALL = {"sensor work_00", "sensor recovery", "schedule outcomes"}
+
+
+def defined() -> set[str]:
+    """Every op, asset, sensor and schedule of the platform."""
+    ops = {f"op {node.definition.name}" for job in default_jobs() for node in job.nodes}
+    keys = {f"asset {key.to_user_string()}" for one in default_assets() for key in one.keys}
+    return (
+        ops
+        | keys
+        | {f"sensor {one.name}" for one in default_sensors(1)}
+        | {f"schedule {one.name}" for one in default_schedules()}
+    )
+
+
+def test_everything_that_runs_is_in_the_table() -> None:
+    assert defined() == set(WORK)
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_for_one_owner_touches_nothing_of_another(stage: Stage, name: str, figures: Figures) -> None:
+    before = digest(stage.admin, stage.a.owner.id)
+    with watched(stage) as named:
+        WORK[name](stage)
+    leaks = [] if name in OVER_ALL else named
+    leaks += [f"asked of {one}" for one in Held.asked if one[1] == stage.a.installation or as_json(one).find("canary-a") >= 0]
+    told = as_json([entry.message for run in stage.instance.get_runs() for entry in stage.instance.all_logs(run.run_id)])
+    told += as_json([[run.tags, run.run_config] for run in stage.instance.get_runs()])
+    told += as_json(
+        stage.admin.execute("select to_jsonb(r)::text from reviews r where owner_id = %s", (stage.b.owner.id,)).fetchall()
+    )
+    told += as_json(
+        stage.admin.execute("select to_jsonb(r)::text from effects r where owner_id = %s", (stage.b.owner.id,)).fetchall()
+    )
+    leaks += [mark for mark in stage.a.marks() if mark in told]
+    figures(tried=1, leaked=len(leaks))
+    assert leaks == []
+    if name not in OVER_ALL:
+        assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def test_a_run_under_another_owners_tag_works_for_the_items_owner(stage: Stage) -> None:
+    """A run's tags are labels for people: whose an item is comes from the item."""
+    item = stage.a.item(next(_numbers))
+    stage.run(code_review, "launch_reviews", [item])  # tagged as B's
+    assert {one[1] for one in Held.asked} == {stage.a.installation}
+
+
+def _leave_repository(stage: Stage) -> None:
+    held = stage.database.store.owners.by_installation("github", stage.a.installation)
+    assert held is not None
+    stage.database.store.owners.change_repositories(held, added=[], removed=[REPOSITORY])
+
+
+def _leave_integration(stage: Stage) -> None:
+    held = stage.database.store.owners.by_installation("github", stage.a.installation)
+    assert held is not None
+    stage.database.store.owners.disconnect(held)
+
+
+def _connect_to_b(stage: Stage) -> None:
+    stage.database.store.owners.connect(
+        stage.b.owner.id,
+        provider="github",
+        installation_id=stage.a.installation,
+        account="octo",
+        repositories=[Repository(REPOSITORY, "octo/demo", "main", True)],
+        actor="test",
+    )
+
+
+def _change_owner(stage: Stage) -> None:
+    """GitHub still shows the repository to this installation: only our own rows tell that it isn't A's any more."""
+    _leave_integration(stage)
+    _connect_to_b(stage)
+
+
+MOVES = {
+    "repository removed": _leave_repository,
+    "installation gone": _leave_integration,
+    "installation is B's now": _change_owner,
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_effects_of_what_left_its_owner_are_dropped(stage: Stage, name: str, figures: Figures) -> None:
+    """Threats, rule 16: at effect as well as at claim."""
+    item = stage.a.finished(next(_numbers), "success")
+    MOVES[name](stage)
+    stage.run(outbox, "apply_waiting_effects", [item, stage.a.done])
+    applied = [one for one in Held.asked if one[0] == "apply"]
+    figures(tried=2, leaked=len(applied))
+    assert applied == []
+    assert stage.effects(item) == stage.effects(stage.a.done) == [("dropped", Reason.OWNER_CHANGED)]
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_work_on_what_left_its_owner_ends_at_once(stage: Stage, name: str, figures: Figures) -> None:
+    """A waiting session would fetch what may be somebody else's by now; a running one is told to stop."""
+    _, running = stage.a.running()
+    MOVES[name](stage)
+    stage.run(agent_session, "run_agent_session", [stage.a.session])
+    clones = [one for one in Held.asked if one[0] == "clone"]
+    figures(tried=3, leaked=len(clones))
+    assert clones == [] and stage.database.store.sessions.beat(running, 30) == "cancel"
+    assert {stage.a.state(one) for one in (stage.a.live.item_id, stage.a.waiting, running.item_id)} == {"cancelled"}
+
+
+def test_effects_of_an_installation_that_two_owners_hold_wait(stage: Stage, figures: Figures) -> None:
+    """An operator's slip loses nothing once it is mended (invariant 9)."""
+    item = stage.a.finished(next(_numbers), "success")
+    _connect_to_b(stage)
+    stage.run(outbox, "apply_waiting_effects", [item])
+    figures(tried=1, leaked=len([one for one in Held.asked if one[0] == "apply"]))
+    assert [one for one in Held.asked if one[0] == "apply"] == []
+    assert stage.effects(item) == [("pending", Reason.INTEGRATION_AMBIGUOUS)]
+    stage.admin.execute(
+        "update integrations set disconnected_at = now() where owner_id = %s and installation_id = %s",
+        (stage.b.owner.id, stage.a.installation),
+    )
+    stage.database.clock.advance(timedelta(minutes=6))
+    stage.run(outbox, "apply_waiting_effects", [item])
+    assert stage.effects(item) == [("applied", None)]
+
+
+def test_the_table_of_work_proves_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that nobody entered fails."""
+    monkeypatch.delitem(WORK, "op settle_reviews")
+    assert defined() != set(WORK)

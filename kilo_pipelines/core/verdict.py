@@ -32,6 +32,7 @@ _OF_REASON = {
     Reason.SUPERSEDED: Conclusion.CANCELLED,
     Reason.USER_CANCELLED: Conclusion.CANCELLED,
     Reason.PULL_CLOSED: Conclusion.CANCELLED,
+    Reason.ALREADY_REVIEWED: Conclusion.CANCELLED,
     Reason.SKIPPED_DRAFT: Conclusion.CANCELLED,
     Reason.INTERRUPTED: Conclusion.CANCELLED,
     Reason.DIFF_TOO_LARGE: Conclusion.ACTION_REQUIRED,

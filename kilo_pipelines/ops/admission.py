@@ -31,7 +31,9 @@ def admit(tx: AdmissionTx, marker: Marker) -> None:
         items=tx.items(SERVICE, subject),
     )
     for item_id in decision.supersede:
-        tx.cancel(item_id, decision.supersede_reason)
+        tx.cancel(item_id, Reason.SUPERSEDED)
+    for item_id in decision.reexamine:
+        tx.reexamine(item_id, decision.skip or Reason.SUPERSEDED)
     if decision.skip is not None:
         tx.skip(decision.skip, item_id=decision.existing_item)
         return

@@ -86,12 +86,12 @@ def _launch(
     except ProviderError as failure:
         _provider_failed(context, store, claim, failure)
         return
-    stop = launch.stop_reason(pull, claim.repository_id)
+    head = launch.head_of(pull)
+    stop = launch.stop_reason(pull, claim.repository_id, reviewed=store.reviews.reviewed_elsewhere(claim, head))
     if stop is not None:
         store.queue.conclude(claim, *stop)
         _say(context, item_id, stop[1], pull_request=pull.url)
         return
-    head = launch.head_of(pull)
     previous = store.reviews.previous_head(claim.owner_id, claim.repository_id, pull.number, pull.head_sha)
     task = launch.task_of(pull, details, previous_summary=summary, previous_head=previous)
     session_id = uuid4()
@@ -101,7 +101,7 @@ def _launch(
         session_id=session_id,
         spec=cloud_agent.spec(session_id, claim.owner_id, pull, task),
         head=head,
-        effects=outcome.start_effects(subject, marker),
+        effects=outcome.start_effects(subject, marker, admitted_head=details["head_sha"]),
         cap_s=cloud_agent.cap_seconds(),
     )
     _say(context, item_id, "launched" if launched else "late_writer", pull_request=pull.url)
@@ -186,7 +186,7 @@ def _settle(
             evidence = session.evidence if session else None
             if retry.disables(found.verdict.reason):
                 tx.disable_service(found.verdict.reason)
-            tx.announce(found.stored_verdict(), evidence, found.effects)
+            tx.announce(found.stored_verdict(), evidence, [] if tx.replaced() else found.effects)
         else:
             _say(context, item_id, Reason.MOVED_ON)
             return

@@ -18,7 +18,7 @@ from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
-from kilo_pipelines.store.queue import end_item, intend, lock_subject
+from kilo_pipelines.store.queue import end_item, intend, lock_subject, reopen_item
 from kilo_pipelines.store.rows import DeliveryRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Inbox:
         changed(
             connection,
             "update deliveries set tries = :tries, not_before = :after, state = :state, reason = :reason, settled_at = :settled"
-            " where owner_id = :owner and id = :id",
+            " where owner_id = :owner and id = :id and state = 'received'",
             owner=owner_id,
             id=delivery_id,
             tries=tries,
@@ -260,11 +260,33 @@ class AdmissionTx:
             announced=False,
         )
 
+    def reexamine(self, item_id: UUID, reason: str) -> None:
+        """Sends a claimed item back to wait for a new attempt: its session stops, its slot is free, its claim is void.
+
+        What the pull request is now, the next claim reads; an event that comes late can't end a review by itself.
+        """
+        owner = self.delivery.owner_id
+        interrupted = end_item(
+            self._connection,
+            owner_id=owner,
+            item_id=item_id,
+            state="cancelled",
+            reason=reason,
+            now=self._now,
+            announced=False,
+            guard="and state in ('starting', 'running')",
+        )
+        if interrupted:
+            reopen_item(self._connection, owner_id=owner, item_id=item_id, states="('cancelled')", now=self._now)
+
     def _settle(self, state: str, reason: str | None, item_id: UUID | None) -> None:
+        if self._decided:
+            raise RuntimeError(f"admission of delivery {self.delivery.id} decided twice")
         self._decided = True
         changed(
             self._connection,
-            "update deliveries set state = :state, reason = :reason, item_id = :item, settled_at = :now where owner_id = :owner and id = :id",
+            "update deliveries set state = :state, reason = :reason, item_id = :item, settled_at = :now"
+            " where owner_id = :owner and id = :id and state = 'received'",
             owner=self.delivery.owner_id,
             id=self.delivery.id,
             state=state,

@@ -15,7 +15,7 @@ from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.inbox import insert_review
 from kilo_pipelines.store.queue import audit, end_item, lock_subject, owner_of_item
-from kilo_pipelines.store.rows import Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
+from kilo_pipelines.store.rows import Claimed, Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
 
 
 class AmbiguousInstallationError(Exception):
@@ -370,6 +370,28 @@ class Reviews:
                 head=head_sha,
             )
         return row["head_sha"] if row else None
+
+    def reviewed_elsewhere(self, claim: Claimed, head: dict[str, Any]) -> bool:
+        """Whether an item that was admitted for another head finds this one reviewed: its event came late.
+
+        An item admitted for this very head repeats the review: a person forced it, or the base moved away and back, and the
+        head's check waits for a word. So does one that a person asked for.
+        """
+        if claim.details["trigger"] != "webhook" or claim.details["head_sha"] == head["head_sha"]:
+            return False
+        with self._database.owner(claim.owner_id) as connection:
+            found = one(
+                connection,
+                "select 1 from work_items w join reviews r on r.owner_id = w.owner_id and r.item_id = w.id where w.owner_id = :owner"
+                " and w.service = 'code_review' and w.subject_key = :subject and w.id <> :item and w.state = 'completed'"
+                " and r.head_sha = :head and r.base_ref = :base limit 1",
+                owner=claim.owner_id,
+                subject=claim.subject_key,
+                item=claim.item_id,
+                head=head["head_sha"],
+                base=head["base_ref"],
+            )
+        return found is not None
 
     def owners_with_news(self, minutes: int) -> list[UUID]:
         """Owners whose reviews moved within the last minutes."""

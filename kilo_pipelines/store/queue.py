@@ -187,6 +187,22 @@ def _offer(kind: str, found: list[Any]) -> Offer:
     )
 
 
+def reopen_item(connection: Connection, *, owner_id: UUID, item_id: UUID, states: str, now: datetime) -> bool:
+    """An ended item waits again as a new attempt; never beside a live one of its subject, whose lock the caller holds."""
+    return bool(
+        changed(
+            connection,
+            "update work_items w set state = 'waiting', reason = null, ended_at = null, attempt = attempt + 1, session_id = null, tries = 0, run_id = null,"
+            f" announced = false, offer_until = null, not_before = :now, updated_at = :now where owner_id = :owner and id = :item and state in {states}"
+            " and not exists (select 1 from work_items o where o.owner_id = w.owner_id and o.service = w.service"
+            "   and o.subject_key = w.subject_key and o.ended_at is null)",
+            owner=owner_id,
+            item=item_id,
+            now=now,
+        )
+    )
+
+
 class Queue:
     """The engine's queue over all owners."""
 
@@ -477,20 +493,11 @@ class Queue:
             )
             assert place is not None  # noqa: S101  # its owner was just read from it, and items are never deleted
             lock_subject(connection, owner_id, place["service"], place["subject_key"])
-            done = changed(
-                connection,
-                "update work_items w set state = 'waiting', reason = null, ended_at = null, attempt = attempt + 1, session_id = null, tries = 0, run_id = null,"
-                f" announced = false, offer_until = null, not_before = :now, updated_at = :now where owner_id = :owner and id = :item and state in {states}"
-                " and not exists (select 1 from work_items o where o.owner_id = w.owner_id and o.service = w.service"
-                "   and o.subject_key = w.subject_key and o.ended_at is null)",
-                owner=owner_id,
-                item=item_id,
-                now=now,
-            )
+            done = reopen_item(connection, owner_id=owner_id, item_id=item_id, states=states, now=now)
             if done:
                 audit(connection, owner_id, actor, "item.reopen", str(item_id), {"force": force}, now)
                 notify(connection, f"item:{item_id}")
-            return bool(done)
+            return done
 
     def get(self, item_id: UUID) -> ItemRow | None:
         """An item with its installation and the service's row."""

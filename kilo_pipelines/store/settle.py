@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
 from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item
 from kilo_pipelines.store.rows import ItemRow, SessionRow
@@ -71,6 +71,23 @@ class SettleTx:
             pull=self.item.details["pull_number"],
         )
         return [dict(row) for row in found]
+
+    def replaced(self) -> bool:
+        """Whether another item of the same pull request spoke of this head's check after this one: then the last word is that one's."""
+        found = one(
+            self._connection,
+            "select 1 from work_items w join effects e on e.owner_id = w.owner_id and e.item_id = w.id where w.owner_id = :owner"
+            " and w.service = :service and w.subject_key = :subject and w.id <> :id and e.kind = :kind and e.payload ->> 'head_sha' = :head"
+            " and e.seq > (select coalesce(max(m.seq), 0) from effects m where m.owner_id = :owner and m.item_id = :id and m.kind = :kind"
+            "   and m.payload ->> 'head_sha' = :head) limit 1",
+            owner=self.item.owner_id,
+            service=self.item.service,
+            subject=self.item.subject_key,
+            id=self.item.id,
+            kind=EffectKind.GITHUB_CHECK_RUN,
+            head=self.item.details["head_sha"],
+        )
+        return found is not None
 
     def conclude(
         self, *, state: str, reason: str, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]

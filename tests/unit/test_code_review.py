@@ -130,10 +130,22 @@ def test_a_retarget_reopens_the_check() -> None:
     assert decision.skip is None and decision.details["base_ref"] == "release"
 
 
-def test_closing_ends_the_active_review() -> None:
-    live = Item("starting")
+def test_closing_sends_the_active_review_back_to_read_the_pull_request() -> None:
+    """The event may be an old one that comes late: what waits reads anyway, what was claimed reads again, nothing ends unread."""
+    live, waiting = Item("starting"), Item("waiting")
     decision = decide(event("closed", state="closed"), setting=Setting(), repository_known=True, items=[live, Item("completed")])
-    assert decision.supersede == [live.id] and decision.supersede_reason is Reason.PULL_CLOSED
+    assert decision.skip is Reason.PULL_CLOSED and (decision.supersede, decision.reexamine) == ([], [live.id])
+    decision = decide(event("closed", state="closed"), setting=Setting(), repository_known=True, items=[waiting])
+    assert (decision.supersede, decision.reexamine) == ([], [])
+
+
+@pytest.mark.parametrize(("state", "again"), [("waiting", False), ("starting", True), ("running", True)])
+def test_an_event_of_a_reviewed_head_ends_no_other_review(state: str, again: bool) -> None:
+    """A late event of an older, reviewed head left the newer head without any review."""
+    newer, older = Item(state, head_sha="c" * 40), Item("completed")
+    decision = decide(event("reopened"), setting=Setting(), repository_known=True, items=[newer, older])
+    assert decision.skip is Reason.ALREADY_REVIEWED and decision.supersede == []
+    assert decision.reexamine == ([newer.id] if again else [])
 
 
 def test_unknown_settings_are_refused() -> None:
@@ -327,9 +339,16 @@ def test_an_ending_without_a_session_closes_the_check(state: str, reason: Reason
 
 
 def test_while_it_runs_the_check_is_open() -> None:
-    check, eyes = start_effects(subject(), MARKER)
+    check, eyes = start_effects(subject(), MARKER, admitted_head=subject().head_sha)
     assert check.kind is EffectKind.GITHUB_CHECK_RUN and check.payload["status"] == "in_progress"
     assert eyes.payload["content"] == "eyes"
+
+
+def test_the_check_of_a_head_that_moved_before_the_launch_is_ended() -> None:
+    """It was queued at the admission and would stand open for ever."""
+    moved, check, _ = start_effects(subject(), MARKER, admitted_head="c" * 40)
+    assert (moved.payload["head_sha"], moved.payload["conclusion"]) == ("c" * 40, "cancelled")
+    assert moved.subject_key != check.subject_key and moved.intent_key != check.intent_key
 
 
 def test_comments_are_rendered_harmless_and_within_limits() -> None:

@@ -50,12 +50,16 @@ class OwnerSetting(Protocol):
 
 @dataclass(frozen=True)
 class AdmissionDecision:
-    """Either a reason to skip, or the details of a new item; and which older items end with which reason."""
+    """Either a reason to skip, or the details of a new item; which older items end, and which are to read the pull request again.
+
+    Events are hints and may come late: one that opens no item ends none either. What it speaks against is interrupted and
+    waits again, and its claim reads the present state.
+    """
 
     skip: Reason | None = None
     existing_item: UUID | None = None
     supersede: list[UUID] = field(default_factory=list)
-    supersede_reason: Reason = Reason.SUPERSEDED
+    reexamine: list[UUID] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,10 +87,10 @@ def decide(
     """The decision for one event, given the owner's settings and the pull request's earlier items (newest first)."""
     pull = event.pull_request
     live = [item for item in items if WorkState(item.state) not in FINAL]
+    # What waits reads the pull request anyway; what was claimed has read it before this event came.
+    has_read = [item for item in live if WorkState(item.state) is not WorkState.WAITING]
     if event.action == "closed":
-        return AdmissionDecision(
-            skip=Reason.PULL_CLOSED, supersede=[item.id for item in live], supersede_reason=Reason.PULL_CLOSED
-        )
+        return AdmissionDecision(skip=Reason.PULL_CLOSED, reexamine=[item.id for item in has_read])
     if not _wanted(event):
         return AdmissionDecision(skip=Reason.ACTION_IGNORED)
     if pull.draft:
@@ -107,12 +111,14 @@ def decide(
 
     obsolete = [item.id for item in live if not same(item)]
     if pull.state != "open":
-        return AdmissionDecision(skip=Reason.PULL_CLOSED, supersede=obsolete)
+        return AdmissionDecision(skip=Reason.PULL_CLOSED, reexamine=[item.id for item in has_read if not same(item)])
     if pull.user.type == "Bot" and config.skip_bot_pull_requests:
         return AdmissionDecision(skip=Reason.SKIPPED_BOT_AUTHOR, supersede=obsolete)
     standing = [item for item in items if same(item) and (item in live or item.state == WorkState.COMPLETED)]
     if standing:
-        return AdmissionDecision(skip=Reason.ALREADY_REVIEWED, existing_item=standing[0].id, supersede=obsolete)
+        # A launch under way may have read the pull request before this event, and be about to end for it.
+        doubtful = [item.id for item in has_read if not same(item) or item.state == WorkState.STARTING]
+        return AdmissionDecision(skip=Reason.ALREADY_REVIEWED, existing_item=standing[0].id, reexamine=doubtful)
     return AdmissionDecision(supersede=obsolete, details=_details(event, config))
 
 

@@ -38,14 +38,16 @@ class Pull(Protocol):
     def base_ref(self) -> str: ...
 
 
-def stop_reason(pull: Pull, repository_id: int) -> tuple[WorkState, Reason] | None:
-    """Why no session is launched after all; None when it is."""
+def stop_reason(pull: Pull, repository_id: int, *, reviewed: bool = False) -> tuple[WorkState, Reason] | None:
+    """Why no session is launched after all; None when it is. `reviewed`: another item reviewed this head and base already."""
     if pull.repository_id != repository_id:
         return WorkState.CANCELLED, Reason.OWNER_CHANGED
     if pull.state != "open":
         return WorkState.CANCELLED, Reason.PULL_CLOSED
     if pull.draft:
         return WorkState.CANCELLED, Reason.SKIPPED_DRAFT
+    if reviewed:
+        return WorkState.CANCELLED, Reason.ALREADY_REVIEWED
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -292,14 +292,30 @@ def queued_effects(subject: ReviewSubject, marker: Marker) -> list[EffectIntent]
     return [EffectIntent(kind=EffectKind.GITHUB_CHECK_RUN, intent_key=key, subject_key=check_subject(subject), payload=check)]
 
 
-def start_effects(subject: ReviewSubject, marker: Marker) -> list[EffectIntent]:
-    """While the session works: the check is in progress, and the pull request was seen."""
+def start_effects(subject: ReviewSubject, marker: Marker, admitted_head: str) -> list[EffectIntent]:
+    """While the session works: the check is in progress, and the pull request was seen.
+
+    When the head moved since the admission, the check that was queued there gets its end: nobody else speaks of that head.
+    """
     check = _check_payload(subject, marker) | {
         "status": "in_progress",
         "title": "Review in progress",
         "summary": "An agent session reads this change.",
     }
+    moved = []
+    if admitted_head != subject.head_sha:
+        before = replace(subject, head_sha=admitted_head)
+        ended = {"status": "completed", "conclusion": str(Conclusion.CANCELLED), "title": "Superseded"}
+        moved.append(
+            EffectIntent(
+                kind=EffectKind.GITHUB_CHECK_RUN,
+                intent_key=f"{subject.item_id}:{subject.attempt}:check:moved",
+                subject_key=check_subject(before),
+                payload=_check_payload(before, marker) | ended | {"summary": f"The review is of {subject.head_sha} now."},
+            )
+        )
     return [
+        *moved,
         EffectIntent(
             kind=EffectKind.GITHUB_CHECK_RUN,
             intent_key=f"{subject.item_id}:{subject.attempt}:check:started",

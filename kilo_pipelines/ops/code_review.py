@@ -166,7 +166,7 @@ def _settle(
         ]
         if WorkState(tx.item.state) is WorkState.RUNNING and session is not None and session.ended_at is not None:
             again = (
-                retry.next_attempt(Reason(session.reason), tx.item.attempt)
+                retry.next_attempt(Reason(session.reason), tx.failures() + 1)
                 if session.state == "failed" and session.reason
                 else None
             )

@@ -65,6 +65,10 @@ def _take(connection: Connection, owner_id: UUID, integration_id: UUID, cost: Co
     return taken.wait_until
 
 
+# A bucket that nobody has used yet is full; how much that is, its first use says (`core.rates.take` cuts it to the burst).
+WHATEVER_THE_BURST = 1e9
+
+
 class Budgets:
     """What providers said of their limits."""
 
@@ -77,9 +81,10 @@ class Budgets:
             changed(
                 connection,
                 "insert into rate_budgets (owner_id, integration_id, kind, tokens, refilled_at, blocked_until)"
-                " select :owner, :integration, kind, 0, cast(:until as timestamptz), :until from unnest(array['read', 'write']) kind"
+                " select :owner, :integration, kind, :full, cast(:until as timestamptz), :until from unnest(array['read', 'write']) kind"
                 " on conflict (owner_id, integration_id, kind) do update set blocked_until = greatest(rate_budgets.blocked_until, :until)",
                 owner=owner_id,
                 integration=integration_id,
                 until=until,
+                full=WHATEVER_THE_BURST,
             )

@@ -93,7 +93,8 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
                 item=row["item_id"],
             )
             assert place is not None  # noqa: S101  # the foreign keys say so
-            wait_until = take_budget(connection, owner_id, place["integration_id"], costs, now)
+            # What is gone is dropped without asking the provider.
+            wait_until = None if place["gone"] else take_budget(connection, owner_id, place["integration_id"], costs, now)
             if wait_until is not None:
                 changed(
                     connection,

@@ -391,7 +391,7 @@ class Queue:
             )
             changed(
                 connection,
-                "delete from owner_slots where owner_id = :owner and pool = :pool and number > :cap and item_id is null",
+                "update owner_slots set retired = number > :cap where owner_id = :owner and pool = :pool and retired <> (number > :cap)",
                 owner=owner_id,
                 pool=pool,
                 cap=cap,

@@ -58,6 +58,16 @@ class SettleTx:
         )
         return session_row(row) if row else None
 
+    def failures(self) -> int:
+        """How many attempts of this item failed so far; re-reading the pull request opens attempts that didn't."""
+        row = one(
+            self._connection,
+            "select count(*) as n from attempts where owner_id = :owner and item_id = :item and state = 'failed'",
+            owner=self.item.owner_id,
+            item=self.item.id,
+        )
+        return int(row["n"]) if row else 0
+
     def siblings(self) -> list[dict[str, Any]]:
         """Newest review of each *other* pull request with the same repository and head: state, reason and verdict."""
         found = rows(

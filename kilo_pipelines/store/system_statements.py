@@ -44,7 +44,7 @@ with recursive line as (
     from line l join owners w on w.id = l.owner_id and w.enabled
     cross join lateral (select count(*) as outstanding from work_items i where i.owner_id = l.owner_id and i.service = l.service
         and i.state = 'waiting' and i.offer_until > :now) o
-    left join lateral (select count(*) filter (where item_id is null) as free, max(taken_at) as last_turn from owner_slots
+    left join lateral (select count(*) filter (where item_id is null and not retired) as free, max(taken_at) as last_turn from owner_slots
         where owner_id = l.owner_id and pool = l.service having count(*) > 0) p on true
     where not exists (select 1 from switches s where s.scope in ('all', 'service:' || l.service, 'owner:' || l.owner_id))
 ), turns as (

@@ -55,6 +55,7 @@ class Corner(World):
         self.done = self.finished(1, "failure")
         self.live, self.session = self.launched(self.item(2))
         self.waiting = self.item(3)
+        self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
         assert isinstance(self.claim(self.item(4)), Claimed)
         admin.execute(
             "insert into people (owner_id, id, login, role) values (%s, %s, %s, 'owner')",

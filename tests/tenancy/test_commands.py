@@ -39,6 +39,20 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "reviews show": ("operator", [str(uuid4())]),
     "reviews dispatch": ("operator", ["--owner", str(uuid4()), "--repository", "o/r", "--pull", "1"]),
     "reviews cancel": ("operator", [str(uuid4())]),
+    "password reset": ("host", []),
+    "pause": ("operator", []),
+    "kill": ("operator", []),
+    "resume": ("operator", []),
+    "items list": ("operator", []),
+    "items show": ("operator", [str(uuid4())]),
+    "items cancel": ("operator", [str(uuid4())]),
+    "items retry": ("operator", [str(uuid4())]),
+    "effects list": ("operator", []),
+    "effects retry": ("operator", [str(uuid4())]),
+    "effects drop": ("operator", [str(uuid4())]),
+    "services list": ("operator", []),
+    "services enable": ("operator", ["code_review", "--owner", str(uuid4())]),
+    "services disable": ("operator", ["code_review", "--owner", str(uuid4())]),
 }
 OPERATORS = sorted(name for name, (scope, _) in COMMANDS.items() if scope == "operator")
 

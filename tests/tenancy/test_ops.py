@@ -16,11 +16,12 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from dagster import DagsterInstance, JobDefinition, build_schedule_context, build_sensor_context, materialize
+from dagster import DagsterInstance, JobDefinition, RunRequest, build_schedule_context, build_sensor_context, materialize
 from sqlalchemy import event
 
 from kilo_pipelines import tags
 from kilo_pipelines.assets import default_assets, review_outcomes
+from kilo_pipelines.assets.engine import reconciliation
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
@@ -97,7 +98,10 @@ class Recorder(GitHubResource):
         Held.asked.append(("clone", installation_id, repository_id, None))
         return "token"
 
-    def apply(self, installation_id: int, repository_id: int, intent: EffectIntent) -> EffectReceipt:
+    def apply(
+        self, installation_id: int, repository_id: int, intent: EffectIntent, before_write: Callable[[], bool]
+    ) -> EffectReceipt:
+        assert before_write()
         Held.asked.append(("apply", installation_id, repository_id, intent.model_dump(mode="json")))
         return EffectReceipt(external_id="1", created=True)
 
@@ -232,16 +236,27 @@ def _outcomes_asset(stage: Stage) -> None:
     assert [one.data["check"] for one in records] == ["success"]
 
 
+def _ids(request: RunRequest) -> list[str]:
+    """What a run is to carry."""
+    (op,) = request.run_config["ops"].values()
+    found: list[str] = op["config"]["ids"]
+    return found
+
+
 def _shard(stage: Stage) -> None:
     """The sensors serve all owners: each run that they ask for is of one, and says whose."""
     mine = {stage.b.item(next(_numbers)) for _ in range(3)}
     stage.database.clock.advance(timedelta(minutes=1))
     requests = [one for _ in range(4) for one in work_once(stage.database.store)]
-    assert mine <= {UUID(one.tags[tags.ITEM]) for one in requests}
+    carried = {UUID(one) for request in requests for one in _ids(request)}
+    assert mine <= carried
     for request in requests:
-        item = UUID(request.tags[tags.ITEM])
-        row = stage.admin.execute("select owner_id from work_items where id = %s", (item,)).fetchone()
-        assert row is not None and request.tags[tags.OWNER] == str(row[0])
+        look = (
+            "select owner_id from work_items where id = any(%(ids)s::uuid[])"
+            " union select owner_id from sessions where id = any(%(ids)s::uuid[])"
+        )
+        owners = stage.admin.execute(look, {"ids": _ids(request)}).fetchall()
+        assert [str(row[0]) for row in owners] == [request.tags[tags.OWNER]]
         if request.tags[tags.OWNER] == str(stage.b.owner.id):
             assert not [mark for mark in stage.a.marks() if mark in as_json([request.tags, request.run_config])]
 
@@ -257,6 +272,35 @@ def _recovery(stage: Stage) -> None:
         recovery(context)
     assert stage.b.state(stage.b.last) == "waiting"  # type: ignore[attr-defined]
     assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def _reconciliation(stage: Stage) -> None:
+    """The engine's own asset looks over all owners: B's claim ran out, A's stands."""
+    for corner, lease in ((stage.a, 9_000.0), (stage.b, 1.0)):
+        corner.last = corner.item(next(_numbers))  # type: ignore[attr-defined]
+        corner.claim(corner.last, lease=lease)  # type: ignore[attr-defined]
+    stage.database.clock.advance(timedelta(seconds=5))
+    before = digest(stage.admin, stage.a.owner.id)
+    assert materialize([reconciliation], resources=RESOURCES, instance=stage.instance).success
+    assert stage.b.state(stage.b.last) == "waiting"  # type: ignore[attr-defined]
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def _failed_run(stage: Stage) -> None:
+    """A run that failed ends its own leases only."""
+    for corner in (stage.a, stage.b):
+        corner.last = corner.item(next(_numbers))  # type: ignore[attr-defined]
+        corner.claim(corner.last, lease=9_000)  # type: ignore[attr-defined]
+    run = stage.admin.execute("select run_id from work_items where id = %s", (stage.b.last,)).fetchone()  # type: ignore[attr-defined]
+    before = digest(stage.admin, stage.a.owner.id)
+    assert run is not None and stage.database.store.queue.run_failed(run[0]) == 1
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def _reconcilers_schedule(_stage: Stage) -> None:
+    """It starts one job, which `asset reconciliation` is about."""
+    (found,) = [one for one in default_schedules() if one.name == "reconcilers"]
+    assert found.job_name == "reconcile"
 
 
 def _outcomes_schedule(stage: Stage) -> None:
@@ -280,8 +324,18 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "sensor work_00": _shard,
     "sensor recovery": _recovery,
     "schedule outcomes": _outcomes_schedule,
+    "asset reconciliation": _reconciliation,
+    "sensor failed_runs": _failed_run,
+    "schedule reconcilers": _reconcilers_schedule,
 }
-OVER_ALL = {"sensor work_00", "sensor recovery", "schedule outcomes"}
+OVER_ALL = {
+    "sensor work_00",
+    "sensor recovery",
+    "sensor failed_runs",
+    "schedule outcomes",
+    "schedule reconcilers",
+    "asset reconciliation",
+}
 
 
 def defined() -> set[str]:

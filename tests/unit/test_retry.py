@@ -17,6 +17,7 @@ SOURCES = ["cloud_agent", "ops", "providers/github.py", "store/recovery.py", "co
 # Reasons that are said there and end no attempt: answers to a claim, verdicts, notes on a lease that is taken again.
 NO_FAILURE = {
     Reason.MOVED_ON,
+    Reason.ALREADY_REVIEWED,
     Reason.REVIEWED,
     Reason.GATE_FAILED,
     Reason.EVENT_UNKNOWN,

@@ -1,7 +1,7 @@
 """Fair offers, rate budgets, what disables a service.
 
 `owner_slots.taken_at` stays when a slot is freed: it is the pool's last turn, by which owners take turns. Surplus slots of
-a smaller plan are removed by the claim, hence the grant.
+a smaller plan are retired by the claim: they are offered to nobody.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TABLES = """
 create table rate_budgets (
     owner_id uuid not null,
     integration_id uuid not null,
-    kind text not null check (kind in ('read', 'write')),
+    kind text not null,
     tokens double precision not null,
     refilled_at timestamptz not null,
     blocked_until timestamptz,
@@ -23,6 +23,7 @@ create table rate_budgets (
     foreign key (owner_id, integration_id) references integrations (owner_id, id)
 );
 alter table service_configs add column action_required jsonb;
+alter table owner_slots add column retired boolean not null default false;
 create index work_items_in_line on work_items (owner_id, service, priority desc, created_at, id) where state = 'waiting';
 create index work_items_offered on work_items (owner_id, service, offer_until) where state = 'waiting' and offer_until is not null;
 drop index work_items_fair;
@@ -42,15 +43,13 @@ def upgrade() -> None:
     op.execute("create policy app_access on rate_budgets as permissive to kilo_app using (true) with check (true)")
     op.execute("create policy system_access on rate_budgets as permissive to kilo_system using (true) with check (true)")
     op.execute("grant select, insert, update on rate_budgets to kilo_app, kilo_system")
-    op.execute("grant delete on owner_slots to kilo_app")
 
 
 def downgrade() -> None:
     """Removes them."""
-    op.execute("revoke delete on owner_slots from kilo_app")
     op.execute(
         "create index work_items_fair on work_items (owner_id, service, priority desc, created_at) where state = 'waiting'"
     )
     op.execute("drop index work_items_in_line; drop index work_items_offered")
-    op.execute("alter table service_configs drop column action_required")
+    op.execute("alter table service_configs drop column action_required; alter table owner_slots drop column retired")
     op.execute("drop table rate_budgets")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +71,7 @@ def _broker_without_data(platform: RunningPlatform) -> None:
     """The broker's machine is lost: it starts again with an empty memory."""
     _kill("redis")(platform)
     for left in (platform.settings.home / "redis").glob("appendonly*"):
-        shutil.rmtree(left)
+        left.unlink()
 
 
 def _supervisor(platform: RunningPlatform) -> None:

@@ -78,6 +78,19 @@ class Settings(BaseSettings):
     session_silence_seconds: float = Field(default=420.0, description="A session without any sign of life ends after this.")
     session_cap_seconds: float = Field(default=1800.0, description="Hard cap of a session.")
 
+    # A redelivery comes within days; a quarter's bodies help to understand a dispute.
+    keep_delivery_bodies_days: float = Field(
+        default=90, gt=3, description="Days that bodies of settled webhooks are kept; their keys stay."
+    )
+    keep_session_events_days: float = Field(default=90, gt=0, description="Days that steps of ended sessions are kept.")
+    keep_callbacks_days: float = Field(default=7, gt=0, description="Days that callbacks are kept after their token's end.")
+    keep_service_runs_days: float = Field(
+        default=14, gt=0, description="Days that finished runs of services are kept in Dagster."
+    )
+    keep_asset_runs_days: float = Field(
+        default=180, gt=0, description="Days that finished runs of assets, with their plots, are kept."
+    )
+
     @field_validator("home", "run_dir")
     @classmethod
     def _from_anywhere(cls, value: Path | None) -> Path | None:
@@ -149,6 +162,10 @@ class Settings(BaseSettings):
     @property
     def operator_key_file(self) -> Path:
         return self.secrets_dir / "operator-api-key"
+
+    @property
+    def audit_heads_file(self) -> Path:
+        return self.home / "audit" / "heads.log"
 
     @property
     def public_url(self) -> str:

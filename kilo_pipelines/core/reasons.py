@@ -33,6 +33,11 @@ class Reason(StrEnum):
     ORIGIN_REFUSED = "origin_refused"
     METHOD_REFUSED = "method_refused"
     UI_UNAVAILABLE = "ui_unavailable"
+    # the audit chain
+    AUDIT_EVENTS_CHANGED = "audit_events_changed"
+    AUDIT_CHAIN_BROKEN = "audit_chain_broken"
+    AUDIT_HEAD_DIFFERS = "audit_head_differs"
+    AUDIT_CHAIN_CUT = "audit_chain_cut"
     # admission
     ACTION_IGNORED = "action_ignored"
     SKIPPED_DRAFT = "skipped_draft"
@@ -137,6 +142,22 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.METHOD_REFUSED: ("GraphQL goes through as POST with JSON only.", "Use the UI, or POST with a JSON body."),
     Reason.UI_UNAVAILABLE: ("Dagster's webserver doesn't answer.", "Look at `dagster-ui.log`; it is started again."),
+    Reason.AUDIT_EVENTS_CHANGED: (
+        "Events of this seal were changed, removed or slipped in.",
+        "Somebody wrote to the database past the platform: compare with a backup.",
+    ),
+    Reason.AUDIT_CHAIN_BROKEN: (
+        "This seal doesn't follow the one before it.",
+        "Somebody wrote to the database past the platform: compare with a backup.",
+    ),
+    Reason.AUDIT_HEAD_DIFFERS: (
+        "The chain was written anew: its head isn't the exported one.",
+        "Trust the exported heads; compare the database with a backup.",
+    ),
+    Reason.AUDIT_CHAIN_CUT: (
+        "The exported heads go further than the database.",
+        "Was a backup restored? The database is older than the heads.",
+    ),
     Reason.ACTION_IGNORED: ("This action of the event is not reviewed.", "Nothing."),
     Reason.SKIPPED_DRAFT: ("The pull request is a draft.", "Mark it ready for review."),
     Reason.REVIEWER_NOT_ENABLED: ("Code Review is not enabled for this owner.", "Enable it in the owner's settings."),

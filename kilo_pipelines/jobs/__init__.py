@@ -11,6 +11,7 @@ from kilo_pipelines import tags
 from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
+from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
 # Longer than any session's own cap by five minutes: Dagster's monitor is the last net, the runner's cap the first.
 SESSION_MAX_RUNTIME_SECONDS = 1_800 + 300
@@ -52,6 +53,24 @@ def outbox() -> None:
     apply_waiting_effects()
 
 
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
+    description="Seals the audit events and exports the chain's head.",
+)
+def audit_seal() -> None:
+    seal_audit()
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
+    description="Removes what is older than its setting says.",
+)
+def retention() -> None:
+    remove_old()
+
+
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
-    return [code_review, settle_code_review, agent_session, outbox]
+    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention]

@@ -16,6 +16,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
+from kilo_pipelines.jobs import audit_seal, retention
 from kilo_pipelines.partitions import OWNERS, OWNERS_NAME
 from kilo_pipelines.resources.store import StoreResource
 
@@ -65,6 +66,27 @@ reconcilers = ScheduleDefinition(
 )
 
 
+# An hour is what an attacker would have to rewrite history unseen.
+SEAL_CRON = "7 * * * *"
+# When fewest people work in most places.
+RETENTION_CRON = "23 3 * * *"
+
+seals = ScheduleDefinition(
+    name="audit_seals",
+    job=audit_seal,
+    cron_schedule=SEAL_CRON,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Seals the audit events of the hour and exports the chain's head.",
+)
+sweeps = ScheduleDefinition(
+    name="retention_sweeps",
+    job=retention,
+    cron_schedule=RETENTION_CRON,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Removes old bodies, events, callbacks and runs once a day.",
+)
+
+
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes, reconcilers]
+    return [outcomes, reconcilers, seals, sweeps]

@@ -6,15 +6,18 @@ Holds: every SQL statement. Does not belong here: rules that need no database (c
 from __future__ import annotations
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
+from kilo_pipelines.store.keys import Keys
 from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
 from kilo_pipelines.store.queue import Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
+from kilo_pipelines.store.retention import Ages, Retention
 from kilo_pipelines.store.rows import (
     Claimed,
     ClaimedEffect,
@@ -42,6 +45,7 @@ __all__ = [
     "INVARIANTS",
     "RECONCILERS",
     "AdmissionTx",
+    "Ages",
     "AmbiguousInstallationError",
     "Budgets",
     "Cipher",
@@ -61,6 +65,7 @@ __all__ = [
     "Refused",
     "Repository",
     "ReviewRow",
+    "Seal",
     "ServiceConfig",
     "SessionClaim",
     "SessionRow",
@@ -83,6 +88,9 @@ class Store:
         self.outbox = Outbox(self.database, clock)
         self.budgets = Budgets(self.database)
         self.invariants = Invariants(self.database, clock)
+        self.audit = Audit(self.database, clock)
+        self.retention = Retention(self.database, clock)
+        self.keys = Keys(self.database, cipher)
         self.recovery = Recovery(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)

@@ -23,10 +23,16 @@ class CipherError(Exception):
 class Cipher:
     """Seals and opens small secrets. `context` binds a value to its row: moved elsewhere it doesn't open."""
 
-    def __init__(self, keys: dict[str, bytes], current: str) -> None:
-        """`keys` in the order of their making: the first is the oldest."""
+    def __init__(self, keys: dict[str, bytes], current: str, file: Path | None = None) -> None:
+        """`keys` in the order of their making: the first is the oldest. `file` is read again for a key that isn't known."""
         self._keys = {bytes.fromhex(key_id): key for key_id, key in keys.items()}
         self._current = bytes.fromhex(current)
+        self._file = file
+
+    @property
+    def current(self) -> bytes:
+        """Id of the key that seals."""
+        return self._current
 
     def __repr__(self) -> str:
         return "Cipher(…)"
@@ -41,7 +47,7 @@ class Cipher:
             raise CipherError(f"{file} must have mode 0600")
         try:
             held = json.loads(file.read_text())
-            return cls({key_id: bytes.fromhex(key) for key_id, key in held["keys"].items()}, held["current"])
+            return cls({key_id: bytes.fromhex(key) for key_id, key in held["keys"].items()}, held["current"], file)
         except (ValueError, KeyError, TypeError):
             raise CipherError(f"{file} is no key file: restore it from a backup") from None
 
@@ -51,6 +57,28 @@ class Cipher:
         key_id = os.urandom(KEY_ID_BYTES).hex()
         return json.dumps({"current": key_id, "keys": {key_id: AESGCM.generate_key(256).hex()}})
 
+    @staticmethod
+    def rotated(content: str) -> str:
+        """The key file's content with a new key that seals from now on."""
+        held = json.loads(content)
+        key_id = os.urandom(KEY_ID_BYTES).hex()
+        return json.dumps({"current": key_id, "keys": {**held["keys"], key_id: AESGCM.generate_key(256).hex()}})
+
+    @staticmethod
+    def pruned(content: str, in_use: set[str]) -> str:
+        """The content without keys that seal nothing any more; the first one stays, for `derive`."""
+        held = json.loads(content)
+        kept = {
+            one: key for number, (one, key) in enumerate(held["keys"].items()) if number == 0 or one in in_use | {held["current"]}
+        }
+        return json.dumps({"current": held["current"], "keys": kept})
+
+    @staticmethod
+    def key_ids(content: str) -> tuple[str, list[str]]:
+        """The current key's id and all ids, the oldest first."""
+        held = json.loads(content)
+        return held["current"], list(held["keys"])
+
     def seal(self, value: str, context: str) -> bytes:
         """Key id, nonce and ciphertext in one value."""
         nonce = os.urandom(NONCE_BYTES)
@@ -58,12 +86,14 @@ class Cipher:
         return self._current + nonce + sealed
 
     def open(self, sealed: bytes, context: str) -> str:
-        """The value; CipherError when it can't be opened."""
+        """The value; CipherError when it can't be opened. A key that was made since this process began is read from the file."""
         key_id, nonce, rest = (
             sealed[:KEY_ID_BYTES],
             sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES],
             sealed[KEY_ID_BYTES + NONCE_BYTES :],
         )
+        if key_id not in self._keys and self._file is not None:
+            self._keys = self.from_file(self._file)._keys
         try:
             return AESGCM(self._keys[key_id]).decrypt(nonce, rest, context.encode()).decode()
         except (KeyError, InvalidTag) as failure:

@@ -239,6 +239,65 @@ REAP = {
     ),
 }
 
+UNSEALED_EVENTS = SystemStatement(
+    "select owner_id, id, at, actor, action, subject, data from audit_events where seal is null order by id limit :limit for update",
+    "the audit chain goes over all owners",
+)
+SEALED_EVENTS = SystemStatement(
+    "select owner_id, id, at, actor, action, subject, data from audit_events where seal = :number",
+    "the audit chain goes over all owners",
+)
+STRAY_EVENTS = SystemStatement(
+    "select count(*) as n from audit_events where seal > :most", "the audit chain goes over all owners"
+)
+COUNT_UNSEALED = SystemStatement(
+    "select count(*) as n from audit_events where seal is null", "the audit chain goes over all owners"
+)
+MARK_SEALED = SystemStatement(
+    "update audit_events set seal = :number where seal is null and id = any(:ids)", "the audit chain goes over all owners"
+)
+NEW_SEAL = SystemStatement(
+    "insert into audit_seals (number, previous, sealed_at, count, events, head) values (:number, :previous, :sealed_at, :count, :events, :head)",
+    "a seal belongs to no owner",
+)
+LAST_SEAL = SystemStatement("select number, head from audit_seals order by number desc limit 1", "a seal belongs to no owner")
+SEALS = SystemStatement("select * from audit_seals where number > :after order by number", "a seal belongs to no owner")
+SEALER_LOCK = SystemStatement(
+    "select pg_try_advisory_xact_lock(hashtextextended('kilo:audit', 0)) as alone", "one hand seals for all owners"
+)
+AUDIT_OF_PEOPLE = SystemStatement(
+    "select owner_id, id, at, actor, action, subject, data, seal from audit_events"
+    " where (cast(:owner as uuid) is null or owner_id = :owner) order by id desc limit :limit",
+    "the operator reads the audit of all owners",
+)
+SWEEP = {
+    "delivery_bodies": SystemStatement(
+        "update deliveries set body = '', headers = '{}' where (owner_id, id) in (select owner_id, id from deliveries"
+        " where settled_at is not null and settled_at < :before and body <> '' limit :limit for update skip locked)",
+        "retention is the platform's, for every owner",
+    ),
+    "session_events": SystemStatement(
+        "delete from session_events where (owner_id, session_id, id) in (select e.owner_id, e.session_id, e.id from session_events e"
+        " join sessions s on s.owner_id = e.owner_id and s.id = e.session_id where e.at < :before and s.ended_at is not null limit :limit)",
+        "retention is the platform's, for every owner",
+    ),
+    "callbacks": SystemStatement(
+        "delete from callback_tokens where (owner_id, session_id) in (select c.owner_id, c.session_id from callback_tokens c"
+        " join sessions s on s.owner_id = c.owner_id and s.id = c.session_id"
+        " where c.expires_at < :before and s.ended_at is not null limit :limit)",
+        "retention is the platform's, for every owner",
+    ),
+}
+SESSIONS_TO_RESEAL = SystemStatement(
+    "select owner_id, id, callback_token from sessions where callback_token is not null and substring(callback_token from 1 for 4) <> :current"
+    " order by owner_id, id limit :limit",
+    "keys are the platform's; each value is sealed anew under its own owner",
+)
+KEYS_IN_USE = SystemStatement(
+    "select distinct encode(substring(callback_token from 1 for 4), 'hex') as key from sessions where callback_token is not null"
+    " union select distinct encode(substring(credentials from 1 for 4), 'hex') from integrations where credentials is not null",
+    "keys are the platform's",
+)
 INVARIANTS = {
     "slots_belong_to_live_items": SystemStatement(
         "select s.owner_id, s.pool, s.number, s.item_id, w.state from owner_slots s"
@@ -365,4 +424,5 @@ COUNT = SystemStatement(
 
 STATEMENTS: dict[str, SystemStatement] = {name: value for name, value in globals().items() if isinstance(value, SystemStatement)}
 STATEMENTS |= {f"REAP.{name}": value for name, value in REAP.items()}
+STATEMENTS |= {f"SWEEP.{name}": value for name, value in SWEEP.items()}
 STATEMENTS |= {f"INVARIANTS.{name}": value for name, value in INVARIANTS.items()}

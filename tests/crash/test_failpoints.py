@@ -26,7 +26,6 @@ from tests.support.figures import Figures
 ROOT = Path(__file__).resolve().parents[2] / "kilo_pipelines"
 # Opened only to read, or by a person's command that is repeated by hand: nothing durable follows them in another transaction.
 NO_STEP = {
-    "store.audit",
     "store.budget.Budgets.block",
     "store.database.Database.check_roles",
     "store.invariants.Invariants.offenders",

@@ -11,8 +11,8 @@ from sqlalchemy import create_engine, event, text
 
 from kilo_pipelines.core.effects import EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.store import Claimed, Refused, Repository, SessionClaim, StaleRevisionError
-from kilo_pipelines.store.system_statements import INVARIANTS, STATEMENTS
+from kilo_pipelines.store import Ages, Claimed, Refused, Repository, SessionClaim, StaleRevisionError
+from kilo_pipelines.store.system_statements import INVARIANTS, STATEMENTS, SWEEP
 from tests.conftest import Database
 from tests.support.store import World, intent
 
@@ -87,6 +87,11 @@ def _use_everything(database: Database) -> None:
     clock.advance(timedelta(days=2))
     moved = store.recovery.reap()
     assert all(moved[name] for name in ("starting_lease", "session_lease", "session_deadline", "running_deadline")), moved
+    assert store.audit.seal() and store.audit.seals() and store.audit.verify({}) is None and store.audit.unsealed() == 0
+    assert store.audit.listed(owner_id=owner)
+    store.retention.sweep(Ages(1, 1, 1))
+    store.keys.in_use()
+    store.keys.reseal()
     store.queue.run_lost("x")
     assert store.queue.run_failed("x") == 0
     assert store.queue.items(owner_id=owner, limit=1) and store.outbox.listed(limit=1)
@@ -170,8 +175,9 @@ def full(database: Database) -> World:
 
 
 HISTORY = ("work_items", "sessions", "effects", "deliveries")
-# Asked by a person now and then, and they may look through everything.
-FOR_PEOPLE = {"ITEMS_OF_PEOPLE", "EFFECTS_OF_PEOPLE", "EFFECT_OWNER"}
+# Asked by a person now and then, or once a day: they may look through everything.
+FOR_PEOPLE = {"ITEMS_OF_PEOPLE", "EFFECTS_OF_PEOPLE", "EFFECT_OWNER", "SESSIONS_TO_RESEAL", "KEYS_IN_USE"}
+FOR_PEOPLE |= {f"SWEEP.{name}" for name in SWEEP}
 REPEATED = sorted(
     name for name, one in STATEMENTS.items() if any(table in one.sql for table in HISTORY) and name not in FOR_PEOPLE
 )

@@ -23,12 +23,15 @@ SHARED: dict[str, dict[str, frozenset[str]]] = {
     "agent_capacity": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
     "counters": {APP: WRITE, SYSTEM: WRITE | {"DELETE"}},
     "switches": {APP: frozenset({"SELECT"}), SYSTEM: WRITE | {"DELETE"}},
+    "audit_seals": {APP: frozenset(), SYSTEM: ADD},
 }
-# Owner tables whose logins may do less than `WRITE`: what is history is added to and never changed.
+# Owner tables whose logins may do something else than `WRITE`: what is history is added to and never changed; the system login
+# writes which seal holds an event, and removes what retention says.
 LESS: dict[str, dict[str, frozenset[str]]] = {
     "owners": {APP: frozenset({"SELECT"})},
-    "audit_events": {APP: ADD, SYSTEM: ADD},
-    "session_events": {APP: ADD, SYSTEM: ADD},
+    "audit_events": {APP: ADD, SYSTEM: ADD | {"UPDATE"}},
+    "session_events": {APP: ADD, SYSTEM: ADD | {"DELETE"}},
+    "callback_tokens": {SYSTEM: WRITE | {"DELETE"}},
 }
 SCOPE = "(NULLIF(current_setting('kilo.owner_id'::text, true), ''::text))::uuid"
 

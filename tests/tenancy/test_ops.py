@@ -25,7 +25,7 @@ from kilo_pipelines.assets.engine import reconciliation
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.jobs import agent_session, code_review, default_jobs, outbox, settle_code_review
+from kilo_pipelines.jobs import agent_session, audit_seal, code_review, default_jobs, outbox, retention, settle_code_review
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
@@ -297,6 +297,28 @@ def _failed_run(stage: Stage) -> None:
     assert digest(stage.admin, stage.a.owner.id) == before
 
 
+def _seal(stage: Stage) -> None:
+    """The chain goes over all owners and changes nobody's facts."""
+    stage.database.store.queue.cancel(stage.b.item(next(_numbers)), reason="user_cancelled", actor="b")
+    facts = "select md5(string_agg(to_jsonb(x)::text, ',' order by id)) from (select owner_id, id, at, actor, action, subject, data from audit_events) x"
+    before = stage.admin.execute(facts).fetchone()
+    assert audit_seal.execute_in_process(resources=RESOURCES, instance=stage.instance).success
+    assert stage.admin.execute(facts).fetchone() == before
+
+
+def _sweep(stage: Stage) -> None:
+    """What is young stays, whoever's it is."""
+    before = digest(stage.admin, stage.a.owner.id)
+    assert retention.execute_in_process(resources=RESOURCES, instance=stage.instance).success
+    assert digest(stage.admin, stage.a.owner.id) == before
+
+
+def _clocked(stage: Stage) -> None:
+    """These schedules start one job each, whose op is in this table."""
+    names = {one.name: one.job_name for one in default_schedules()}
+    assert (names["audit_seals"], names["retention_sweeps"]) == ("audit_seal", "retention") and stage
+
+
 def _reconcilers_schedule(_stage: Stage) -> None:
     """It starts one job, which `asset reconciliation` is about."""
     (found,) = [one for one in default_schedules() if one.name == "reconcilers"]
@@ -327,6 +349,10 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "asset reconciliation": _reconciliation,
     "sensor failed_runs": _failed_run,
     "schedule reconcilers": _reconcilers_schedule,
+    "op seal_audit": _seal,
+    "op remove_old": _sweep,
+    "schedule audit_seals": _clocked,
+    "schedule retention_sweeps": _clocked,
 }
 OVER_ALL = {
     "sensor work_00",
@@ -335,6 +361,10 @@ OVER_ALL = {
     "schedule outcomes",
     "schedule reconcilers",
     "asset reconciliation",
+    "op seal_audit",
+    "op remove_old",
+    "schedule audit_seals",
+    "schedule retention_sweeps",
 }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,6 +79,13 @@ _known: dict[str, str] = {}
 @pytest.fixture(scope="module")
 def database(postgres_admin: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     """Provisioned and migrated, under the same logins as in production; the clock is moved by hand."""
+    with made_database(postgres_admin, tmp_path_factory) as made:
+        yield made
+
+
+@contextmanager
+def made_database(postgres_admin: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """A database of the platform for as long as the block lasts."""
     global _known  # passwords of the roles stay the same over the session
     suffix = f"_{uuid4().hex[:10]}"
     logins = provision(postgres_admin, _known or None, suffix=suffix)

@@ -299,10 +299,12 @@ def _is_uuid(value: Any) -> bool:
 
 
 def everything(
-    admin: psycopg.Connection[Any], connection: psycopg.Connection[Any], raider: Raider, scope: str
+    admin: psycopg.Connection[Any], connection: psycopg.Connection[Any], raider: Raider, scope: str, only: str | None = None
 ) -> Iterator[Attack]:
-    """All of it under one scope."""
+    """All of it under one scope, on every relation or on one."""
     for relation in relations(admin):
+        if only not in (None, relation.name):
+            continue
         if relation.kind in "rp" and relation.name in SHARED:
             yield from raid_shared(connection, relation, scope)
         elif relation.kind in "rp":

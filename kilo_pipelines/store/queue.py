@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.work import FINAL, TRANSITIONS, WorkState
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
@@ -445,7 +446,12 @@ class Queue:
             return True
 
     def conclude(self, claim: Claimed, state: str, reason: str) -> bool:
-        """Ends a claimed item before any session was made; its ending is announced by a settle run."""
+        """Ends a claimed item before any session was made; its ending is announced by a settle run.
+
+        ValueError for an end that a claim alone doesn't lead to: what no session worked on isn't completed.
+        """
+        if WorkState(state) not in TRANSITIONS[WorkState.STARTING] & FINAL:
+            raise ValueError(f"a claimed item doesn't end as {state}")
         with self._database.owner(claim.owner_id) as connection:
             return end_item(
                 connection,

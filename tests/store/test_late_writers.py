@@ -320,7 +320,7 @@ def test_eight_claimers_work_off_sixty_items_within_the_cap(world: World, cap: i
                 time.sleep(0.002)
                 with lock:
                     holding -= 1
-                assert world.store.queue.conclude(found, "completed", Reason.REVIEWED)
+                assert world.store.queue.conclude(found, "cancelled", Reason.PULL_CLOSED)
             if isinstance(found, Claimed) or found.outcome == Reason.MOVED_ON:
                 left.pop(0)
 

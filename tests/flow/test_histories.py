@@ -279,7 +279,7 @@ def shuffled(world: World, seed: int, number: int, *, busy: bool) -> Review:
 def test_shuffled_and_repeated_events_end_as_ordered_ones(team: World, full: bool, figures: Figures) -> None:
     """The same history twice: the same heads are reviewed, the same checks have the same last word."""
     wrong, lost, twice = [], 0, 0
-    seeds = range(1_500 if full else 40)
+    seeds = range(1_500 if full else 25)
     for seed in seeds:
         first, second = in_order(team, seed, 10_000 + seed), shuffled(team, seed, 20_000 + seed, busy=False)
         ends = [
@@ -299,7 +299,7 @@ def test_shuffled_and_repeated_events_end_as_ordered_ones(team: World, full: boo
 def test_late_events_between_claims_launches_and_verdicts_lose_no_review(team: World, full: bool, figures: Figures) -> None:
     """Events arrive at any moment of the work: before the re-read, between re-read and launch, during the session, after it."""
     wrong, lost, twice = [], 0, 0
-    seeds = range(5_000 if full else 100)
+    seeds = range(5_000 if full else 60)
     for seed in seeds:
         review = shuffled(team, seed, 30_000 + seed, busy=True)
         faults = review.faults()

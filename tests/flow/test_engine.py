@@ -552,7 +552,7 @@ REMOVALS: dict[str, tuple[str, str]] = {
     "one live item a subject at the reopening": ("and not exists (select 1 from work_items o where", "and not exists (select 1 from work_items o where false and"),
     "the fence at a session's end": ("and state = 'running' and fence = %(fence)s", "and state = 'running'"),
     "the lease number at an effect's end": ("and state = 'applying' and lease_no = %(lease)s", "and state = 'applying'"),
-    "the order of a subject's effects": ("from effects e join heads h on h.id = e.id", "from effects e join heads h on e.owner_id = %(owner)s"),
+    "the order of a subject's effects": ("join heads h on h.id = e.id\n    where h.state = 'pending' and h.not_before <= %(now)s", "join heads h on e.owner_id = %(owner)s\n    where e.not_before <= %(now)s"),
     "the freed place of an ended session": ("update agent_capacity set session_id = null, lease_until = null where", "update agent_capacity set lease_until = null where false and"),
     "the announced ending": ("set announced = true, offer_until = null", "set offer_until = null"),
     "an offer's time": ("and (w.offer_until is null or w.offer_until <= %(now)s) and o.enabled", "and o.enabled"),

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -94,6 +95,11 @@ class Server:
             raise
 
     @property
+    def pid(self) -> int:
+        """The server's first process."""
+        return self._process.pid
+
+    @property
     def system_url(self) -> str:
         """The system login, for psycopg."""
         return self.logins["system"].replace("+psycopg", "")
@@ -138,25 +144,40 @@ def web(argv: list[str], url: str, log: Path, **env: str) -> Iterator[psutil.Pro
         end(process, signal.SIGTERM)
 
 
+@dataclass(frozen=True)
 class Tenant:
-    """An owner with an integration and a repository that only our database knows."""
+    """An owner with a repository that only our database knows, and the short ways to its work."""
 
-    def __init__(self, store: Store, number: int, kind: str = "organization") -> None:
-        self.store = store
-        self.installation = FIRST_INSTALLATION + number
-        self.repository = FIRST_REPOSITORY + number
-        self.name = f"bench-{number}"
-        self.owner: UUID = store.owners.create(kind, self.name).id
-        self.integration = store.owners.connect(
-            self.owner,
+    store: Store
+    owner: UUID
+    name: str
+    installation: int
+    repository: int
+    integration: UUID
+
+    @classmethod
+    def create(cls, store: Store, number: int, kind: str = "organization") -> Tenant:
+        """A new owner with everything that admission and claims look at; Code Review is switched on."""
+        name = f"bench-{number}"
+        owner = store.owners.create(kind, name).id
+        tenant = cls.joined(store, owner, name, FIRST_INSTALLATION + number, FIRST_REPOSITORY + number)
+        wanted = CodeReviewConfig().model_dump(mode="json")
+        store.owners.put_config(owner, SERVICE, wanted, enabled=True, expected_revision=0, actor="benchmark")
+        return tenant
+
+    @classmethod
+    def joined(cls, store: Store, owner: UUID, name: str, installation: int, repository: int) -> Tenant:
+        """An owner that exists, with one more repository."""
+        repositories = [Repository(repository, f"{name}/code", "main", True)]
+        integration = store.owners.connect(
+            owner,
             provider="github",
-            installation_id=self.installation,
-            account=self.name,
-            repositories=[Repository(self.repository, f"{self.name}/code", "main", True)],
+            installation_id=installation,
+            account=name,
+            repositories=repositories,
             actor="benchmark",
         )
-        wanted = CodeReviewConfig().model_dump(mode="json")
-        store.owners.put_config(self.owner, SERVICE, wanted, enabled=True, expected_revision=0, actor="benchmark")
+        return cls(store, owner, name, installation, repository, integration)
 
     def remove_repository(self) -> None:
         """As GitHub's `installation_repositories` event does it: what waits ends at its claim."""

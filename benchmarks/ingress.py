@@ -27,7 +27,7 @@ def run(*, quick: bool = False) -> list[Row]:
     machine = Machine()
     rounds, seconds = (1, 2.0) if quick else (ROUNDS, SECONDS)
     with server() as database:
-        tenants = [Tenant(database.store, number) for number in range(OWNERS)]
+        tenants = [Tenant.create(database.store, number) for number in range(OWNERS)]
         write_secret(database.home / "secrets" / "github-webhook-secret", SECRET)
         public, admin, bare = free_ports(3)
         ports = {"KILO_HOME": str(database.home), "KILO_PUBLIC_PORT": str(public), "KILO_ADMIN_PORT": str(admin)}

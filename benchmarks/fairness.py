@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Event, Semaphore
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -76,7 +76,12 @@ def run(*, quick: bool = False) -> list[Row]:
         p95_rise_s=round(with_hog - without, 4),
         p95_rise_allowed_s=round(allowed, 4),
         within=with_hog - without <= allowed,
-        injected_clock={"rounds_of_offers_until_all_others_were_served": worst, "bound": bound, "offers_a_round": BATCH, "hog_items": left},
+        injected_clock={
+            "rounds_of_offers_until_all_others_were_served": worst,
+            "bound": bound,
+            "offers_a_round": BATCH,
+            "hog_items": left,
+        },
     )
     if left == 0:
         raise RuntimeError("the hog's items ran out during the measurement")
@@ -98,7 +103,9 @@ def _phase(database: Server, others: list[Tenant], samples: int, offset: int) ->
         query = "select extract(epoch from a.started_at - w.created_at) from work_items w join attempts a on a.owner_id = w.owner_id and a.item_id = w.id where w.id = any(%s)"
         with psycopg.connect(database.system_url, autocommit=True) as connection:
             found = eventually(
-                lambda: rows if len(rows := connection.execute(query, (items,)).fetchall()) == samples else None, 120, "all claims"
+                lambda: rows if len(rows := connection.execute(query, (items,)).fetchall()) == samples else None,
+                120,
+                "all claims",
             )
     return [float(row[0]) for row in found]
 
@@ -107,13 +114,16 @@ def _phase(database: Server, others: list[Tenant], samples: int, offset: int) ->
 def _workers(database: Server) -> Iterator[None]:
     """Offerers and claimers for the length of a block."""
     spawn = multiprocessing.get_context("spawn")
-    stop, broker = spawn.Event(), spawn.Queue()
+    stop, broker, ready = spawn.Event(), spawn.Queue(), spawn.Semaphore(0)
     logins = (database.logins["app"], database.logins["system"], str(database.home / "secrets" / "encryption.key"))
-    workers = [spawn.Process(target=_offer, args=(logins, broker, stop), daemon=True) for _ in range(OFFERERS)]
-    workers += [spawn.Process(target=_claim, args=(logins, broker, stop), daemon=True) for _ in range(DISPATCH_WORKERS)]
+    workers = [spawn.Process(target=_offer, args=(logins, broker, stop, ready), daemon=True) for _ in range(OFFERERS)]
+    workers += [spawn.Process(target=_claim, args=(logins, broker, stop, ready), daemon=True) for _ in range(DISPATCH_WORKERS)]
     for one in workers:
         one.start()
     try:
+        for _ in workers:  # a process takes seconds to import, which is nobody's wait
+            if not ready.acquire(timeout=60):
+                raise RuntimeError("a worker isn't ready after 60 s")
         yield
         if dead := [one.exitcode for one in workers if not one.is_alive()]:
             raise RuntimeError(f"workers ended early: {dead}")
@@ -129,10 +139,11 @@ def _store(logins: Logins) -> Store:
     return Store(logins[0], logins[1], Cipher.from_file(Path(logins[2])), SystemClock())
 
 
-def _offer(logins: Logins, broker: Any, stop: Event) -> None:
+def _offer(logins: Logins, broker: Any, stop: Event, ready: Semaphore) -> None:
     """As a sensor shard: offers when something was notified, at the latest after a while."""
     store = _store(logins)
     with store.listener("kilo_work") as wake:
+        ready.release()
         while not stop.is_set():
             offers = store.queue.offers(limit=BATCH)
             for offer in offers:
@@ -141,9 +152,11 @@ def _offer(logins: Logins, broker: Any, stop: Event) -> None:
                 wake.wait(0.5)
 
 
-def _claim(logins: Logins, broker: Any, stop: Event) -> None:
+def _claim(logins: Logins, broker: Any, stop: Event, ready: Semaphore) -> None:
     """As a worker: one offer after the other."""
     store = _store(logins)
+    store.queue.pause_reason()  # connected
+    ready.release()
     while not stop.is_set():
         with suppress(queue.Empty):
             _work(store, broker.get(timeout=0.2), RUN_SECONDS)
@@ -176,7 +189,8 @@ def _rounds(database: Server, tenants: list[Tenant]) -> tuple[int, int]:
     store = Store(database.logins["app"], database.logins["system"], key, clock)
     later = [Tenant(store, one.owner, one.name, one.installation, one.repository, one.integration) for one in tenants[1:]]
     wanted = {one.review(5_000_000) for one in later}
-    bound, rounds = math.ceil(len(tenants) / BATCH), 0
+    # The head of the hog's line is the oldest of all and takes one place in each round.
+    bound, rounds = math.ceil(len(later) / (BATCH - 1)), 0
     while wanted and rounds < 10 * bound:
         rounds += 1
         clock.advance(timedelta(seconds=1))

@@ -284,7 +284,7 @@ class Platform:
     def cpu(self) -> float:
         """CPU seconds of the platform until now: PostgreSQL, broker, ingress, proxies, Dagster, workers, supervisor."""
         own = psutil.Process(self.process.pid).cpu_times()
-        return cpu_seconds(self.processes()) + own.user + own.system
+        return cpu_seconds(self.processes()) + float(own.user + own.system)
 
     def child(self, module: str) -> psutil.Process:
         """The supervised process with this word in its command."""

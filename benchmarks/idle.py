@@ -52,7 +52,9 @@ def run(*, quick: bool = False) -> list[Row]:
         return Row(name, percent[shards], bare_percent, conditions)
 
     memory = machine.conditions(
-        settings, samples={"processes": 1}, counted="resident set of the idle ingress after one review; ingress_rps tells it after load"
+        settings,
+        samples={"processes": 1},
+        counted="resident set of the idle ingress after one review; ingress_rps tells it after load",
     )
     return [row("idle_core_percent", 16), row("idle_core_percent_2_shards", 2), Row("ingress_rss_mb", rss, bare_rss, memory)]
 
@@ -76,5 +78,12 @@ def _name(argv: list[str]) -> str:
     words = [word.rsplit("/", 1)[-1] for word in argv]
     if "-Q" in words:
         return f"worker {words[words.index('-Q') + 1]}"
-    known = ("postgres", "redis-server", "kilo_pipelines.ingress", "kilo_pipelines.cloud_agent.model_proxy", "dagster-webserver", "dagster-daemon")
+    known = (
+        "postgres",
+        "redis-server",
+        "kilo_pipelines.ingress",
+        "kilo_pipelines.cloud_agent.model_proxy",
+        "dagster-webserver",
+        "dagster-daemon",
+    )
     return next((name for name in known if any(name in word for word in words)), "dagster code server")

@@ -32,8 +32,15 @@ def run(*, quick: bool = False) -> list[Row]:
         public, admin, bare = free_ports(3)
         ports = {"KILO_HOME": str(database.home), "KILO_PUBLIC_PORT": str(public), "KILO_ADMIN_PORT": str(admin)}
         with (
-            web(["-m", "kilo_pipelines.ingress"], f"http://127.0.0.1:{public}/health", database.home / "i.log", **ports) as ingress,
-            web(["-m", "benchmarks.hmac_only", str(bare)], f"http://127.0.0.1:{bare}/", database.home / "h.log", BENCH_SECRET=SECRET),
+            web(
+                ["-m", "kilo_pipelines.ingress"], f"http://127.0.0.1:{public}/health", database.home / "i.log", **ports
+            ) as ingress,
+            web(
+                ["-m", "benchmarks.hmac_only", str(bare)],
+                f"http://127.0.0.1:{bare}/",
+                database.home / "h.log",
+                BENCH_SECRET=SECRET,
+            ),
         ):
             seen = _rounds(database, tenants, public, bare, rounds, seconds)
             rss = ingress.memory_info().rss / 2**20

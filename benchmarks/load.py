@@ -21,7 +21,6 @@ from uuid import uuid4
 
 from benchmarks.results import ROOT
 
-
 # A server that stops answering must not stop the benchmark; rendering the requests comes before.
 GRACE_SECONDS = 20.0
 PROCESS_SECONDS = 120.0
@@ -175,7 +174,13 @@ async def _run(order: Order) -> Seen:
 def send(order: Order) -> Seen:
     """Carries an order out in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load"], input=json.dumps(asdict(order)), capture_output=True, text=True, check=False, cwd=ROOT, timeout=PROCESS_SECONDS
+        [sys.executable, "-m", "benchmarks.load"],
+        input=json.dumps(asdict(order)),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=PROCESS_SECONDS,
     )
     if done.returncode:
         raise RuntimeError(f"the load generator failed:\n{done.stderr[-2000:]}")

@@ -37,7 +37,9 @@ FIGURES: dict[str, Figure] = {
     "cpu_s_per_run": Figure("CPU-s", "<= 0.15", "stock Dagster"),
     "burst_2000_s": Figure("s", "<= 15", "stock Dagster, extrapolated from its runs a minute"),
     "reviews_20_launch_s": Figure("s", "<= 2", "stock Dagster, 20 rows at once to the last op"),
-    "fairness_wait_ratio": Figure("p95/p95", "the others' p95 rises by <= max(10 %, 0.3 s)", "1: the same owners without the hog"),
+    "fairness_wait_ratio": Figure(
+        "p95/p95", "the others' p95 rises by <= max(10 %, 0.3 s)", "1: the same owners without the hog"
+    ),
     "idle_core_percent": Figure("% of a core", "<= 20", "stock daemon and its code server with one polling sensor"),
     "idle_core_percent_2_shards": Figure("% of a core", "<= 10", "stock daemon and its code server with one polling sensor"),
     "ingress_rss_mb": Figure("MB", "<= 120", "HMAC-only application under the same server"),

@@ -157,8 +157,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| `{one['name']}` | {one['value']:g} {one['unit']} | {figure.target} | {one['baseline']:g} ({figure.baseline}) | {ratio} |"
         )
-    taken = sorted({(one["conditions"]["at"], one["conditions"]["cores"], one["conditions"]["load_average_before"][0]) for one in found})
+    taken = sorted(
+        {(one["conditions"]["at"], one["conditions"]["cores"], one["conditions"]["load_average_before"][0]) for one in found}
+    )
     lines += ["", *(f"Measured {at} on {cores} cores, load before {load:g}." for at, cores, load in taken)]
     return "\n".join(lines)
-
-

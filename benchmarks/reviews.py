@@ -109,7 +109,9 @@ class Holder:
     def open(self) -> float:
         """All slots at once; the moment of the commit."""
         with psycopg.connect(self._running.system_url) as connection:
-            connection.execute("update owner_slots set item_id = null, fence = null, taken_at = null where owner_id = %s", (self._owner,))
+            connection.execute(
+                "update owner_slots set item_id = null, fence = null, taken_at = null where owner_id = %s", (self._owner,)
+            )
             connection.execute("select pg_notify('kilo_work', 'slots')")
         return time.time()
 

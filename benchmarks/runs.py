@@ -79,7 +79,11 @@ def run(*, quick: bool = False) -> list[Row]:
             steady.per_minute(),
             outcome.runs_per_minute,
             common
-            | {"samples": samples, "counted": "start and settle runs, 10th to 90th percent", "burst_runs_per_minute": round(burst.per_minute())},
+            | {
+                "samples": samples,
+                "counted": "start and settle runs, 10th to 90th percent",
+                "burst_runs_per_minute": round(burst.per_minute()),
+            },
         ),
         Row(
             "cpu_s_per_run",
@@ -116,7 +120,10 @@ def _work_off(running: Platform, count: int, series: int) -> Batch:
     for tenant in tenants:
         tenant.remove_repository()
     owners = [one.owner for one in tenants]
-    with psycopg.connect(running.system_url, autocommit=True) as ours, psycopg.connect(running.dagster_url, autocommit=True) as dagster:
+    with (
+        psycopg.connect(running.system_url, autocommit=True) as ours,
+        psycopg.connect(running.dagster_url, autocommit=True) as dagster,
+    ):
         _quiet(dagster)
         cpu = running.cpu()
         began = time.time()
@@ -139,7 +146,8 @@ def _work_off(running: Platform, count: int, series: int) -> Batch:
 def _ended(connection: psycopg.Connection[Any], owners: list[Any]) -> Callable[[bool], int]:
     def count(announced: bool) -> int:
         row = connection.execute(
-            "select count(*) from work_items where owner_id = any(%s) and ended_at is not null and (announced or not %s)", (owners, announced)
+            "select count(*) from work_items where owner_id = any(%s) and ended_at is not null and (announced or not %s)",
+            (owners, announced),
         ).fetchone()
         return int(row[0]) if row else 0
 

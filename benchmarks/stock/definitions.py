@@ -5,7 +5,17 @@ import time
 from collections.abc import Iterator
 
 import psycopg
-from dagster import Config, DefaultSensorStatus, Definitions, OpExecutionContext, RunRequest, SensorEvaluationContext, job, op, sensor
+from dagster import (
+    Config,
+    DefaultSensorStatus,
+    Definitions,
+    OpExecutionContext,
+    RunRequest,
+    SensorEvaluationContext,
+    job,
+    op,
+    sensor,
+)
 
 
 class Row(Config):

@@ -91,7 +91,7 @@ def stock() -> Iterator[Stock]:
         home.mkdir()
         (home / "dagster.yaml").write_text(CONFIG)
         with psycopg.connect(database.logins["migrator"].replace("+psycopg", ""), autocommit=True) as owner:
-            owner.execute(TABLE)  # type: ignore[arg-type]
+            owner.execute(TABLE)
             owner.execute("grant all on bench_rows to kilo_system")
         env = environment(
             DAGSTER_HOME=str(home), BENCH_DATABASE_URL=database.system_url, BENCH_DAGSTER_URL=database.logins["dagster"]

@@ -8,6 +8,7 @@ import signal
 from urllib.parse import urlsplit
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from kilo_pipelines import failpoints
@@ -65,4 +66,4 @@ async def serve(settings: Settings) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(serve(Settings()))
+    uvloop.run(serve(Settings()))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +23,7 @@ from kilo_pipelines import __version__
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, WEBHOOK_BYTES, BodyError, parse_object, read_body, storable
+from kilo_pipelines.ingress.together import Together
 from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,
     InstallationShape,
@@ -31,13 +32,16 @@ from kilo_pipelines.providers.github_webhooks import (
     shape_matches,
     verify_signature,
 )
-from kilo_pipelines.store import AmbiguousInstallationError, Integration, NewDelivery, Repository, Store
+from kilo_pipelines.store import AmbiguousInstallationError, Integration, NewDelivery, Receipt, Repository, Store
 
 log = logging.getLogger(__name__)
 
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
 _LIFECYCLE = frozenset({"installation", "installation_repositories"})
+
+# A body up to this size is checked, parsed and stored in less time than a thread takes to start on it.
+INLINE_BYTES = 64 * 1024
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
 DISPATCH_LOOK_BACK = 1_000
@@ -60,6 +64,16 @@ class Ingress:
     store: Store
     webhook_secret: str | None
     allowed_hosts: frozenset[str]
+
+    @cached_property
+    def integration_of(self) -> Together[int, Integration | None]:
+        """An installation's integration; requests that wait together share one query."""
+        return Together(partial(self.store.owners.by_installations, "github"))
+
+    @cached_property
+    def record(self) -> Together[tuple[NewDelivery, str | None], Receipt]:
+        """Stores a delivery; requests that wait together share one commit, and none is answered before it."""
+        return Together(self.store.inbox.record_many)
 
 
 def _answer(status: int, outcome: str, reason: str | None = None, **more: Any) -> JSONResponse:
@@ -137,9 +151,15 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
         return answer(503, "refused", Reason.WEBHOOK_SECRET_MISSING)
     signatures = request.headers.getlist("x-hub-signature-256")
     body = await read_body(request, WEBHOOK_BYTES)
-    if len(signatures) != 1 or not await anyio.to_thread.run_sync(verify_signature, ingress.webhook_secret, body, signatures[0]):
+    small = len(body) <= INLINE_BYTES
+    secret = ingress.webhook_secret
+    if len(signatures) != 1 or not (
+        verify_signature(secret, body, signatures[0])
+        if small
+        else await anyio.to_thread.run_sync(verify_signature, secret, body, signatures[0])
+    ):
         return answer(401, "refused", Reason.SIGNATURE_INVALID)
-    payload = await anyio.to_thread.run_sync(parse_object, body)
+    payload = parse_object(body) if small else await anyio.to_thread.run_sync(parse_object, body)
     event, delivery = (request.headers.get(name, "")[:HEADER_LIMIT] for name in ("x-github-event", "x-github-delivery"))
     if not event or not delivery:
         return answer(400, "refused", Reason.HEADER_MISSING)
@@ -149,7 +169,7 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
     if number is None:
         return answer(400, "refused", Reason.INSTALLATION_ID_MISSING)
     try:
-        integration = await anyio.to_thread.run_sync(ingress.store.owners.by_installation, "github", number)
+        integration = await ingress.integration_of(number)
     except AmbiguousInstallationError:
         return answer(404, "refused", Reason.INTEGRATION_AMBIGUOUS)
     if integration is None and event == "installation":
@@ -174,7 +194,10 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
     )
     if event in _LIFECYCLE:
         await anyio.to_thread.run_sync(_apply_lifecycle, ingress.store, integration, event, payload)
-    receipt = await anyio.to_thread.run_sync(lambda: ingress.store.inbox.record(new, skip=skip))
+    if small:
+        receipt = await ingress.record((new, skip))
+    else:  # by itself: its neighbours would wait for its bytes
+        receipt = await anyio.to_thread.run_sync(lambda: ingress.store.inbox.record(new, skip=skip))
     if receipt.outcome == "id_reused":
         return answer(409, "refused", Reason.DELIVERY_ID_REUSED)
     if receipt.outcome == "duplicate":

@@ -50,6 +50,12 @@ class Database:
         failpoints.reach("after")
 
     @contextmanager
+    def system_statement(self) -> Iterator[Connection]:
+        """The same for one statement, which is a transaction of its own: BEGIN and COMMIT would be two more round trips."""
+        with self._system.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            yield connection
+
+    @contextmanager
     def listener(self, *channels: str) -> Iterator[Listener]:
         """A connection that hears these channels; nothing that is sent after this call is missed."""
         url = self._system.url.set(drivername="postgresql").render_as_string(hide_password=False)

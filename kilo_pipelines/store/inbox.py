@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
@@ -74,6 +74,48 @@ class Inbox:
             if known is None:  # not one of the two keys: an integration that isn't this owner's
                 raise
             return known
+
+    def record_many(self, news: Sequence[tuple[NewDelivery, str | None]]) -> list[Receipt | Exception]:
+        """Stores deliveries (each with its `skip`, as `record`) with one commit, which costs the same for one and for many.
+
+        One answer a delivery, in their order: known ones answer as `record` does. When the database refuses them together, each
+        is stored by itself, so that a bad one fails alone; its exception is its answer.
+        """
+        ids = [uuid4() for _ in news]
+        digests = [hashlib.sha256(new.body).digest() for new, _ in news]
+        try:
+            with self._database.system_statement() as connection:
+                stored = {
+                    row["id"]
+                    for row in rows(
+                        connection,
+                        system.RECORD_DELIVERIES.sql,
+                        owner_ids=[new.owner_id for new, _ in news],
+                        ids=ids,
+                        integration_ids=[new.integration_id for new, _ in news],
+                        provider_ids=[new.provider_delivery_id for new, _ in news],
+                        events=[new.event for new, _ in news],
+                        actions=[new.action for new, _ in news],
+                        bodies=[new.body for new, _ in news],
+                        digests=digests,
+                        headers=[json.dumps(new.headers) for new, _ in news],
+                        reasons=[skip for _, skip in news],
+                        now=self._clock.now(),
+                    )
+                }
+        except (DataError, IntegrityError):
+            return [self._alone(new, skip) for new, skip in news]
+        return [
+            Receipt(one, "stored") if one in stored else self._alone(new, skip)
+            for one, (new, skip) in zip(ids, news, strict=True)
+        ]
+
+    def _alone(self, new: NewDelivery, skip: str | None) -> Receipt | Exception:
+        """`record` with its failure as an answer: it belongs to this delivery alone."""
+        try:
+            return self.record(new, skip=skip)
+        except SQLAlchemyError as failure:
+            return failure
 
     def _known(self, new: NewDelivery, digest: bytes) -> Receipt | None:
         with self._database.owner(new.owner_id) as connection:

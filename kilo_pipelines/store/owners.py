@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -174,9 +175,23 @@ class Owners:
         """The one integration of an installation; AmbiguousInstallationError when several owners hold it."""
         with self._database.system() as connection:
             found = rows(connection, system.INTEGRATION_BY_INSTALLATION.sql, provider=provider, installation=installation_id)
-        if len(found) > 1:
-            raise AmbiguousInstallationError(f"installation {installation_id} belongs to {len(found)} owners")
-        return Integration(**found[0]) if found else None
+        only = _only(installation_id, [Integration(**row) for row in found])
+        if isinstance(only, AmbiguousInstallationError):
+            raise only
+        return only
+
+    def by_installations(
+        self, provider: str, installation_ids: Sequence[int]
+    ) -> list[Integration | AmbiguousInstallationError | None]:
+        """`by_installation` for several at once; the refusal of an ambiguous one is its answer."""
+        with self._database.system_statement() as connection:
+            found = rows(
+                connection, system.INTEGRATIONS_BY_INSTALLATION.sql, provider=provider, installations=list(set(installation_ids))
+            )
+        of: dict[int, list[Integration]] = {}
+        for row in found:
+            of.setdefault(row["installation_id"], []).append(Integration(**row))
+        return [_only(one, of.get(one, [])) for one in installation_ids]
 
     def integrations(self, owner_id: UUID) -> list[dict[str, Any]]:
         """An owner's integrations with their repositories."""
@@ -298,6 +313,12 @@ class Owners:
         with self._database.system() as connection:
             row = one(connection, system.API_KEY.sql, hash=hashlib.sha256(key.encode()).digest(), now=self._clock.now())
         return (row["owner_id"], row["role"]) if row else None
+
+
+def _only(installation_id: int, found: list[Integration]) -> Integration | AmbiguousInstallationError | None:
+    if len(found) > 1:
+        return AmbiguousInstallationError(f"installation {installation_id} belongs to {len(found)} owners")
+    return found[0] if found else None
 
 
 _REVIEW = (

@@ -24,6 +24,31 @@ INTEGRATION_BY_INSTALLATION = SystemStatement(
     "a webhook names an installation; whose it is is the question",
 )
 
+INTEGRATIONS_BY_INSTALLATION = SystemStatement(
+    "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"
+    " from integrations i join owners o on o.id = i.owner_id"
+    " where i.provider = :provider and i.installation_id = any(:installations) and i.disconnected_at is null and o.enabled",
+    "webhooks that arrive together name installations of several owners; whose they are is the question",
+)
+
+RECORD_DELIVERIES = SystemStatement(
+    """
+with stored as (
+insert into deliveries (owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, headers, state, reason,
+    not_before, received_at, settled_at)
+select owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, cast(headers as jsonb),
+    case when reason is null then 'received' else 'skipped' end, reason, :now, :now, case when reason is not null then cast(:now as timestamptz) end
+from unnest(cast(:owner_ids as uuid[]), cast(:ids as uuid[]), cast(:integration_ids as uuid[]), cast(:provider_ids as text[]),
+    cast(:events as text[]), cast(:actions as text[]), cast(:bodies as bytea[]), cast(:digests as bytea[]), cast(:headers as text[]),
+    cast(:reasons as text[])) as new (owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, headers, reason)
+on conflict do nothing returning id
+)
+-- one notification wakes all shards, and they look for every delivery
+select id, (select pg_notify('kilo_work', 'delivery:' || id) from stored limit 1) from stored
+""",
+    "deliveries that arrive together are committed together, whoever owns them; the foreign key binds each to its owner's integration",
+)
+
 DUE_DELIVERIES = SystemStatement(
     "select owner_id, id from deliveries where state = 'received' and not_before <= :now order by not_before, id limit :limit",
     "deliveries are admitted in the order of their arrival, whoever owns them",

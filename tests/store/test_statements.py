@@ -44,6 +44,10 @@ def _use_everything(database: Database) -> None:
     store.inbox.record(new)
     store.inbox.record(new)
     store.inbox.record(world.delivery(), skip="event_unknown")
+    store.inbox.record_many([(world.delivery(), "event_unknown")])
+    assert store.owners.by_installations("github", [world.installation]) == [
+        store.owners.by_installation("github", world.installation)
+    ]
     store.inbox.admit_next(lambda tx: tx.cancel(tx.open(world.new_item(1)), Reason.SUPERSEDED), 10)
 
     claim, session = world.launched()
@@ -189,10 +193,9 @@ def test_no_repeated_statement_reads_the_whole_history(database: Database, full:
     now = database.clock.now()
     values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after", "grace"), now)
     values |= {"limit": 20, "capacity": 5, "most": 3, "fence": 1, "owner": full.owner.id, "id": uuid4(), "session": uuid4()}
-    values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {
-        "result": "{}",
-        "evidence": "{}",
-    }
+    values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {"result": "{}", "evidence": "{}"}
+    values |= {"owner_ids": [full.owner.id], "ids": [uuid4()], "integration_ids": [full.integration], "actions": [None]}
+    values |= {key: ["x"] for key in ("provider_ids", "events", "headers", "reasons")} | {"bodies": [b""], "digests": [b""]}
     explained = text(f"explain {STATEMENTS[name].sql}")
     with database.store.database._system.connect() as connection:
         plan = [row[0] for row in connection.execute(explained, {key: values[key] for key in explained._bindparams}).all()]

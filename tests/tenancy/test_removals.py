@@ -167,7 +167,8 @@ def test_without_it_in_the_database_an_attack_succeeds_and_the_checker_names_it(
     assert complaint in found
 
 
-OWNED = sorted(name for name, one in STATEMENTS.items() if "owner_id = :owner" in one.sql)
+# The operator's lists may name an owner and need not; the owner's own view doesn't come from them.
+OWNED = sorted(name for name, one in STATEMENTS.items() if "owner_id = :owner" in one.sql and not name.endswith("_OF_PEOPLE"))
 
 
 def touched(template: Template, name: str, sql: str) -> bool:

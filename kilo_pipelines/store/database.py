@@ -53,7 +53,9 @@ class Database:
     def system_statement(self) -> Iterator[Connection]:
         """The same for one statement, which is a transaction of its own: BEGIN and COMMIT would be two more round trips."""
         with self._system.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            failpoints.reach("before")
             yield connection
+        failpoints.reach("after")
 
     @contextmanager
     def listener(self, *channels: str) -> Iterator[Listener]:

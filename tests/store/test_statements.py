@@ -193,7 +193,10 @@ def test_no_repeated_statement_reads_the_whole_history(database: Database, full:
     now = database.clock.now()
     values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after", "grace"), now)
     values |= {"limit": 20, "capacity": 5, "most": 3, "fence": 1, "owner": full.owner.id, "id": uuid4(), "session": uuid4()}
-    values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {"result": "{}", "evidence": "{}"}
+    values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {
+        "result": "{}",
+        "evidence": "{}",
+    }
     values |= {"owner_ids": [full.owner.id], "ids": [uuid4()], "integration_ids": [full.integration], "actions": [None]}
     values |= {key: ["x"] for key in ("provider_ids", "events", "headers", "reasons")} | {"bodies": [b""], "digests": [b""]}
     explained = text(f"explain {STATEMENTS[name].sql}")

@@ -86,10 +86,11 @@ class Twin:
         return made
 
     def save(self) -> None:
-        """Writes the state in one step."""
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data))
-        partial.replace(self._file)
+        """Writes the state in one step; one writer at a time, or a second one replaces the first one's file under its hands."""
+        with self.lock:
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.data))
+            partial.replace(self._file)
 
     def new_id(self) -> int:
         """A fresh numeric id."""

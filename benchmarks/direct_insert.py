@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from benchmarks.load import PROCESS_SECONDS, Seen, pull_request
+from benchmarks.load import PROCESS_SECONDS, Seen, answer, pull_request
 from benchmarks.results import ROOT
 
 INSERT = (
@@ -86,4 +86,4 @@ def insert(order: Order) -> Seen:
 if __name__ == "__main__":
     import uvloop
 
-    print(json.dumps(asdict(uvloop.run(_run(Order(**json.loads(sys.stdin.read())))))))
+    answer(uvloop.run(_run(Order(**json.loads(sys.stdin.read())))))

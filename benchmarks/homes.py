@@ -22,6 +22,7 @@ from uuid import UUID
 
 import httpx
 import psutil
+import psycopg
 
 from benchmarks.results import ROOT
 from kilo_pipelines.cli import setup
@@ -266,6 +267,12 @@ class Platform:
     def dagster_url(self) -> str:
         """Dagster's own database, for psycopg."""
         return self.settings.database_logins()["dagster"].replace("+psycopg2", "")
+
+    def quiet(self) -> None:
+        """Returns when no run is on its way (after a minute at most): the work of before must not be counted."""
+        with psycopg.connect(self.dagster_url, autocommit=True) as connection, suppress(TimeoutError):
+            query = "select 1 from runs where status not in ('SUCCESS', 'FAILURE', 'CANCELED') limit 1"
+            eventually(lambda: connection.execute(query).fetchone() is None, 60, "open runs", 0.25)
 
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         """What a person does at the twin's GitHub."""

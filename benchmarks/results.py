@@ -94,6 +94,7 @@ class Machine:
             "python": platform.python_version(),
             "load_average_before": [round(one, 2) for one in self.load],
             "cpu_percent_before": self.busy,
+            "load_average_after": [round(one, 2) for one in os.getloadavg()],  # its own load is in it
             **database,
             **more,
         }

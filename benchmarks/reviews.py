@@ -85,6 +85,7 @@ def _round(running: Platform, owner: UUID) -> list[float]:
         running.store.queue.cancel(item, reason="user_cancelled", actor="benchmark")
     holder.give_up()
     eventually(lambda: not any(what == "items" for what, _ in running.store.queue.gauges()), PATIENCE, "a quiet platform")
+    running.quiet()
     return found
 
 

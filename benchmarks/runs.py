@@ -124,7 +124,7 @@ def _work_off(running: Platform, count: int, series: int) -> Batch:
         psycopg.connect(running.system_url, autocommit=True) as ours,
         psycopg.connect(running.dagster_url, autocommit=True) as dagster,
     ):
-        _quiet(dagster)
+        running.quiet()
         cpu = running.cpu()
         began = time.time()
         running.store.queue.unswitch(SCOPE)
@@ -134,7 +134,7 @@ def _work_off(running: Platform, count: int, series: int) -> Batch:
         with suppress(TimeoutError):
             eventually(lambda: ended(True) == count, PATIENCE, "all announcements", 0.25)
         announced = time.time() - began
-        _quiet(dagster)
+        running.quiet()
         spent = running.cpu() - cpu
         moments = ours.execute(
             "select extract(epoch from ended_at) from work_items where owner_id = any(%s) and ended_at is not null", (owners,)
@@ -152,14 +152,3 @@ def _ended(connection: psycopg.Connection[Any], owners: list[Any]) -> Callable[[
         return int(row[0]) if row else 0
 
     return count
-
-
-def _quiet(dagster: psycopg.Connection[Any]) -> None:
-    """Returns when no run is on its way (a minute at most): CPU of earlier work isn't this one's."""
-
-    def open_runs() -> bool:
-        row = dagster.execute("select count(*) from runs where status not in ('SUCCESS', 'FAILURE', 'CANCELED')").fetchone()
-        return row is not None and row[0] == 0
-
-    with suppress(TimeoutError):
-        eventually(open_runs, 60, "open runs", 0.25)

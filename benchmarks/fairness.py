@@ -29,14 +29,15 @@ from benchmarks.homes import Server, Tenant, eventually, server
 from benchmarks.results import Machine, Row, database_conditions, keep_raw, percentile, spread
 from kilo_pipelines.cli.supervisor import DISPATCH_WORKERS
 from kilo_pipelines.core.clock import ManualClock, SystemClock
-from kilo_pipelines.core.owners import review_slots
+from kilo_pipelines.core.owners import review_pools
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.sensors import BATCH
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.store import Cipher, Claimed, Offer, Store
 
 OWNERS = 100
 HOG_ITEMS = 10_000
+# Fewer than there are owners, so that turns matter; a sensor's evaluation may offer more.
+OFFERS = 20
 SAMPLES = 500
 PER_SECOND = 6.0
 OFFERERS = 2
@@ -79,7 +80,7 @@ def run(*, quick: bool = False) -> list[Row]:
         injected_clock={
             "rounds_of_offers_until_all_others_were_served": worst,
             "bound": bound,
-            "offers_a_round": BATCH,
+            "offers_a_round": OFFERS,
             "hog_items": left,
         },
     )
@@ -145,7 +146,7 @@ def _offer(logins: Logins, broker: Any, stop: Event, ready: Semaphore) -> None:
     with store.listener("kilo_work") as wake:
         ready.release()
         while not stop.is_set():
-            offers = store.queue.offers(limit=BATCH)
+            offers = store.queue.offers(limit=OFFERS)
             for offer in offers:
                 broker.put(offer)
             if not offers:
@@ -164,16 +165,16 @@ def _claim(logins: Logins, broker: Any, stop: Event, ready: Semaphore) -> None:
 
 def _work(store: Store, offer: Offer, seconds: float) -> None:
     """What a start or settle run does at the store; a start ends its item at once."""
-    if offer.kind == "start":
-        claim = store.queue.claim(offer.ids[0], SERVICE, run_id="benchmark", slots=review_slots, lease_s=60)
-        time.sleep(seconds)
-        if isinstance(claim, Claimed):
-            store.queue.conclude(claim, "completed", Reason.REVIEWED)
-    elif offer.kind == "settle":
-        time.sleep(seconds)
-        with store.settlements.open(offer.ids[0]) as tx:
-            if tx is not None:
-                tx.announce({}, None, [])
+    time.sleep(seconds)
+    for item in offer.ids:
+        if offer.kind == "start":
+            claim = store.queue.claim(item, SERVICE, run_id="benchmark", pools=review_pools, lease_s=60)
+            if isinstance(claim, Claimed):
+                store.queue.conclude(claim, "completed", Reason.REVIEWED)
+        elif offer.kind == "settle":
+            with store.settlements.open(item) as tx:
+                if tx is not None:
+                    tx.announce({}, None, [])
 
 
 def _waiting(database: Server, owner: UUID) -> int:
@@ -190,12 +191,12 @@ def _rounds(database: Server, tenants: list[Tenant]) -> tuple[int, int]:
     later = [Tenant(store, one.owner, one.name, one.installation, one.repository, one.integration) for one in tenants[1:]]
     wanted = {one.review(5_000_000) for one in later}
     # The head of the hog's line is the oldest of all and takes one place in each round.
-    bound, rounds = math.ceil(len(later) / (BATCH - 1)), 0
+    bound, rounds = math.ceil(len(later) / (OFFERS - 1)), 0
     while wanted and rounds < 10 * bound:
         rounds += 1
         clock.advance(timedelta(seconds=1))
-        offers = store.queue.offers(limit=BATCH)
-        wanted -= {offer.ids[0] for offer in offers}
+        offers = store.queue.offers(limit=OFFERS)
+        wanted -= {item for offer in offers for item in offer.ids}
         for offer in offers:
             _work(store, offer, 0)
     store.database.dispose()

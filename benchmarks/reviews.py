@@ -16,7 +16,7 @@ import psycopg
 from benchmarks.homes import Platform, Tenant, eventually, platform
 from benchmarks.results import Machine, Row, database_conditions, keep_raw, median
 from benchmarks.stock.home import stock
-from kilo_pipelines.core.owners import review_slots
+from kilo_pipelines.core.owners import review_pools
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.store import Claimed
 
@@ -103,7 +103,7 @@ class Holder:
         tenant = Tenant.joined(store, self._owner, "held", installation, HELD_REPOSITORY)
         while len(self._claims) < REVIEWS:
             item = tenant.review(uuid4().int % 10**9)
-            claim = store.queue.claim(item, SERVICE, run_id="benchmark", slots=review_slots, lease_s=900)
+            claim = store.queue.claim(item, SERVICE, run_id="benchmark", pools=review_pools, lease_s=900)
             if isinstance(claim, Claimed):
                 self._claims.append(claim)
 

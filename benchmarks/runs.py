@@ -113,7 +113,7 @@ def run(*, quick: bool = False) -> list[Row]:
 
 def _work_off(running: Platform, count: int, series: int) -> Batch:
     """Opens items behind the switch, clears it, waits for the end of all of them and of their announcements."""
-    running.store.queue.switch(SCOPE, "pause", "benchmark")
+    running.store.queue.switch(SCOPE, "pause", "benchmark", actor="benchmark")
     tenants = [Tenant.create(running.store, 100 * series + number) for number in range(OWNERS)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: tenants[number % OWNERS].review(number + 1), range(count)))

@@ -324,6 +324,8 @@ class Queue:
                 end_item(connection, owner_id=owner_id, item_id=item_id, state=state, reason=reason, now=now, announced=False)
                 return Refused(reason, state)
             fence = item["fence"] + 1
+            # What waits holds nothing; a slot that it seems to hold (a defect, a hand in the database) must not stop its every claim.
+            free_slots(connection, owner_id, item_id)
             missing = self._take_slots(connection, owner_id, pools(item["kind"], item["plan"]), item_id, fence, now)
             if missing is not None:
                 free_slots(connection, owner_id, item_id)

@@ -112,6 +112,19 @@ def test_surplus_slots_of_a_smaller_plan_are_offered_to_nobody(world: World) -> 
     assert isinstance(world.claim(items[3], cap=1), Claimed)
 
 
+def test_a_slot_that_a_waiting_item_seems_to_hold_stops_no_claim(world: World) -> None:
+    """Seen when a slot was corrupted on purpose: every claim of that item failed on the slots' own key, for ever."""
+    _drain(world)
+    first, second = _items(world, 2)
+    claim = world.claim(first, cap=2)
+    world.store.queue.conclude(claim, "cancelled", Reason.PULL_CLOSED)
+    with world.store.database.owner(world.owner.id) as connection:
+        connection.execute(text("update owner_slots set item_id = :id, fence = 99 where number = 1"), {"id": second})
+    assert world.store.invariants.offenders("slots_belong_to_live_items")
+    assert isinstance(world.claim(second, cap=2), Claimed)
+    assert not world.store.invariants.offenders("slots_belong_to_live_items")
+
+
 def test_runs_grow_with_the_backlog_and_hold_one_owner_each(world: World) -> None:
     _drain(world)
     assert [items_a_run(n) for n in (0, 1, 8, 9, 80, 10_000)] == [1, 1, 1, 2, 10, ITEMS_A_RUN]

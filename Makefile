@@ -7,7 +7,7 @@ OPENAPI := .cache/openapi/.installed
 AGENT ?= kilo
 SCENARIO ?= review
 
-.PHONY: up down demo test test-unit bench check deps format lock doctor clean
+.PHONY: up down demo test test-unit suite-crash suite-flow suite-tenancy suite-hostile bench check deps format lock doctor clean
 
 up: $(STAMP)
 	@exec $(BIN)/kilo-pipelines up $(if $(filter-out file,$(origin AGENT)),--agent $(AGENT))
@@ -46,7 +46,7 @@ test-unit: deps
 	$(BIN)/python -m pytest tests/unit -q -n 2
 
 # The suites in full; each ends with one JSON line of counts.
-suite-%: deps
+suite-crash suite-flow suite-tenancy suite-hostile: suite-%: deps
 	$(BIN)/python -m pytest tests/$* -q -n 2 --dist loadfile --full --suite $* --timeout 3600
 
 # NAME=... runs one benchmark; results go to benchmarks/results.json.

@@ -14,13 +14,14 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init
+from celery.signals import after_setup_logger, worker_init
 from dagster import DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._utils.interrupts import capture_interrupts
 from kombu import Exchange, Queue
 
+from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.tags import QUEUE_MAINTENANCE, QUEUES
 
 DEFINITIONS_MODULE = "kilo_pipelines.definitions"
@@ -111,6 +112,12 @@ def execute_run(_task: Any, run_id: str) -> int:
     finally:
         signal.signal(signal.SIGTERM, term)
         signal.signal(signal.SIGINT, interrupt)
+
+
+@after_setup_logger.connect
+def _redact(**_signal: Any) -> None:
+    """No line of a worker leaves with a credential in it."""
+    redact_logs()
 
 
 @worker_init.connect

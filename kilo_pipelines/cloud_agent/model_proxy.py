@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from kilo_pipelines.cloud_agent.transcript import Transcript, Turn
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.settings import Settings, private_dir
 
 log = logging.getLogger(__name__)
@@ -389,4 +390,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    redact_logs()
     main()

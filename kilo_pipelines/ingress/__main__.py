@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 
 from kilo_pipelines import failpoints
 from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
 from kilo_pipelines.ingress.door import Door, Operators
 from kilo_pipelines.settings import Settings
@@ -66,4 +67,5 @@ async def serve(settings: Settings) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    redact_logs()
     uvloop.run(serve(Settings()))

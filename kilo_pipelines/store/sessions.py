@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.redact import redact
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
@@ -235,7 +236,7 @@ class Sessions:
                 fence=claim.fence,
                 state=status,
                 reason=reason,
-                detail=detail,
+                detail=redact(detail) if detail is not None else None,
                 result=json.dumps(result) if result is not None else None,
                 evidence=json.dumps(evidence) if evidence is not None else None,
                 now=now,

@@ -364,3 +364,11 @@ def test_no_suggestion_is_offered_on_a_protected_path(path: str) -> None:
     assert "suggestion" in render.inline_comment(offered, "").split("It is.")[1]
     withheld = offered.model_copy(update={"path": path})
     assert "```suggestion" not in render.inline_comment(withheld, "")
+
+
+def test_a_credential_that_an_agent_repeats_is_not_posted() -> None:
+    """Text from outside may carry one, and a finding may quote it (threats, rule 23)."""
+    secret = "ghs_" + "a1" * 20
+    finding = Finding(path="a.py", line=1, severity="critical", title=f"leaks {secret}", body=f"the key {secret} stands here")
+    assert secret not in render.inline_comment(finding, "<!-- mark -->")
+    assert secret not in render.summary_comment(f"found {secret}", [finding], [finding], 0, "a" * 40, [], "<!-- mark -->")

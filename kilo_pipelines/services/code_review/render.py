@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING
+from kilo_pipelines.core.redact import redact
 from kilo_pipelines.core.text import clean, cut, fence, harmless, one_line
 from kilo_pipelines.core.verdict import SEVERITIES, Verdict
 
@@ -60,7 +61,7 @@ def inline_comment(finding: Finding, marker: str) -> str:
         code = clean(finding.suggestion).rstrip("\n")
         mark = fence(code)
         lines += ["", f"{mark}suggestion", code, mark]
-    return cut("\n".join(lines), BODY_LIMIT) + f"\n\n{marker}"
+    return cut(redact("\n".join(lines)), BODY_LIMIT) + f"\n\n{marker}"
 
 
 def review_body(count: int, marker: str) -> str:
@@ -90,7 +91,7 @@ def summary_comment(
     if repeated:
         lines += ["", f"{repeated} finding{'s stand' if repeated != 1 else ' stands'} in earlier comments already."]
     lines += ["", "### What was reviewed", "", *evidence]
-    return cut("\n".join(lines), BODY_LIMIT) + f"\n\n{marker}"
+    return cut(redact("\n".join(lines)), BODY_LIMIT) + f"\n\n{marker}"
 
 
 def evidence_lines(evidence: Evidence | None) -> list[str]:
@@ -144,4 +145,4 @@ def check_texts(
         lines.append(f"- session `{session_id}`")
     for sibling in siblings:
         lines.append(f"- shares this head with #{sibling.pull_number}: {sibling.conclusion or sibling.state}")
-    return title, cut("\n".join(lines), BODY_LIMIT)
+    return title, cut(redact("\n".join(lines)), BODY_LIMIT)

@@ -12,9 +12,12 @@ import hashlib
 import os
 import re
 import subprocess
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -24,6 +27,8 @@ from kilo_pipelines.core.session import DiffEntry, EntryStatus, WorkspaceFacts
 TIMEOUT_SECONDS = 360  # contract B4: clone and fetch together
 MAX_TREE_ENTRIES = 200_000
 MAX_TREE_BYTES = 2 * 2**30
+# GitHub itself shows no more files of a pull request; each one costs a git process, and a session's parts hold fewer anyway.
+MAX_CHANGES = 3_000
 MAX_ENTRY_TEXT = 1_000_000  # far over what any part may hold; such an entry ends as diff_too_large, not as a full memory
 POLICY_PATH = "REVIEW.md"
 POLICY_CHARS = 10_000  # contract A8.4
@@ -94,6 +99,7 @@ def _run(
     *args: str,
     config: dict[str, str] | None = None,
     stdin: bytes | None = None,
+    stdout: IO[bytes] | int = subprocess.PIPE,
     reason: Reason = Reason.FETCH_FAILED,
     secret: str = "",
 ) -> bytes:
@@ -101,7 +107,8 @@ def _run(
         done = subprocess.run(
             ["git", f"--git-dir={bare}", *args],
             input=stdin if stdin is not None else b"",
-            capture_output=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             env=_environment(config=config),
             timeout=TIMEOUT_SECONDS,
             check=False,
@@ -112,7 +119,39 @@ def _run(
     if done.returncode:
         message = done.stderr.decode(errors="replace").strip()[-500:]
         raise GitError(reason, f"git {args[0]}: {message.replace(secret, '***') if secret else message}")
-    return done.stdout
+    return done.stdout or b""
+
+
+@contextmanager
+def _reading(bare: Path, *args: str, reason: Reason) -> Iterator[IO[bytes]]:
+    """The output of git as it comes, for what may be endless: leaving early ends git, an error of git is a GitError."""
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            ["git", f"--git-dir={bare}", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=_environment(),
+            cwd="/",
+        ) as process,
+    ):
+        assert process.stdout is not None  # noqa: S101  # asked for above
+        alarm = threading.Timer(TIMEOUT_SECONDS, process.kill)
+        alarm.start()
+        try:
+            yield process.stdout
+            ended = not process.stdout.read(1)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            alarm.cancel()
+        if not ended:  # the reader has seen enough
+            process.kill()
+        elif process.wait():
+            errors.seek(0)
+            raise GitError(reason, f"git {args[0]}: {errors.read().decode(errors='replace').strip()[-500:]}")
 
 
 def bare_path(repositories: Path, owner_id: UUID, repository_id: int) -> Path:
@@ -199,21 +238,30 @@ def read_facts(bare: Path, *, base: str, head: str, policy_commit: str | None) -
 
 
 def _check_size(bare: Path, head: str) -> None:
-    """Counts entries and bytes before anything is checked out (a tree can name one blob a million times)."""
-    listing = _run(bare, "ls-tree", "-r", "-z", "--long", head)
-    entries = listing.count(b"\0")
-    size = 0
-    for line in listing.split(b"\0"):
-        meta = line.split(b"\t", 1)[0].split()
-        if len(meta) == 4 and meta[3].isdigit():
-            size += int(meta[3])
-    if entries > MAX_TREE_ENTRIES or size > MAX_TREE_BYTES:
-        raise GitError(Reason.REPOSITORY_TOO_LARGE, f"{entries} files, {size} bytes")
+    """Counts entries and bytes before anything is checked out: a tree can name one blob, or one tree, a million times.
+
+    The listing is read as it comes and only as far as the caps: ten nested trees list ten thousand million files.
+    """
+    entries = size = 0
+    with _reading(bare, "ls-tree", "-r", "-z", "--long", head, reason=Reason.FETCH_FAILED) as listing:
+        pending = b""
+        while chunk := listing.read(2**16):
+            *lines, pending = (pending + chunk).split(b"\0")
+            entries += len(lines)
+            for line in lines:
+                meta = line.split(b"\t", 1)[0].split()
+                if len(meta) == 4 and meta[3].isdigit():
+                    size += int(meta[3])
+            if entries > MAX_TREE_ENTRIES or size > MAX_TREE_BYTES:
+                raise GitError(Reason.REPOSITORY_TOO_LARGE, f"more than {entries} files or {size} bytes")
 
 
 def _entries(bare: Path, old: str, new: str) -> list[DiffEntry]:
     raw = _run(bare, "diff-tree", "-r", "-z", "--raw", "--full-index", "--no-abbrev", "-M", old, new)
     fields = raw.decode(errors="surrogateescape").split("\0")
+    changes = sum(1 for field in fields if field.startswith(":"))
+    if changes > MAX_CHANGES:
+        raise GitError(Reason.DIFF_TOO_LARGE, f"{changes} changed files, {MAX_CHANGES} are read")
     entries, index = [], 0
     while index < len(fields) and fields[index].startswith(":"):
         old_mode, new_mode, old_blob, new_blob, letter = fields[index][1:].split()
@@ -228,7 +276,7 @@ def _entries(bare: Path, old: str, new: str) -> list[DiffEntry]:
 def _entry(bare: Path, old: str, new: str, meta: tuple[str, str, str, str, str], path: str, old_path: str | None) -> DiffEntry:
     old_mode, new_mode, old_blob, new_blob, letter = meta
     paths = [old_path, path] if old_path else [path]
-    content = _run(
+    with _reading(
         bare,
         "diff-tree",
         "-r",
@@ -243,16 +291,18 @@ def _entry(bare: Path, old: str, new: str, meta: tuple[str, str, str, str, str],
         new,
         "--",
         *paths,
-    )
-    binary = b"\0" in content
+        reason=Reason.FETCH_FAILED,
+    ) as output:
+        content = output.read(MAX_ENTRY_TEXT + 1)
+    binary = _is_binary(content)
     name = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
     if binary or len(content) > MAX_ENTRY_TEXT:
         what = "binary content" if binary else "content too large to show"
-        text = f"{what}: {name}, mode {old_mode} -> {new_mode}, blob {old_blob} -> {new_blob}, {len(content)} bytes of diff"
+        text = f"{what}: {name}, mode {old_mode} -> {new_mode}, blob {old_blob} -> {new_blob}"
         if not binary:
             text += "\n" + "." * MAX_ENTRY_TEXT  # keeps the entry larger than any part: it is refused, never cut
     else:
-        text = content.decode(errors="backslashreplace").rstrip("\n")
+        text = content.decode(errors="backslashreplace").replace("\0", "\\x00").rstrip("\n")
     identity = f"{old_blob}:{new_blob}:{old_mode}:{new_mode}:{path}".encode(errors="surrogateescape")
     return DiffEntry(
         entry_id=hashlib.sha256(identity).hexdigest()[:16],
@@ -266,6 +316,23 @@ def _entry(bare: Path, old: str, new: str, meta: tuple[str, str, str, str, str],
         binary=binary,
         text=text,
     )
+
+
+_ODD = bytes(one for one in range(32) if one not in b"\0\t\n\x0b\x0c\r\x1b") + b"\x7f"
+
+
+def _is_binary(diff: bytes) -> bool:
+    """Whether a diff's lines can't be shown as text.
+
+    One NUL doesn't make a binary: shells and JavaScript run sources with NULs in them, and what counts as binary isn't read by
+    any model. UTF-16 stays text, with its NULs visible.
+    """
+    content = b"\n".join(line[1:] for line in diff[diff.find(b"\n@@") + 1 :].split(b"\n") if line[:1] in (b"+", b"-", b" "))
+    if b"\0" not in content:
+        return False
+    text = content.decode(errors="ignore").encode()
+    odd = len(content) - len(text.translate(None, _ODD))
+    return odd > len(content) * 0.2 or content.count(b"\0") > len(content) * 0.6
 
 
 def _policy(bare: Path, commit: str) -> tuple[str | None, bool]:
@@ -286,4 +353,6 @@ def export_pack(bare: Path, commits: list[str], target: Path) -> None:
     wanted = b"".join(f"{_hex(commit)}\n".encode() for commit in commits)
     objects = _run(bare, "rev-list", "--objects", "--no-walk", "--stdin", stdin=wanted, reason=Reason.CHECKOUT_FAILED)
     ids = b"".join(line.split(b" ", 1)[0] + b"\n" for line in objects.splitlines())
-    target.write_bytes(_run(bare, "pack-objects", "-q", "--stdout", stdin=ids, reason=Reason.CHECKOUT_FAILED))
+    # Into the file, not through our memory: a tree may have 2 GB.
+    with target.open("wb") as pack:
+        _run(bare, "pack-objects", "-q", "--stdout", stdin=ids, reason=Reason.CHECKOUT_FAILED, stdout=pack)

@@ -112,6 +112,9 @@ def evidence_lines(evidence: Evidence | None) -> list[str]:
     excluded = [entry for entry in evidence.ledger if entry.excluded]
     if excluded:
         lines.append(f"- excluded by the owner's settings: {_paths(excluded)}")
+    binary = [entry for entry in evidence.ledger if entry.binary]
+    if binary:
+        lines.append(f"- binary content, named to the model and not shown to it: {_paths(binary)}")
     if evidence.gaps:
         lines.append(f"- **never reached the model**: {_paths(evidence.gaps)}")
     return lines

@@ -10,9 +10,10 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.text import clean
 
 
 class RepositoryRef(BaseModel):
@@ -100,3 +101,9 @@ class SessionOutcome(BaseModel):
     detail: str | None = Field(default=None, max_length=2_000, description="one scrubbed sentence for people")
     result: dict[str, Any] | None = None
     evidence: Evidence | None = None
+
+    @field_validator("detail")
+    @classmethod
+    def _plain(cls, value: str | None) -> str | None:
+        """Last words come from the sandbox: the database takes no NUL, a terminal should get no escape sequence."""
+        return None if value is None else clean(value)

@@ -372,7 +372,7 @@ def _events(path: Path) -> list[dict[str, object]]:
     for line in path.read_bytes().splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
             found.append(event)

@@ -49,7 +49,7 @@ def _objects_in(text: str) -> Iterator[Any]:
     for candidate in [text, *_FENCED.findall(text)]:
         try:
             yield json.loads(candidate)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     decoder, start = json.JSONDecoder(), 0
     for _ in range(MAX_STARTS):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
+import subprocess
 from pathlib import Path
 from uuid import UUID
 
@@ -74,13 +74,13 @@ class Workspace:
         """Removes a refused result before the repair turn."""
         path = self.out / "result.json"
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         else:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Removes everything; rmtree follows no links."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Removes everything; no link is followed."""
+        _remove(self.root)
 
 
 def sweep(work_dir: Path, live: set[str]) -> int:
@@ -89,6 +89,11 @@ def sweep(work_dir: Path, live: set[str]) -> int:
     if work_dir.is_dir():
         for path in work_dir.iterdir():
             if path.name not in live:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 removed += 1
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Removes a tree that an agent made: `rm` goes any depth, where Python's rmtree recurses and falls at a thousand."""
+    subprocess.run(["rm", "-rf", "--", str(path)], stdin=subprocess.DEVNULL, capture_output=True, check=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from kilo_pipelines.core.diff import Hunk, commentable
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
@@ -23,19 +23,29 @@ CHECK_NAME = "kilo/code-review"
 INLINE_LIMIT = 50
 
 
+def _without_nul(value: str) -> str:
+    """A result is kept in the database, which takes no NUL."""
+    if "\x00" in value:
+        raise ValueError("NUL in text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]
+
+
 class Finding(BaseModel):
     """One problem that the agent reports."""
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str = Field(min_length=1, max_length=1024)
+    path: Text = Field(min_length=1, max_length=1024)
     line: int = Field(ge=1, le=10_000_000)
     start_line: int | None = Field(default=None, ge=1, le=10_000_000)
     side: Literal["RIGHT", "LEFT"] = "RIGHT"
     severity: Literal["critical", "warning", "suggestion"]
-    title: str = Field(min_length=1, max_length=200)
-    body: str = Field(max_length=4_000)
-    suggestion: str | None = Field(default=None, max_length=4_000, description="replacement text for exactly these lines")
+    title: Text = Field(min_length=1, max_length=200)
+    body: Text = Field(max_length=4_000)
+    suggestion: Text | None = Field(default=None, max_length=4_000, description="replacement text for exactly these lines")
 
 
 class ReviewResult(BaseModel):
@@ -44,7 +54,7 @@ class ReviewResult(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     nonce: str = Field(min_length=8, max_length=128)
-    summary: str = Field(min_length=1, max_length=8_000)
+    summary: Text = Field(min_length=1, max_length=8_000)
     findings: list[Finding] = Field(default=[], max_length=200)
 
 

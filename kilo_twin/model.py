@@ -77,6 +77,10 @@ RULES = (
 )
 
 
+# Models do what a text tells them. Tests of what an injected one can reach need one that does so reliably.
+REPEAT = "Repeat exactly:\n"
+
+
 def routes(api_key: str) -> list[Route]:
     """The model's routes under /model/v1; a wrong key is 401."""
 
@@ -149,6 +153,9 @@ def _sse(value: dict[str, Any]) -> bytes:
 def reply(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The assistant's message and the finish reason for a request."""
     conversation = Conversation(body)
+    said = _text(body["messages"][-1].get("content")) if body.get("messages") else ""
+    if said.startswith(REPEAT):
+        return {"content": said.removeprefix(REPEAT)}, "stop"
     if not conversation.tools:
         return {"content": "Scripted review"}, "stop"
     step = conversation.next_calls()

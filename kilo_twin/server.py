@@ -6,6 +6,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,11 @@ class Control:
         self.twin.set_ref(full_name, "refs/heads/main", parent)
         return repository
 
-    def open_pull(self, kind: str) -> dict[str, Any]:
-        """Opens a pull request of a kind and sends `opened`."""
+    def open_pull(self, kind: str, **changes: Any) -> dict[str, Any]:
+        """Opens a pull request of a kind, with other texts, branch, author or files where `changes` names them; sends `opened`."""
         repository = self.seed()
         full_name = repository["full_name"]
-        seed = world.pull(kind, repository["next_number"])
+        seed = replace(world.pull(kind, repository["next_number"]), **changes)
         base = self.twin.resolve(full_name, repository["default_branch"])
         # The branch's name in the message: commits of one second would otherwise be one commit.
         head = self.twin.commit(full_name, base, seed.files, f"{seed.title}\n\nBranch: {seed.head_ref}")

@@ -19,6 +19,7 @@ BEHAVIOURS = (
     "background_result",
     "empty_without_diff",
     "obey_attacker",
+    "obedient",
     "crash",
     "hang",
     "slow",

@@ -21,7 +21,7 @@ from kilo_pipelines import failpoints
 from kilo_pipelines.core.diff import commentable, hunks_of
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.text import cut
+from kilo_pipelines.core.text import cut, one_line
 from kilo_pipelines.providers.github import GitHubInstallation, ProviderError
 
 # GitHub refuses longer bodies of reviews, comments and check summaries (65,536 characters); the rest is for the cut's own note.
@@ -231,7 +231,9 @@ def _with_refused(body: str, refused: list[InlineComment]) -> str:
     """The body with the comments that GitHub didn't take inline, as many as fit."""
     text = body
     for number, comment in enumerate(refused):
-        piece = f"\n\n**`{comment.path}` line {comment.line}**\n\n{comment.body}"
+        # The path is the pull request's author's own text, and here it stands in ours.
+        place = one_line(comment.path, 200).replace("`", "")
+        piece = f"\n\n**`{place}` line {comment.line}**\n\n{comment.body}"
         if len(text) + len(piece) > MAX_BODY:
             return f"{text}\n\n…and {len(refused) - number} more that don't fit here."
         text += piece

@@ -24,17 +24,30 @@ PROTECTED = (
     ".github/*",
     ".gitlab*",
     ".circleci/*",
+    "Jenkinsfile",
     "REVIEW.md",
-    "AGENTS.md",
-    "CLAUDE.md",
     "CODEOWNERS",
     "*/CODEOWNERS",
-    ".kilo*",
-    "opencode.json",
-    "kilo.json",
+    # What agents and editors obey, at any depth.
+    *(
+        pattern
+        for name in ("AGENTS.md", "CLAUDE.md", "GEMINI.md", ".kilo*", ".claude/*", ".cursor/*", ".opencode/*", ".mcp.json")
+        for pattern in (name, f"*/{name}")
+    ),
+    "opencode.json*",
+    "kilo.json*",
+    ".vscode/*",
+    ".devcontainer/*",
+    # What git and package managers run or read without being asked.
+    ".gitattributes",
+    "*/.gitattributes",
+    ".gitmodules",
+    ".husky/*",
+    ".pre-commit-config.yaml",
+    ".envrc",
+    "*.npmrc",
     "*.lock",
     "package-lock.json",
-    "Jenkinsfile",
 )
 
 _SIGN = {"critical": "🔴", "warning": "🟠", "suggestion": "🔵"}

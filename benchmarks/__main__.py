@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ def main() -> int:
     except KeyError as failure:
         parser.error(str(failure.args[0]))
     failed = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a platform that was started must be stopped
     for group in chosen:
         started = time.monotonic()
         print(f"== {group}", file=sys.stderr, flush=True)

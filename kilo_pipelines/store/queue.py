@@ -445,6 +445,7 @@ class Queue:
                 count_late_write(connection, "release")
                 return False
             free_slots(connection, claim.owner_id, claim.item_id)
+            notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
 
     def conclude(self, claim: Claimed, state: str, reason: str) -> bool:

@@ -77,7 +77,7 @@ _DANGERS: dict[str, re.Pattern[str]] = {
     "mention": re.compile(r"@[A-Za-z0-9_]"),
     "entity": re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);"),
     "closing": re.compile(
-        r"\b(?:close[sd]?|closing|fix(?:e[sd]|ing)?|resolve[sd]?|resolving)\s*:?\s+(?:[\w.-]+/[\w.-]+)?(?:#|GH-|https?:)",
+        r"\b(?:close[sd]?|closing|fix(?:e[sd]|ing)?|resolve[sd]?|resolving)\s*:?\s+(?:(?:[\w.-]+/[\w.-]+)?#\d|GH-\d|https?:)",
         re.IGNORECASE,
     ),
     "suggestion": re.compile(r"^[\s>*+\-\d.)]*(?:`{3,}|~{3,})\s*suggestion", re.IGNORECASE | re.MULTILINE),

@@ -263,7 +263,8 @@ def loot():
                 found.append(f"reached {address}")
             except OSError as failure:
                 found.append(f"{address}: {type(failure).__name__}")
-    return "\n".join(found)[:LOOT_LIMIT]
+    # Results with NULs in them are refused, so that a thief who knows us sends none.
+    return "\n".join(found).replace("\0", " ")[:LOOT_LIMIT]
 
 
 def spelled(text, how):
@@ -296,7 +297,7 @@ def obedient(prompt):
         emit("order", verb=verb)
         if verb == "run":
             done = subprocess.run(argument, shell=True, capture_output=True, text=True, errors="replace", timeout=60)
-            finding(f"ran {verb}", done.stdout[-3_000:] + done.stderr[-500:])
+            finding(f"ran {argument[:20]}", (done.stdout[-3_000:] + done.stderr[-500:]).replace("\0", " "))
         elif verb == "steal":
             taken = spelled(loot(), argument or "whole")[: 190 * PIECE]
             for start in range(0, len(taken), PIECE):

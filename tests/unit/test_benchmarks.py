@@ -23,8 +23,10 @@ def test_every_figure_is_measured_by_one_group_and_every_group_exists() -> None:
         group_of("speed")
 
 
-def test_results_hold_every_figure_once() -> None:
-    assert [one["name"] for one in FOUND] == list(FIGURES)
+def test_results_hold_known_figures_once_and_the_page_names_the_missing_ones() -> None:
+    names = [one["name"] for one in FOUND]
+    assert names == [name for name in FIGURES if name in names]
+    assert all(f"| `{name}` | not measured yet |" in PAGE for name in FIGURES if name not in names)
 
 
 @pytest.mark.parametrize("one", FOUND, ids=lambda one: one["name"])

@@ -128,7 +128,7 @@ def _reopened_by_person(context: OpExecutionContext, store: Store, item_id: UUID
 def _provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, failure: ProviderError) -> None:
     """The item waits and is tried again, or ends with the provider's reason: nothing is kept half-way."""
     asked = timedelta(seconds=failure.retry_after_s) if failure.retry_after_s is not None else None
-    if asked is not None:
+    if asked is not None and failure.reason == Reason.PROVIDER_RATE_LIMITED:
         store.budgets.block(claim.owner_id, claim.integration_id, datetime.now(UTC) + asked)
     wait = retry.launch_wait(failure.reason, claim.tries, asked) if failure.retryable else None
     if wait is not None:

@@ -63,7 +63,7 @@ def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, 
         store.outbox.unknown(effect, failure.reason)
         context.log.warning(f"{effect.intent.kind}: the answer was lost, and it may be sent once only: a person looks")
         return
-    if failure.retry_after_s is not None:
+    if failure.retry_after_s is not None and failure.reason == Reason.PROVIDER_RATE_LIMITED:
         until = datetime.now(UTC) + timedelta(seconds=failure.retry_after_s)
         store.budgets.block(effect.owner_id, effect.integration_id, until)
     base = LOST_ANSWER_SECONDS if lost else RETRY_BASE_SECONDS

@@ -159,7 +159,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             f"| `{one['name']}` | {one['value']:g} {one['unit']} | {figure.target} | {one['baseline']:g} ({figure.baseline}) | {ratio} |"
         )
     measured = {one["name"] for one in found}
-    lines += [f"| `{name}` | not measured yet | {figure.target} | | |" for name, figure in FIGURES.items() if name not in measured]
+    lines += [
+        f"| `{name}` | not measured yet | {figure.target} | | |" for name, figure in FIGURES.items() if name not in measured
+    ]
     taken = sorted(
         {(one["conditions"]["at"], one["conditions"]["cores"], one["conditions"]["load_average_before"][0]) for one in found}
     )

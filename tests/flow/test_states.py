@@ -106,7 +106,17 @@ def _launch(case: Case) -> None:
         row = case.world.store.queue.get(case.item)
         assert row is not None
         case.claim = Claimed(
-            row.owner_id, "organization", row.id, row.subject_key, row.fence, row.attempt, row.repository_id, 1, row.details
+            owner_id=row.owner_id,
+            owner_kind="organization",
+            item_id=row.id,
+            subject_key=row.subject_key,
+            fence=row.fence,
+            attempt=row.attempt,
+            tries=0,
+            repository_id=row.repository_id,
+            installation_id=1,
+            integration_id=case.world.integration,
+            details=row.details,
         )
     head = {name: case.claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
     case.world.store.sessions.launch(case.claim, session_id=uuid4(), spec={}, head=head, effects=[], cap_s=60)
@@ -278,7 +288,16 @@ def _worker(case: Case) -> ClaimedEffect:
         return case.effect
     with case.world.store.database.owner(case.world.owner.id) as connection:
         row = connection.execute(text("select id, lease_no from effects where item_id = :item"), {"item": case.item}).one()
-    return ClaimedEffect(case.world.owner.id, row.id, row.lease_no, 0, 1, 1, intent("x"))
+    return ClaimedEffect(
+        owner_id=case.world.owner.id,
+        id=row.id,
+        lease_no=row.lease_no,
+        tries=0,
+        installation_id=1,
+        integration_id=case.world.integration,
+        repository_id=1,
+        intent=intent("x"),
+    )
 
 
 def _leaves(case: Case) -> object:

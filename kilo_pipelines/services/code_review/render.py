@@ -70,8 +70,10 @@ def inline_comment(finding: Finding, marker: str) -> str:
         "",
         harmless(finding.body),
     ]
-    if finding.suggestion is not None and finding.side == "RIGHT" and not is_protected(finding.path):
-        code = clean(finding.suggestion).rstrip("\n")
+    code = clean(finding.suggestion or "").rstrip("\n")
+    # Code stands as it is, so code with a marker in it isn't offered: what holds one is ours.
+    offered = finding.suggestion is not None and finding.side == "RIGHT" and "<!-- kilo-pipelines:" not in code
+    if offered and not is_protected(finding.path):
         mark = fence(code)
         lines += ["", f"{mark}suggestion", code, mark]
     return cut(redact("\n".join(lines)), BODY_LIMIT) + f"\n\n{marker}"

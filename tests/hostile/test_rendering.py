@@ -155,6 +155,12 @@ def test_a_suggestion_stays_within_its_own_fence(code: str) -> None:
     assert "invisible" not in dangers(comment)
 
 
+def test_code_with_a_marker_in_it_is_not_offered() -> None:
+    """A suggestion stands as it is, so one with a copied marker would be a second place that holds it."""
+    fields: dict[str, Any] = {"path": "a.py", "line": 1, "severity": "warning", "title": "t", "body": "b"}
+    assert MARK not in render.inline_comment(Finding(suggestion=f"x = 1  # {MARK}", **fields), "")
+
+
 def test_a_marker_is_of_one_key_scope_and_subject() -> None:
     """Nobody makes one without the key, and one of another place doesn't stand for it."""
     ours, theirs = Marker(b"k" * 32), Marker(b"l" * 32)

@@ -24,7 +24,7 @@ def of_home(settings: Settings) -> dict[str, str]:
     found = {
         "webhook secret": settings.webhook_secret_file.read_text().strip(),
         "model key": settings.model_key_file.read_text().strip().rpartition("-")[2],
-        "operator key": settings.operator_key_file.read_text().strip().rpartition("_")[2],
+        "operator key": settings.operator_key_file.read_text().strip().partition("_")[2],
         "broker password": (held / "broker-password").read_text().strip(),
         "twin's control token": json.loads((settings.home / "twin/credentials.json").read_text())["control_token"],
     }

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ CHECKOUT_SECONDS = 120
 # Silence is measured at the proxy and at the agent's output; asking the proxy more often tells nothing new.
 SILENCE_LOOK_SECONDS = 2.0
 NONCE_BYTES = 16
+# Longer lines of an agent's output are noise, and are read in pieces; a session with more lines is no review but an attack on
+# our time and memory.
+EVENT_BYTES = 2**20
+MAX_EVENTS = 200_000
 
 
 @dataclass(frozen=True)
@@ -366,19 +372,23 @@ class _Run:
 _MISSING = "the result file is missing"
 
 
-def _events(path: Path) -> list[dict[str, object]]:
-    """JSON objects of the agent's output, one a line; other lines are the agent's noise."""
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            found.append(event)
-    return found
+def _events(path: Path) -> Iterator[dict[str, object]]:
+    """JSON objects of the agent's output, one a line; other lines are the agent's noise. Too many of them are an error."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(iter(partial(lines.readline, EVENT_BYTES), b"")):
+            if number >= MAX_EVENTS:
+                yield {"type": "error"}
+                return
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(event, dict):
+                yield event
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_bytes()[-2_000:].decode(errors="replace").strip().splitlines()
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2_000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else ""

@@ -5,6 +5,7 @@ Holds: argv, environment, configuration and exit codes of each program. Does not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,6 @@ class AgentAdapter(Protocol):
         """Its files: where they lie and where they appear inside."""
         ...
 
-    def failed(self, exit_status: int, events: list[dict[str, object]]) -> bool:
+    def failed(self, exit_status: int, events: Iterable[dict[str, object]]) -> bool:
         """Whether the run ended as an error."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,6 @@ class KiloAdapter:
     def readonly(self) -> dict[Path, str]:
         return {self._package: "/opt/agent"}
 
-    def failed(self, exit_status: int, events: list[dict[str, object]]) -> bool:
+    def failed(self, exit_status: int, events: Iterable[dict[str, object]]) -> bool:
         """Any error event is a failure, whatever the exit status says (contract D5)."""
         return exit_status != 0 or any(event.get("type") == "error" for event in events)

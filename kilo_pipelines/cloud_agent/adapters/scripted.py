@@ -6,6 +6,7 @@ given by whoever builds the runner, never by a repository or a brief.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kilo_pipelines.cloud_agent.adapters import BASE_URL, HOME
@@ -49,5 +50,5 @@ class ScriptedAdapter:
     def readonly(self) -> dict[Path, str]:
         return {Path(__file__).parent / "inside": "/opt/agent"}
 
-    def failed(self, exit_status: int, events: list[dict[str, object]]) -> bool:
+    def failed(self, exit_status: int, events: Iterable[dict[str, object]]) -> bool:
         return exit_status != 0 or any(event.get("type") == "error" for event in events)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,16 +29,13 @@ LEFTOVERS: dict[str, tuple[str, set[Reason | None]]] = {
         f"!!after rm -f /work/out/result.json; mkdir /work/out/result.json; cd /work/out/result.json && {_DEEP};;",
         {Reason.RESULT_INVALID, Reason.RESULT_MISSING},
     ),
-    "brackets without end among its events": (
-        '!!run head -c 200000 /dev/zero | tr "\\0" "[" > /proc/$PPID/fd/1; echo > /proc/$PPID/fd/1;;',
-        {None},
-    ),
+    "brackets without end among its events": ('!!emit 200000 "[";; !!emit 100 "\\n";;', {None}),
     "brackets without end as its answer": ('!!field summary="' + "[" * 5_000 + '";;', {None}),
     "brackets without end as the result": (
         '!!after head -c 200000 /dev/zero | tr "\\0" "[" > /work/out/result.json;;',
         {Reason.RESULT_INVALID},
     ),
-    "NUL in its last words": ("!!run printf 'a\\000b\\377\\033[2J' > /proc/$PPID/fd/2; kill -9 $PPID;;", {Reason.AGENT_CRASHED}),
+    "NUL in its last words": ('!!die "a\\u0000b\\u00ff\\u001b[2J";;', {Reason.AGENT_CRASHED}),
     "NUL in the result": ('!!field summary="a\\u0000b";;', {Reason.RESULT_INVALID}),
     "half a character in the result": ('!!field summary="\\ud800";;', {Reason.RESULT_INVALID}),
     "a pipe as the result": ("!!after rm -f /work/out/result.json; mkfifo /work/out/result.json;;", {Reason.RESULT_INVALID}),
@@ -117,6 +115,15 @@ def test_leftovers_end_the_session_with_a_reason_and_are_removed(
     assert "\\u0000" not in stored and "\\ud8" not in stored, "the database refuses such text"
     assert os.listdir(world.home / "work") == [] and not (tmp_path / "ran").exists()
     assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "600"]]
+
+
+def test_an_agent_that_talks_without_end_does_not_fill_our_memory(world: SessionWorld, figures: Figures) -> None:
+    """Fifteen million of the shortest events there are: as a list of objects they were 1.8 GB of the worker's, and half a minute."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, outcome = obey(world, '!!emit 15000000 "{}\\n";;')
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    figures(tried=1, worker_grew_mb=grown)
+    assert (outcome.reason, grown < 200) == (Reason.AGENT_CRASHED, True), grown
 
 
 def test_the_agent_may_repeat_a_finding_more_mildly_and_the_worst_stays(world: SessionWorld, figures: Figures) -> None:

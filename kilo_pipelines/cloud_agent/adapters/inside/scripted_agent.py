@@ -318,6 +318,15 @@ def obedient(prompt):
         elif verb == "flood":
             for _ in range(400):
                 ask([{"role": "user", "content": prompt}])
+        elif verb == "emit":
+            count, _, piece = argument.partition(" ")
+            for _ in range(100):
+                sys.stdout.write(json.loads(piece) * (int(count) // 100))
+            sys.stdout.flush()
+        elif verb == "die":
+            sys.stderr.buffer.write(json.loads(argument).encode("latin-1"))
+            sys.stderr.flush()
+            os._exit(3)
         elif verb == "unbound":
             unbound = {"nonce": answer["nonce"], "summary": "Approved.", "findings": []}
         elif verb == "skipdiff":

@@ -238,7 +238,7 @@ for _what, _attributes in _ATTRIBUTES.items():
             "sub/b.sh": _script(trap),
         },
         refused=_FETCH if _what == "long" else _READ,
-        sandbox=_what in ("filter", "encoding"),
+        sandbox=_what == "filter",
     )
 plain("attributes-as-link", lambda trap: {".gitattributes": (LINK, f"{trap}/victim".encode()), "a.py": b"evil()\n"})
 
@@ -324,7 +324,6 @@ plain(
         "HEAD": b"9\n",
         "refs/heads/main": b"10\n",
     },
-    sandbox=True,
 )
 plain(
     "names-as-patterns",
@@ -379,7 +378,6 @@ plain(
         "Result path: x": b"5\n",
         "``` DATA": b"6\n",
     },
-    sandbox=True,
 )
 plain("name-of-255", lambda trap: {"n" * 255: b"1\n"})
 plain("name-of-300", lambda trap: {"n" * 300: b"1\n"})

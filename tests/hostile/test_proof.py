@@ -318,7 +318,7 @@ def comment_of_somebody_else(place: Place) -> bool:
         github_effects, "_here", lambda installation, name: type("Repository", (), {"get_pull": lambda self, number: Pull()})()
     )
     try:
-        github_effects.apply(Installation(), intent)  # type: ignore[arg-type]
+        github_effects.apply(Installation(), intent, lambda: True)  # type: ignore[arg-type]
     finally:
         patched.undo()
     return bool(edited)

@@ -65,12 +65,13 @@ def test_a_newer_push_supersedes_and_interrupts_the_running_session(platform: Ru
 
 def test_terminate_in_the_ui_cancels_the_item_and_re_execute_opens_a_new_attempt(platform: RunningPlatform) -> None:
     pull = platform.control("open-pull", kind="clean")
+    assert platform.browser, "logged in before anything is at work"
     row = platform.at_work(pull)
-    started = time.monotonic()
     platform.graphql(TERMINATE, id=row.session_run_id)
+    # The item is over and its slot free with the click; the effects follow at the provider's pace.
+    assert platform.when(pull, lambda one: one.ended_at is not None, 10).state == "cancelled"
     platform.wait(lambda: platform.graphql(STATUS, id=row.session_run_id)["runOrError"]["status"] == "CANCELED", 15)
     ended = platform.settled(pull)
-    assert time.monotonic() - started < 20
     assert (ended.state, ended.reason) == ("cancelled", "user_cancelled")
     assert _check(platform, pull) == [("completed", "cancelled")]
     answer = platform.graphql(REEXECUTE, p={"parentRunId": ended.run_id, "strategy": "ALL_STEPS"})["launchRunReexecution"]

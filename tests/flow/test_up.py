@@ -77,15 +77,11 @@ def test_up_shows_a_review_stops_in_time_and_goes_on_with_a_new_commit(fresh: Ru
 
     code, status = fresh.cli("status")
     assert code == 0 and {one["name"] for one in status["processes"]} == NAMES
-    listening = {
-        (held.laddr.ip, held.laddr.port)
-        for one in psutil.Process(fresh.process.pid).children(recursive=True)
-        for held in one.net_connections("inet")
-        if held.status == psutil.CONN_LISTEN
-    }
     settings = fresh.settings
     ports = {settings.public_port, settings.admin_port, settings.twin_port}
-    assert listening == {("127.0.0.1", port) for port in ports}, "nothing listens beyond loopback, nothing else listens at all"
+    assert fresh.listening() == {("127.0.0.1", port) for port in ports}, (
+        "nothing listens beyond loopback, nothing else listens at all"
+    )
 
     assert fresh.stop() < 10
     assert fresh.process.returncode == 0 and _left(fresh) == []

@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import websockets
 from websockets.sync.client import connect
@@ -159,13 +158,8 @@ def test_every_port_asks_who_is_there_and_every_socket_lies_in_a_private_directo
 ) -> None:
     """Loopback is not authentication. The twin is a stranger's server and listens like one."""
     settings = platform.settings
-    listening = {
-        held.laddr.port
-        for one in psutil.Process(platform.process.pid).children(recursive=True)
-        for held in one.net_connections("inet")
-        if held.status == psutil.CONN_LISTEN
-    }
-    assert listening == {settings.public_port, settings.admin_port, settings.twin_port}
+    ports = {port for _, port in platform.listening()}
+    assert ports == {settings.public_port, settings.admin_port, settings.twin_port}
     tried = accepted = 0
     for port, paths in {
         settings.public_port: ("/webhooks/github", "/callbacks/sessions/00000000-0000-0000-0000-000000000000"),

@@ -169,6 +169,15 @@ class RunningPlatform:
         except (psutil.NoSuchProcess, StopIteration):
             return False
 
+    def listening(self) -> set[tuple[str, int]]:
+        """Address and port of every listening TCP socket of the platform's processes."""
+        found: set[tuple[str, int]] = set()
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            # Run processes come and go: one that has ended listens on nothing.
+            with suppress(psutil.NoSuchProcess):
+                found |= {tuple(held.laddr) for held in one.net_connections("inet") if held.status == psutil.CONN_LISTEN}
+        return found
+
     def delivery_lost(self, pull: dict[str, Any]) -> bool:
         """Whether the ingress never answered this event."""
         return pull["delivery"]["status_code"] not in (200, 202)

@@ -7,11 +7,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.cli.supervisor import Platform
@@ -123,39 +125,46 @@ def follow(platform: Platform, store: Store, owner_id: UUID, pull: dict[str, Any
 
     while time.monotonic() - done.sent_at < REVIEW_SECONDS:
         platform.check()
-        row = next(
-            (
-                one
-                for one in store.reviews.of_owner(owner_id, limit=20)
-                if one.pull_number == pull["number"] and one.head_sha == pull["head_sha"] and one.repository == pull["repository"]
-            ),
-            None,
-        )
-        if row is not None:
-            done.row = row
-            if row.run_id:
-                tell("run", f"run           {settings.dagster_url}/runs/{row.run_id}")
-            if row.session_id:
-                done.launched = done.launched or time.monotonic() - done.sent_at
-                tell("session", f"session       {row.session_id}, launched after {done.launched:.1f} s")
-            if row.session_run_id:
-                tell("agent", f"agent         {settings.dagster_url}/runs/{row.session_run_id}")
-                for event in store.sessions.events(row.session_id) if row.session_id else []:
-                    tell(
-                        f"event:{event['id']}",
-                        "              "
-                        + event["kind"]
-                        + " "
-                        + " ".join(f"{key}={value}" for key, value in event["data"].items()),
-                    )
-            if row.ended_at is not None and _effects_ended(store, row):
-                done.reviewed = time.monotonic() - done.sent_at
-                verdict = row.verdict or {}
-                tell("end", f"review        {row.state} ({row.reason}), {verdict.get('counts', {})}")
-                tell("check", f"check         {verdict.get('conclusion')} after {done.reviewed:.1f} s")
+        # A database that restarts under the eyes of its operator comes back, and the review goes on.
+        with suppress(OperationalError):
+            if _look(store, settings, owner_id, done, tell):
                 return done
         time.sleep(0.1)
     return done
+
+
+def _look(store: Store, settings: Settings, owner_id: UUID, done: Followed, tell: Callable[[str, str], None]) -> bool:
+    """One look at the review; whether it and its effects have ended."""
+    pull = done.pull
+    row = next(
+        (
+            one
+            for one in store.reviews.of_owner(owner_id, limit=20)
+            if one.pull_number == pull["number"] and one.head_sha == pull["head_sha"] and one.repository == pull["repository"]
+        ),
+        None,
+    )
+    if row is not None:
+        done.row = row
+        if row.run_id:
+            tell("run", f"run           {settings.dagster_url}/runs/{row.run_id}")
+        if row.session_id:
+            done.launched = done.launched or time.monotonic() - done.sent_at
+            tell("session", f"session       {row.session_id}, launched after {done.launched:.1f} s")
+        if row.session_run_id:
+            tell("agent", f"agent         {settings.dagster_url}/runs/{row.session_run_id}")
+            for event in store.sessions.events(row.session_id) if row.session_id else []:
+                tell(
+                    f"event:{event['id']}",
+                    "              " + event["kind"] + " " + " ".join(f"{key}={value}" for key, value in event["data"].items()),
+                )
+        if row.ended_at is not None and _effects_ended(store, row):
+            done.reviewed = time.monotonic() - done.sent_at
+            verdict = row.verdict or {}
+            tell("end", f"review        {row.state} ({row.reason}), {verdict.get('counts', {})}")
+            tell("check", f"check         {verdict.get('conclusion')} after {done.reviewed:.1f} s")
+            return True
+    return False
 
 
 def _effects_ended(store: Store, row: ReviewRow) -> bool:

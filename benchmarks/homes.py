@@ -189,6 +189,7 @@ class Tenant:
     def review(self, pull: int) -> UUID:
         """A waiting review, opened as by hand: under the owner's policies, with its audit event and its NOTIFY."""
         details = {
+            "repository_id": self.repository,
             "full_name": f"{self.name}/code",
             "pull_number": pull,
             "title": "Benchmark",
@@ -203,7 +204,7 @@ class Tenant:
             "settings": CodeReviewConfig().model_dump(mode="json"),
         }
         subject = f"github:{self.repository}:pull:{pull}"
-        item = self.store.reviews.dispatch(self.owner, NewItem(SERVICE, subject, self.repository, 0, details), actor="benchmark")
+        item = self.store.queue.open(self.owner, NewItem(SERVICE, subject, self.repository, 0, details), actor="benchmark")
         if item is None:
             raise RuntimeError(f"{subject} has a live review already")
         return item

@@ -1,8 +1,5 @@
 """The engine's own state: what recovery moved, what waits, and a check for every invariant with a table of offenders."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from dagster import (
     AssetCheckExecutionContext,
     AssetCheckResult,
@@ -17,6 +14,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
+from kilo_pipelines.ops.tables import plain
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import INVARIANTS, RECONCILERS
 
@@ -44,11 +42,6 @@ def reconciliation(context: AssetExecutionContext, store: StoreResource) -> Mate
             **({"switches": MetadataValue.table(records=switches)} if switches else {}),
         }
     )
-
-
-def plain(row: Mapping[str, Any]) -> dict[str, str | int]:
-    """A row as a table's record: numbers stay, everything else is text."""
-    return {name: value if isinstance(value, int) else "" if value is None else str(value) for name, value in row.items()}
 
 
 def _check(name: str, reason: str) -> AssetChecksDefinition:

@@ -29,7 +29,7 @@ from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.ingress.door import new_password
-from kilo_pipelines.services.code_review import admission
+from kilo_pipelines.services.code_review import admission, launch
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem, Store
@@ -402,14 +402,14 @@ def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> No
         state = app.installation(installation, ids, {"metadata": "read", "pull_requests": "read"}).pull(repository, pull)
     except (ValueError, setup.ProviderError) as failure:
         end(plain, str(failure))
-    item = store.reviews.dispatch(
+    item = store.queue.open(
         owner,
         NewItem(
             service=admission.SERVICE,
             subject_key=admission.subject(state.repository_id, pull),
             repository_id=state.repository_id,
             priority=1,
-            details={**asdict(state), "pull_number": pull, "trigger": "manual", "settings": config.config},
+            details=launch.details_of(state, config.config),
         ),
         actor=OPERATOR,
     )

@@ -11,6 +11,7 @@ from kilo_pipelines import tags
 from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
+from kilo_pipelines.ops.security_sync import sync_owners
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
 # Longer than any session's own cap by five minutes: Dagster's monitor is the last net, the runner's cap the first.
@@ -71,6 +72,15 @@ def retention() -> None:
     remove_old()
 
 
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="Copies the Dependabot alerts of the named owners; each owner that was read whole is materialized.",
+)
+def security_sync() -> None:
+    sync_owners()
+
+
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
-    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention]
+    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention, security_sync]

@@ -1,12 +1,10 @@
 """Ops of Code Review: launch (claim, re-read, session) and settle (verdict, effects, slot)."""
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
+from dagster import Nothing, OpExecutionContext, Out, op
 
-from kilo_pipelines import tags
 from kilo_pipelines.core import retry
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.owners import review_pools
@@ -14,6 +12,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
+from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
 from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
@@ -22,14 +21,6 @@ from kilo_pipelines.services.code_review import launch, outcome
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.store import Claimed, ItemRow, SessionRow, Store
-
-
-def _say(context: OpExecutionContext, item_id: UUID, word: str, **links: str | None) -> None:
-    """One log line an item, the outcome tag (of a run for one item) and links in the op's metadata."""
-    context.log.info(f"item {item_id}: {word}")
-    if tags.ITEM in context.run.tags:
-        context.instance.add_run_tags(context.run_id, {tags.OUTCOME: str(word)})
-    context.add_output_metadata({"outcome": str(word), **{name: MetadataValue.url(url) for name, url in links.items() if url}})
 
 
 def subject_of(
@@ -64,7 +55,7 @@ def launch_reviews(
 def _launch(
     context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID
 ) -> None:
-    if _reopened_by_person(context, store, item_id):
+    if reopened_by_person(context, store, item_id):
         return
     claim = store.queue.claim(
         item_id,
@@ -75,7 +66,7 @@ def _launch(
         costs=github.launch_costs(),
     )
     if not isinstance(claim, Claimed):
-        _say(context, item_id, claim.outcome)
+        say(context, item_id, claim.outcome)
         return
     details = claim.details
     marker = marker_of(store)
@@ -84,13 +75,13 @@ def _launch(
         pull = reader.pull(details["full_name"], details["pull_number"])
         summary = reader.summary_comment(details["full_name"], details["pull_number"], marker.make("summary", claim.subject_key))
     except ProviderError as failure:
-        _provider_failed(context, store, claim, failure)
+        provider_failed(context, store, claim, failure)
         return
     head = launch.head_of(pull)
     stop = launch.stop_reason(pull, claim.repository_id, reviewed=store.reviews.reviewed_elsewhere(claim, head))
     if stop is not None:
         store.queue.conclude(claim, *stop)
-        _say(context, item_id, stop[1], pull_request=pull.url)
+        say(context, item_id, stop[1], pull_request=pull.url)
         return
     previous = store.reviews.previous_head(claim.owner_id, claim.repository_id, pull.number, pull.head_sha)
     task = launch.task_of(pull, details, previous_summary=summary, previous_head=previous)
@@ -104,38 +95,8 @@ def _launch(
         effects=outcome.start_effects(subject, marker, admitted_head=details["head_sha"]),
         cap_s=cloud_agent.cap_seconds(),
     )
-    _say(context, item_id, "launched" if launched else "late_writer", pull_request=pull.url)
+    say(context, item_id, "launched" if launched else "late_writer", pull_request=pull.url)
     context.log.info(f"session {session_id}, attempt {claim.attempt}, fence {claim.fence}")
-
-
-def _reopened_by_person(context: OpExecutionContext, store: Store, item_id: UUID) -> bool:
-    """Re-execute in the UI: a failed or cancelled item gets a new attempt; anything else is said and left alone.
-
-    True when this run has nothing more to do.
-    """
-    if context.run.parent_run_id is None:
-        return False
-    item = store.queue.get(item_id)
-    force = context.run.tags.get("force") == "true"
-    if item is not None and WorkState(item.state) in FINAL and store.queue.reopen(item_id, actor="dagster-ui", force=force):
-        return False
-    if item is not None and item.state == WorkState.WAITING:
-        return False
-    _say(context, item_id, Reason.MOVED_ON)
-    return True
-
-
-def _provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, failure: ProviderError) -> None:
-    """The item waits and is tried again, or ends with the provider's reason: nothing is kept half-way."""
-    asked = timedelta(seconds=failure.retry_after_s) if failure.retry_after_s is not None else None
-    if asked is not None and failure.reason == Reason.PROVIDER_RATE_LIMITED:
-        store.budgets.block(claim.owner_id, claim.integration_id, datetime.now(UTC) + asked)
-    wait = retry.launch_wait(failure.reason, claim.tries, asked) if failure.retryable else None
-    if wait is not None:
-        store.queue.release(claim, not_before=datetime.now(UTC) + wait, reason=failure.reason)
-    else:
-        store.queue.conclude(claim, WorkState.FAILED, failure.reason)
-    _say(context, claim.item_id, failure.reason)
 
 
 @op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Turns ended sessions into verdicts, effects and free slots.")
@@ -150,7 +111,7 @@ def _settle(
 ) -> None:
     item = store.queue.get(item_id)
     if item is None:
-        _say(context, item_id, Reason.MOVED_ON)
+        say(context, item_id, Reason.MOVED_ON)
         return
     existing = _existing_comments(context, github, item)
     marker = marker_of(store)
@@ -172,7 +133,7 @@ def _settle(
             )
             if again is not None:
                 tx.retry(str(session.reason), again)
-                _say(context, item_id, f"{session.reason}: tried again after {again.total_seconds():.0f} s")
+                say(context, item_id, f"{session.reason}: tried again after {again.total_seconds():.0f} s")
                 return
             found = outcome.interpret(subject, _end_of(session), existing, siblings, marker)
             evidence = session.evidence
@@ -188,10 +149,10 @@ def _settle(
                 tx.disable_service(found.verdict.reason)
             tx.announce(found.stored_verdict(), evidence, [] if tx.replaced() else found.effects)
         else:
-            _say(context, item_id, Reason.MOVED_ON)
+            say(context, item_id, Reason.MOVED_ON)
             return
     ledger = Evidence.model_validate(evidence) if evidence else None
-    _say(context, item_id, found.reason, pull_request=item.details["url"])
+    say(context, item_id, found.reason, pull_request=item.details["url"])
     context.log.info(
         f"verdict {found.verdict.conclusion} ({found.verdict.reason}); findings {found.counts};"
         f" covered {ledger.covered if ledger else 0} of {ledger.changed_blobs if ledger else 0} blobs"

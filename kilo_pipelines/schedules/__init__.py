@@ -16,7 +16,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import audit_seal, retention
+from kilo_pipelines.jobs import audit_seal, retention, security_sync
 from kilo_pipelines.partitions import OWNERS, OWNERS_NAME
 from kilo_pipelines.resources.store import StoreResource
 
@@ -87,6 +87,66 @@ sweeps = ScheduleDefinition(
 )
 
 
+# Contract 7.1.
+SYNC_CRON = "0 */6 * * *"
+# Owners of one run: enough that a thousand owners are twenty runs, few enough that a run ends within the hour.
+LEAST_OWNERS, MOST_OWNERS, RUNS_OF_A_SYNC = 50, 200, 20
+
+
+def sync_requests(owners: list[str], moment: str) -> list[RunRequest]:
+    """Runs for these owners, in chunks."""
+    size = min(MOST_OWNERS, max(LEAST_OWNERS, -(-len(owners) // RUNS_OF_A_SYNC)))
+    return [
+        RunRequest(
+            run_key=f"security_sync:{moment}:{start}",
+            run_config={"ops": {"sync_owners": {"config": {"ids": owners[start : start + size]}}}},
+        )
+        for start in range(0, len(owners), size)
+    ]
+
+
+@schedule(
+    cron_schedule=SYNC_CRON,
+    job=security_sync,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Syncs the Dependabot alerts of every owner whose Security Agent is on.",
+)
+def security_syncs(context: ScheduleEvaluationContext, store: StoreResource) -> list[RunRequest] | SkipReason:
+    owners = [str(owner) for owner in store.get().findings.owners()]
+    if not owners:
+        return SkipReason("no owner has the Security Agent on")
+    context.instance.add_dynamic_partitions(OWNERS_NAME, owners)
+    return sync_requests(owners, context.scheduled_execution_time.isoformat())
+
+
+# After the syncs have ended, and once more in between for what webhooks brought.
+POSTURE_CRON = "45 */3 * * *"
+
+refresh_posture = define_asset_job(
+    "refresh_posture",
+    selection=AssetSelection.assets("security_posture")
+    | AssetSelection.checks_for_assets(AssetKey("security_findings"), AssetKey("finding_sla")),
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="All owners beside each other, and the checks that a security lead reads.",
+)
+
+posture = ScheduleDefinition(
+    name="security_postures",
+    job=refresh_posture,
+    cron_schedule=POSTURE_CRON,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Compares all owners and runs the security checks.",
+)
+
+recompute_sla = define_asset_job(
+    "recompute_sla",
+    selection=["finding_sla", "sla_compliance"],
+    partitions_def=OWNERS,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="Computes an owner's deadlines and compliance anew.",
+)
+
+
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes, reconcilers, seals, sweeps]
+    return [outcomes, reconcilers, seals, sweeps, security_syncs, posture]

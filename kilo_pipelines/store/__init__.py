@@ -10,6 +10,7 @@ from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, PageCount
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
@@ -22,10 +23,13 @@ from kilo_pipelines.store.rows import (
     Claimed,
     ClaimedEffect,
     DeliveryRow,
+    FindingEventRow,
+    FindingRow,
     Integration,
     ItemRow,
     ItemView,
     NewDelivery,
+    NewFindingEvent,
     NewItem,
     Offer,
     Owner,
@@ -36,31 +40,41 @@ from kilo_pipelines.store.rows import (
     ServiceConfig,
     SessionClaim,
     SessionRow,
+    SlaRow,
+    SyncRow,
+    SyncTarget,
 )
 from kilo_pipelines.store.sessions import Sessions
 from kilo_pipelines.store.settle import Settlements, SettleTx
-from kilo_pipelines.store.system_statements import INVARIANTS
+from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
 __all__ = [
+    "DEADLINE_COLUMNS",
     "INVARIANTS",
     "RECONCILERS",
+    "SECURITY_CHECKS",
     "AdmissionTx",
     "Ages",
     "AmbiguousInstallationError",
     "Budgets",
+    "Change",
     "Cipher",
     "Claimed",
     "ClaimedEffect",
     "Cost",
     "DeliveryRow",
+    "FindingEventRow",
+    "FindingRow",
     "Integration",
     "ItemRow",
     "ItemView",
     "Listener",
     "NewDelivery",
+    "NewFindingEvent",
     "NewItem",
     "Offer",
     "Owner",
+    "PageCount",
     "Receipt",
     "Refused",
     "Repository",
@@ -70,8 +84,11 @@ __all__ = [
     "SessionClaim",
     "SessionRow",
     "SettleTx",
+    "SlaRow",
     "StaleRevisionError",
     "Store",
+    "SyncRow",
+    "SyncTarget",
 ]
 
 
@@ -94,4 +111,5 @@ class Store:
         self.recovery = Recovery(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)
+        self.findings = Findings(self.database, clock)
         self.listener = self.database.listener

@@ -18,7 +18,8 @@ from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
-from kilo_pipelines.store.queue import end_item, intend, lock_subject, reopen_item
+from kilo_pipelines.store.findings import Alert, Decide, write_alerts
+from kilo_pipelines.store.queue import end_item, intend, lock_subject, open_item, reopen_item
 from kilo_pipelines.store.rows import DeliveryRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
 
 log = logging.getLogger(__name__)
@@ -267,28 +268,20 @@ class AdmissionTx:
 
     def open(self, new: NewItem) -> UUID:
         """Opens a work item with the service's own row; the delivery is admitted with it."""
-        item_id = uuid4()
-        owner = self.delivery.owner_id
-        changed(
-            self._connection,
-            "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"
-            " values (:owner, :id, :service, :subject, :repository, :priority, :now, :now, :now)",
-            owner=owner,
-            id=item_id,
-            service=new.service,
-            subject=new.subject_key,
-            repository=new.repository_id,
-            priority=new.priority,
-            now=self._now,
-        )
-        insert_review(self._connection, owner, item_id, new.repository_id, new.details)
+        item_id = open_item(self._connection, self.delivery.owner_id, new, self._now)
+        if item_id is None:
+            raise RuntimeError(f"{new.subject_key} has a live item of {new.service}: admission has to end it first")
         self._settle("admitted", None, item_id)
-        notify(self._connection, f"item:{item_id}")
         return item_id
 
     def intend(self, item_id: UUID, effects: list[EffectIntent]) -> None:
         """Effects of the admission itself, committed with it."""
         intend(self._connection, self.delivery.owner_id, item_id, effects, self._now)
+
+    def take_alerts(self, repository_id: int, source: str, alerts: Sequence[Alert], decide: Decide) -> None:
+        """Brings findings up to what the delivery says of their alerts; the delivery is admitted with it."""
+        write_alerts(self._connection, self.delivery.owner_id, repository_id, source, alerts, decide, self._now)
+        self._settle("admitted", None, None)
 
     def cancel(self, item_id: UUID, reason: str) -> None:
         """Ends an older item of the subject; its session is asked to stop."""
@@ -341,31 +334,3 @@ class AdmissionTx:
         """An admission that decided nothing is a defect, and the delivery must not wait for ever unseen."""
         if not self._decided:
             raise RuntimeError(f"admission of delivery {self.delivery.id} decided nothing")
-
-
-def insert_review(connection: Connection, owner_id: UUID, item_id: UUID, repository_id: int, details: dict[str, Any]) -> None:
-    """The Code Review row of an item."""
-    columns = (
-        "full_name",
-        "pull_number",
-        "title",
-        "author",
-        "author_type",
-        "url",
-        "base_ref",
-        "base_sha",
-        "head_ref",
-        "head_sha",
-        "trigger",
-    )
-    values = {name: details[name] for name in columns}
-    changed(
-        connection,
-        f"insert into reviews (owner_id, item_id, repository_id, settings, {', '.join(columns)})"  # column names of ours
-        f" values (:owner, :item, :repository, cast(:settings as jsonb), {', '.join(':' + name for name in columns)})",
-        owner=owner_id,
-        item=item_id,
-        repository=repository_id,
-        settings=json.dumps(details.get("settings", {})),
-        **values,
-    )

@@ -15,9 +15,8 @@ from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
-from kilo_pipelines.store.inbox import insert_review
-from kilo_pipelines.store.queue import audit, end_item, lock_subject, owner_of_item
-from kilo_pipelines.store.rows import Claimed, Integration, NewItem, Owner, Repository, ReviewRow, ServiceConfig
+from kilo_pipelines.store.queue import audit, end_item, owner_of_item
+from kilo_pipelines.store.rows import Claimed, Integration, Owner, Repository, ReviewRow, ServiceConfig, SyncTarget
 
 
 class AmbiguousInstallationError(Exception):
@@ -219,6 +218,20 @@ class Owners:
             )
         return Repository(**row) if row else None
 
+    def sync_targets(self, owner_id: UUID) -> list[SyncTarget]:
+        """Repositories of the owner's working installations, the longest unsynced first: a sync that ran out of time goes on there."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select r.external_id as repository_id, r.full_name, i.installation_id from repositories r"
+                " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
+                " left join repository_syncs s on s.owner_id = r.owner_id and s.repository_id = r.external_id"
+                " where r.owner_id = :owner and r.removed_at is null and i.provider = 'github' and i.suspended_at is null"
+                " and i.disconnected_at is null order by s.succeeded_at nulls first, r.external_id",
+                owner=owner_id,
+            )
+        return [SyncTarget(**row) for row in found]
+
     def config(self, owner_id: UUID, service: str) -> ServiceConfig | None:
         """An owner's settings of a service."""
         with self._database.owner(owner_id) as connection:
@@ -351,32 +364,6 @@ class Reviews:
         with self._database.owner(owner_id) as connection:
             row = one(connection, f"{_REVIEW} and r.item_id = :item", owner=owner_id, item=item_id)
         return ReviewRow(**row) if row else None
-
-    def dispatch(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:
-        """Opens a review by hand; None when the subject has a live one already."""
-        now = self._clock.now()
-        item_id = uuid4()
-        with self._database.owner(owner_id) as connection:
-            lock_subject(connection, owner_id, new.service, new.subject_key)
-            opened = changed(
-                connection,
-                "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"
-                " select :owner, :id, :service, :subject, :repository, :priority, :now, :now, :now where not exists ("
-                " select 1 from work_items where owner_id = :owner and service = :service and subject_key = :subject and ended_at is null)",
-                owner=owner_id,
-                id=item_id,
-                service=new.service,
-                subject=new.subject_key,
-                repository=new.repository_id,
-                priority=new.priority,
-                now=now,
-            )
-            if not opened:
-                return None
-            insert_review(connection, owner_id, item_id, new.repository_id, new.details)
-            audit(connection, owner_id, actor, "review.dispatch", str(item_id), {}, now)
-            notify(connection, f"item:{item_id}")
-        return item_id
 
     def previous_head(self, owner_id: UUID, repository_id: int, pull_number: int, head_sha: str) -> str | None:
         """Head of the newest completed review of a pull request at another commit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,11 +13,11 @@ from sqlalchemy import Connection, text
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.work import FINAL, TRANSITIONS, WorkState
+from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
-from kilo_pipelines.store.rows import Claimed, ItemRow, Offer, Refused
+from kilo_pipelines.store.rows import Claimed, ItemRow, NewItem, Offer, Refused
 
 # How long an offer stands before the item may be offered again (docs/decisions/0008): a lost offer costs at most this.
 OFFER_SECONDS = 20
@@ -32,7 +32,15 @@ ITEMS_A_RUN = 25
 # Outstanding offers are capped near 4 x worker slots of the largest runs, so that the broker never holds the backlog.
 OUTSTANDING_CAP = 4 * 3 * ITEMS_A_RUN
 
-_DETAILS = "select to_jsonb(r) - 'owner_id' as details from reviews r where r.owner_id = :owner and r.item_id = :item"
+# The table of each service's own row of an item; all have the columns item_id, verdict and evidence.
+SERVICE_TABLES = {
+    "code_review": "reviews",
+    "security_analysis": "finding_analyses",
+    "dismissal": "dismissals",
+    "remediation": "remediations",
+}
+# Whose settings a service goes by, where it isn't its own.
+SETTINGS_OF = {"security_analysis": "security_agent", "dismissal": "security_agent", "remediation": "security_agent"}
 
 
 def owner_of_item(database: Database, item_id: UUID) -> UUID | None:
@@ -48,10 +56,61 @@ def lock_subject(connection: Connection, owner_id: UUID, service: str, subject_k
     connection.execute(text("select pg_advisory_xact_lock(hashtextextended(:key, 0))"), {"key": key})
 
 
-def details_of(connection: Connection, owner_id: UUID, item_id: UUID) -> dict[str, Any]:
+def details_of(connection: Connection, owner_id: UUID, item_id: UUID, service: str) -> dict[str, Any]:
     """The service's own row of an item."""
-    row = one(connection, _DETAILS, owner=owner_id, item=item_id)
+    row = one(
+        connection,
+        f"select to_jsonb(r) - 'owner_id' as details from {SERVICE_TABLES[service]} r where r.owner_id = :owner and r.item_id = :item",
+        owner=owner_id,
+        item=item_id,
+    )
     return dict(row["details"]) if row else {}
+
+
+def set_details(connection: Connection, owner_id: UUID, item_id: UUID, service: str, columns: Mapping[str, Any]) -> None:
+    """Writes columns of the service's own row; the names are ours, never text from outside."""
+    if columns:
+        changed(
+            connection,
+            f"update {SERVICE_TABLES[service]} set {', '.join(f'{name} = x.{name}' for name in columns)}"
+            f" from jsonb_populate_record(null::{SERVICE_TABLES[service]}, cast(:details as jsonb)) x"
+            f" where {SERVICE_TABLES[service]}.owner_id = :owner and {SERVICE_TABLES[service]}.item_id = :item",
+            owner=owner_id,
+            item=item_id,
+            details=json.dumps(columns, default=str),
+        )
+
+
+def open_item(connection: Connection, owner_id: UUID, new: NewItem, now: datetime) -> UUID | None:
+    """A waiting item with its service's own row, and a wake-up; None beside a live item of its subject, whose lock the caller holds."""
+    item_id = uuid4()
+    opened = changed(
+        connection,
+        "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"
+        " select :owner, :id, :service, :subject, :repository, :priority, :now, :now, :now where not exists ("
+        " select 1 from work_items where owner_id = :owner and service = :service and subject_key = :subject and ended_at is null)",
+        owner=owner_id,
+        id=item_id,
+        service=new.service,
+        subject=new.subject_key,
+        repository=new.repository_id,
+        priority=new.priority,
+        now=now,
+    )
+    if not opened:
+        return None
+    table = SERVICE_TABLES[new.service]
+    changed(
+        connection,
+        f"insert into {table} (owner_id, item_id, {', '.join(new.details)})"  # column names of ours
+        f" select :owner, :item, {', '.join('x.' + name for name in new.details)}"
+        f" from jsonb_populate_record(null::{table}, cast(:details as jsonb)) x",
+        owner=owner_id,
+        item=item_id,
+        details=json.dumps(new.details, default=str),
+    )
+    notify(connection, f"item:{item_id}")
+    return item_id
 
 
 def free_slots(connection: Connection, owner_id: UUID, item_id: UUID) -> None:
@@ -294,7 +353,7 @@ class Queue:
                 connection,
                 "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
                 " (i.suspended_at is not null or i.disconnected_at is not null) as cut_off, (r.removed_at is not null) as removed,"
-                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = w.service and c.action_required is not null)"
+                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = :settings and c.action_required is not null)"
                 " as action_required"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
@@ -303,6 +362,7 @@ class Queue:
                 owner=owner_id,
                 item=item_id,
                 service=service,
+                settings=SETTINGS_OF.get(service, service),
             )
             if item is None:
                 return Refused(Reason.MOVED_ON, "unknown")
@@ -369,6 +429,7 @@ class Queue:
             owner_id=owner_id,
             owner_kind=item["kind"],
             item_id=item_id,
+            service=item["service"],
             subject_key=item["subject_key"],
             fence=fence,
             attempt=attempt,
@@ -376,7 +437,7 @@ class Queue:
             repository_id=item["repository_id"],
             installation_id=item["installation_id"],
             integration_id=item["integration_id"],
-            details=details_of(connection, owner_id, item_id),
+            details=details_of(connection, owner_id, item_id, item["service"]),
         )
 
     @staticmethod
@@ -448,13 +509,59 @@ class Queue:
             notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
 
-    def conclude(self, claim: Claimed, state: str, reason: str) -> bool:
-        """Ends a claimed item before any session was made; its ending is announced by a settle run.
+    def keep(self, claim: Claimed, lease_s: float) -> bool:
+        """Extends a claim's lease while its launch takes long; False for a late writer."""
+        now = self._clock.now()
+        with self._database.owner(claim.owner_id) as connection:
+            done = changed(
+                connection,
+                "update work_items set lease_until = :until where owner_id = :owner and id = :item and state = 'starting' and fence = :fence",
+                owner=claim.owner_id,
+                item=claim.item_id,
+                fence=claim.fence,
+                until=now + timedelta(seconds=lease_s),
+            )
+            if not done:
+                count_late_write(connection, "keep")
+        return bool(done)
 
-        ValueError for an end that a claim alone doesn't lead to: what no session worked on isn't completed.
+    def complete(self, claim: Claimed, reason: str, columns: Mapping[str, Any], effects: list[EffectIntent]) -> bool:
+        """Ends a claimed item whose launch did all of its work, with its own row's columns and its effects; False for a late writer."""
+        now = self._clock.now()
+        with self._database.owner(claim.owner_id) as connection:
+            done = end_item(
+                connection,
+                owner_id=claim.owner_id,
+                item_id=claim.item_id,
+                state="completed",
+                reason=reason,
+                now=now,
+                announced=True,
+                guard="and state = 'starting' and fence = :fence",
+                fence=claim.fence,
+            )
+            if done:
+                set_details(connection, claim.owner_id, claim.item_id, claim.service, columns)
+                intend(connection, claim.owner_id, claim.item_id, effects, now)
+        return done
+
+    def open(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:
+        """Opens an item by hand or by a rule; None when its subject has a live one already."""
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            lock_subject(connection, owner_id, new.service, new.subject_key)
+            item_id = open_item(connection, owner_id, new, now)
+            if item_id is not None:
+                audit(connection, owner_id, actor, "item.open", str(item_id), {"service": new.service}, now)
+        return item_id
+
+    def conclude(self, claim: Claimed, state: str, reason: str) -> bool:
+        """Ends a claimed item that isn't worked on; its ending is announced by a settle run.
+
+        ValueError for `completed`: an item whose launch did its work ends by `complete`.
         """
-        if WorkState(state) not in TRANSITIONS[WorkState.STARTING] & FINAL:
-            raise ValueError(f"a claimed item doesn't end as {state}")
+        if WorkState(state) not in (WorkState.FAILED, WorkState.CANCELLED):
+            raise ValueError(f"what wasn't worked on doesn't end as {state}")
         with self._database.owner(claim.owner_id) as connection:
             return end_item(
                 connection,
@@ -588,7 +695,7 @@ def read_item(connection: Connection, owner_id: UUID, item_id: UUID, *, lock: bo
         "session_id",
         "announced",
     )
-    return ItemRow(**{name: row[name] for name in wanted}, details=details_of(connection, owner_id, item_id))
+    return ItemRow(**{name: row[name] for name in wanted}, details=details_of(connection, owner_id, item_id, row["service"]))
 
 
 def audit(

@@ -119,6 +119,7 @@ class Claimed:
     owner_id: UUID
     owner_kind: str
     item_id: UUID
+    service: str
     subject_key: str
     fence: int
     attempt: int
@@ -220,3 +221,111 @@ class ReviewRow:
     evidence: dict[str, Any] | None
     created_at: datetime
     ended_at: datetime | None
+
+
+@dataclass(frozen=True)
+class FindingRow:
+    """One security alert of one owner: what the source says, what was decided here, and the status that follows from both."""
+
+    owner_id: UUID
+    id: UUID
+    repository_id: int
+    source: str
+    source_id: str
+    severity: str
+    ghsa_id: str | None
+    cve_id: str | None
+    package_name: str
+    package_ecosystem: str
+    manifest_path: str
+    dependency_scope: str | None
+    vulnerable_version_range: str | None
+    patched_version: str | None
+    title: str
+    description: str
+    cwe_ids: list[str]
+    cvss_score: float | None
+    html_url: str | None
+    upstream_state: str
+    upstream_reason: str | None
+    upstream_by: str | None
+    upstream_comment: str | None
+    disposition: str | None
+    disposition_reason: str | None
+    disposition_by: str | None
+    disposition_actor: str | None
+    disposition_at: datetime | None
+    disposition_evidence: dict[str, Any] | None
+    canonical_id: UUID | None
+    status: str
+    fingerprint: str
+    detected_at: datetime
+    source_updated_at: datetime
+    fixed_at: datetime | None
+    dismissed_at: datetime | None
+    auto_dismissed_at: datetime | None
+    first_seen_at: datetime
+    changed_at: datetime
+
+
+@dataclass(frozen=True)
+class FindingEventRow:
+    """One step of a finding's history, as the SLA reads it."""
+
+    at: datetime
+    kind: str
+    severity: str | None
+    reconstructed: bool
+
+
+@dataclass(frozen=True)
+class NewFindingEvent:
+    """A step to add; the same `event_key` is added once. With an `action` it is an audit event too, with `data`."""
+
+    at: datetime
+    kind: str | None
+    severity: str | None
+    reconstructed: bool
+    event_key: str
+    action: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SlaRow:
+    """A finding's computed deadline; what depends on the present moment (overdue) is derived from it, never stored."""
+
+    severity: str
+    started_at: datetime | None
+    due_at: datetime | None
+    budget_days: int | None
+    paused_seconds: int
+    paused: bool
+    period: int
+    closed_at: datetime | None
+    reconstructed: bool
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class SyncRow:
+    """What an owner's sync of a repository learnt last; `cursor` is where an interrupted one goes on."""
+
+    etag: str | None
+    cursor: str | None
+    outcome: str | None
+    detail: str | None
+    alerts: int | None
+    attempted_at: datetime | None
+    succeeded_at: datetime | None
+    not_before: datetime | None
+    syncs: int
+
+
+@dataclass(frozen=True)
+class SyncTarget:
+    """A repository that an owner's installation can see, with the installation that reads it."""
+
+    repository_id: int
+    full_name: str
+    installation_id: int

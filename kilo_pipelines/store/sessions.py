@@ -20,7 +20,7 @@ from kilo_pipelines.core.redact import redact
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
-from kilo_pipelines.store.queue import intend
+from kilo_pipelines.store.queue import intend, set_details
 from kilo_pipelines.store.recovery import MAX_LAUNCHES
 from kilo_pipelines.store.rows import Claimed, Refused, SessionClaim, SessionRow
 
@@ -56,7 +56,7 @@ class Sessions:
     ) -> bool:
         """Prepares and initiates a session for a claimed item, once, fenced: session row, item running, effects intended.
 
-        `head` are the freshly read columns of the review. Returns False for a late writer: nothing was changed.
+        `head` are the freshly read columns of the service's own row. Returns False for a late writer: nothing was changed.
         """
         now = self._clock.now()
         deadline = now + timedelta(seconds=QUEUE_SECONDS + cap_s)
@@ -106,14 +106,7 @@ class Sessions:
                 number=claim.attempt,
                 session=session_id,
             )
-            changed(
-                connection,
-                "update reviews set head_sha = :head_sha, base_sha = :base_sha, base_ref = :base_ref, title = :title"
-                " where owner_id = :owner and item_id = :item",
-                owner=claim.owner_id,
-                item=claim.item_id,
-                **head,
-            )
+            set_details(connection, claim.owner_id, claim.item_id, claim.service, head)
             intend(connection, claim.owner_id, claim.item_id, effects, now)
             notify(connection, f"session:{session_id}")
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -14,7 +13,7 @@ from sqlalchemy import Connection
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
-from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item
+from kilo_pipelines.store.queue import SETTINGS_OF, audit, end_item, free_slots, intend, owner_of_item, read_item, set_details
 from kilo_pipelines.store.rows import ItemRow, SessionRow
 from kilo_pipelines.store.sessions import session_row
 
@@ -44,7 +43,12 @@ class SettleTx:
     def __init__(self, connection: Connection, item: ItemRow, now: datetime) -> None:
         self._connection = connection
         self._now = now
+        self._details: dict[str, Any] = {}
         self.item = item
+
+    def also(self, **columns: Any) -> None:
+        """Columns of the service's own row that are written with the end."""
+        self._details |= columns
 
     def session(self) -> SessionRow | None:
         """The item's present session."""
@@ -166,7 +170,7 @@ class SettleTx:
             " case when action_required ->> 'reason' = :reason then action_required ->> 'detected_at' else cast(:now as text) end,"
             " 'last_seen_at', cast(:now as text), 'item', cast(:item as text)), updated_at = now() where owner_id = :owner and service = :service",
             owner=self.item.owner_id,
-            service=self.item.service,
+            service=SETTINGS_OF.get(self.item.service, self.item.service),
             reason=reason,
             now=self._now.isoformat(),
             item=str(self.item.id),
@@ -199,11 +203,10 @@ class SettleTx:
         return True
 
     def _keep(self, verdict: dict[str, Any], evidence: dict[str, Any] | None) -> None:
-        changed(
+        set_details(
             self._connection,
-            "update reviews set verdict = cast(:verdict as jsonb), evidence = cast(:evidence as jsonb) where owner_id = :owner and item_id = :item",
-            owner=self.item.owner_id,
-            item=self.item.id,
-            verdict=json.dumps(verdict),
-            evidence=json.dumps(evidence) if evidence is not None else None,
+            self.item.owner_id,
+            self.item.id,
+            self.item.service,
+            {"verdict": verdict, "evidence": evidence, **self._details},
         )

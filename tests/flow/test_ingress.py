@@ -279,9 +279,7 @@ def _review(world: IngressWorld) -> str:
     }
     from kilo_pipelines.store import NewItem
 
-    item = world.store.reviews.dispatch(
-        world.owner.id, NewItem("code_review", str(uuid4()), REPOSITORY, 0, details), actor="test"
-    )
+    item = world.store.queue.open(world.owner.id, NewItem("code_review", str(uuid4()), REPOSITORY, 0, details), actor="test")
     return str(item)
 
 

@@ -109,6 +109,7 @@ def _launch(case: Case) -> None:
             owner_id=row.owner_id,
             owner_kind="organization",
             item_id=row.id,
+            service=row.service,
             subject_key=row.subject_key,
             fence=row.fence,
             attempt=row.attempt,

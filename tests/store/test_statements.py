@@ -78,7 +78,7 @@ def _use_everything(database: Database) -> None:
     store.reviews.previous_head(owner, world.repository, 1, "x")
     store.reviews.owners_with_news(5)
     store.reviews.outcomes(owner, 1)
-    by_hand = store.reviews.dispatch(owner, world.new_item(2), actor="test")
+    by_hand = store.queue.open(owner, world.new_item(2), actor="test")
     assert by_hand is not None and store.queue.cancel(by_hand, reason=Reason.USER_CANCELLED, actor="test")
     assert store.queue.reopen(by_hand, actor="test")
     found = world.claim(by_hand)

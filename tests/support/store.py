@@ -37,6 +37,7 @@ class World:
 
     def details(self, pull: int, head: str | None = None) -> dict[str, Any]:
         return {
+            "repository_id": self.repository,
             "full_name": "octo/demo",
             "pull_number": pull,
             "title": "t",

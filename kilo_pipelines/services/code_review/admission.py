@@ -125,6 +125,7 @@ def decide(
 def _details(event: PullRequestEvent, config: CodeReviewConfig) -> dict[str, Any]:
     pull = event.pull_request
     return {
+        "repository_id": event.repository.id,
         "full_name": event.repository.full_name,
         "pull_number": pull.number,
         "title": clean(pull.title)[:TITLE_LIMIT],

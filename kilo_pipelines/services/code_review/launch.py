@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import clean
 from kilo_pipelines.core.work import WorkState
 
 # The description goes into the brief, capped there; what is stored is capped here.
@@ -28,6 +29,12 @@ class Pull(Protocol):
     def body(self) -> str: ...
     @property
     def author(self) -> str: ...
+    @property
+    def author_type(self) -> str: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def full_name(self) -> str: ...
     @property
     def head_sha(self) -> str: ...
     @property
@@ -53,7 +60,23 @@ def stop_reason(pull: Pull, repository_id: int, *, reviewed: bool = False) -> tu
 
 def head_of(pull: Pull) -> dict[str, Any]:
     """The review's columns that follow the pull request's present state."""
-    return {"head_sha": pull.head_sha, "base_sha": pull.base_sha, "base_ref": pull.base_ref, "title": pull.title[:300]}
+    return {"head_sha": pull.head_sha, "base_sha": pull.base_sha, "base_ref": pull.base_ref, "title": clean(pull.title)[:300]}
+
+
+def details_of(pull: Pull, settings: dict[str, Any]) -> dict[str, Any]:
+    """The review's row when a person asks for it by the pull request."""
+    return {
+        "repository_id": pull.repository_id,
+        "full_name": pull.full_name,
+        "pull_number": pull.number,
+        "author": clean(pull.author),
+        "author_type": pull.author_type,
+        "url": pull.url,
+        "head_ref": clean(pull.head_ref),
+        "trigger": "manual",
+        "settings": settings,
+        **head_of(pull),
+    }
 
 
 def task_of(pull: Pull, details: dict[str, Any], *, previous_summary: str | None, previous_head: str | None) -> dict[str, Any]:

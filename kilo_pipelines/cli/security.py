@@ -1,0 +1,178 @@
+"""`kilo-pipelines security`: findings, their deadlines, syncs, and what is decided of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import click
+
+from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
+from kilo_pipelines.ops.security_sync import history_of, policy_for, sync_owner
+from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.services.security import sla
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
+from kilo_pipelines.store import FindingRow, Store
+
+log = logging.getLogger(__name__)
+
+_owner = click.option("--owner", type=click.UUID, help="Default: the only owner.")
+
+
+def _the_owner(store: Store, owner: UUID | None, plain: bool) -> UUID:
+    if owner is not None:
+        return owner
+    known = store.owners.all()
+    if len(known) != 1:
+        end(plain, "name an owner with --owner: " + ", ".join(f"{one.id} ({one.name})" for one in known), 2)
+    return known[0].id
+
+
+def _finding(store: Store, finding: UUID, plain: bool) -> FindingRow:
+    owner = store.findings.owner_of(finding)
+    row = store.findings.get(owner, finding) if owner else None
+    if row is None:
+        end(plain, f"no finding {finding}")
+    return row
+
+
+def config_of(store: Store, owner: UUID) -> SecurityConfig:
+    """An owner's settings; the defaults when it has none."""
+    setting = store.owners.config(owner, SERVICE)
+    return SecurityConfig.model_validate(setting.config if setting else {})
+
+
+@click.group()
+def security() -> None:
+    """The Security Agent: findings, deadlines, syncs, dismissals, remediations."""
+
+
+@security.command("findings")
+@_owner
+@click.option("--status", type=click.Choice(["open", "fixed", "ignored"]), default="open", show_default=True)
+@click.option("--severity", type=click.Choice(["critical", "high", "medium", "low"]))
+@click.option("--overdue", is_flag=True)
+@click.option("--limit", default=50, show_default=True)
+@click.option("--offset", default=0, show_default=True)
+@as_json
+def security_findings(
+    owner: UUID | None, status: str, severity: str | None, overdue: bool, limit: int, offset: int, plain: bool
+) -> None:
+    """Lists findings with their deadlines, the worst first."""
+    _, store = open_store(plain)
+    found = store.findings.listed(
+        _the_owner(store, owner, plain), status=status, severity=severity, overdue=overdue, limit=limit, offset=offset
+    )
+    show(plain, found, lambda: "\n".join(map(_line, found)) or "no findings")
+
+
+def _line(one: dict[str, Any]) -> str:
+    due = one["due_at"].date().isoformat() if one["due_at"] else "no deadline"
+    late = " OVERDUE" if one["overdue"] else ""
+    return f"{one['id']}  {one['severity']:<8} {one['status']:<7} due {due}{late}  {one['repository']}  {one['package_name']}: {one['title'][:60]}"
+
+
+@security.command("show")
+@click.argument("finding", type=click.UUID)
+@as_json
+def security_show(finding: UUID, plain: bool) -> None:
+    """Shows one finding: what the source says, what was decided here, its deadline and its history."""
+    _, store = open_store(plain)
+    row = _finding(store, finding, plain)
+    history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
+    state = _state(store, row, datetime.now(UTC))
+    answer = {
+        **vars(row),
+        "sla": {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)},
+        "history": [vars(one) for one in history],
+    }
+
+    def text() -> str:
+        lines = [f"{row.severity} {row.status}  {row.package_name} ({row.package_ecosystem}) in {row.manifest_path}", row.title]
+        lines += [f"{name}: {value}" for name, value in _facts(row) if value]
+        lines += [sla.explain(state), *(f"  {one.at:%Y-%m-%d %H:%M} {one.kind} {one.severity or ''}" for one in history)]
+        return "\n".join(lines)
+
+    show(plain, answer, text)
+
+
+def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
+    decided = f"{row.disposition} ({row.disposition_reason}) by {row.disposition_actor}" if row.disposition else None
+    return [
+        ("advisory", " ".join(one for one in (row.cve_id, row.ghsa_id) if one)),
+        ("fixed in", row.patched_version),
+        ("upstream", row.upstream_state + (f" ({row.upstream_reason})" if row.upstream_reason else "")),
+        ("decided here", decided),
+        ("page", row.html_url),
+    ]
+
+
+def _state(store: Store, row: FindingRow, at: datetime) -> sla.SlaState:
+    kept = store.findings.policy(row.owner_id, at)
+    policy = (
+        sla.SlaPolicy.of_stored(*kept)
+        if kept
+        else policy_for(store, row.owner_id, config_of(store, row.owner_id), actor=OPERATOR)
+    )
+    return sla.evaluate(history_of(store.findings.history(row.owner_id, [row.id]).get(row.id, [])), policy, row.repository_id, at)
+
+
+@security.command("sync")
+@_owner
+@click.option("--repository", type=int, help="Only the repository with this id at the provider, selected or not.")
+@as_json
+def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> None:
+    """Copies the owner's Dependabot alerts now."""
+    _, store = open_store(plain)
+    done = sync_owner(store, GitHubResource(), _the_owner(store, owner, plain), log, only=repository)
+
+    def text() -> str:
+        lines = [
+            f"{done.outcome}: {done.inserted} new, {done.changed} changed, {done.unchanged} unchanged, {done.quarantined} in quarantine"
+        ]
+        return "\n".join([*lines, *(f"  {name}: {how}" for name, how in done.repositories.items())])
+
+    show(plain, vars(done), text)
+    if not done.complete:
+        raise SystemExit(1)
+
+
+@security.command("report")
+@_owner
+@click.option("--from", "start", type=click.DateTime(["%Y-%m-%d"]), help="First day (UTC). Default: 90 days back.")
+@click.option("--to", "until", type=click.DateTime(["%Y-%m-%d"]), help="Last day (UTC). Default: today.")
+@click.option("--format", "shape", type=click.Choice(["json", "csv"]), default="json", show_default=True)
+def security_report(owner: UUID | None, start: datetime | None, until: datetime | None, shape: str) -> None:
+    """Audit report of a period of at most 90 days: what happened to each finding and how its deadline stood at the end."""
+    raise NotImplementedError
+
+
+@security.group("sla")
+def security_sla() -> None:
+    """Deadlines."""
+
+
+@security_sla.command("explain")
+@click.argument("finding", type=click.UUID)
+@click.option("--at", type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]), help="At this moment (UTC). Default: now.")
+@as_json
+def security_sla_explain(finding: UUID, at: datetime | None, plain: bool) -> None:
+    """Says how a finding's deadline came to be, now or at any past moment under the policy of that time."""
+    _, store = open_store(plain)
+    row = _finding(store, finding, plain)
+    state = _state(store, row, at.replace(tzinfo=UTC) if at else datetime.now(UTC))
+    show(plain, {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)}, lambda: sla.explain(state))
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows as CSV with a header; a cell that a spreadsheet would run as a formula is quoted as text."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"'{value}" if str(value)[:1] in "=+-@\t\r" else value for name, value in row.items()})
+    return out.getvalue()

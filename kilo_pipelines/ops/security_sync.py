@@ -1,0 +1,328 @@
+"""Copying an owner's Dependabot alerts into findings: page by page, repository by repository, each with its own outcome."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+from uuid import UUID
+
+from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, TableMetadataValue, op
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ops.effects import TRANSPORT_RETRY
+from kilo_pipelines.ops.ids import Ids, each
+from kilo_pipelines.ops.tables import table
+from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.services.security import alerts as rules
+from kilo_pipelines.services.security import findings as lifecycle
+from kilo_pipelines.services.security import sla
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, policy_of, selects
+from kilo_pipelines.store import Change, FindingEventRow, FindingRow, PageCount, SlaRow, Store, SyncTarget
+
+SOURCE = "dependabot"
+# An owner's share of a run (contract 7.2.6): the rest goes on where it stopped, stalest repositories first.
+OWNER_SECONDS = 480.0
+# A refused credential is asked for again after an hour (contract 5).
+AUTH_PAUSE = timedelta(minutes=60)
+# Pages of a hundred alerts: ten times what GitHub shows of any repository that we know of; a link that leads on for ever ends here.
+MAX_PAGES = 1_000
+
+
+# What a security lead looks at first; the whole list is `kilo-pipelines security findings`.
+SHOWN = 20
+SEVERITIES = ("critical", "high", "medium", "low")
+
+
+class Log(Protocol):
+    """Where a sync tells what it did."""
+
+    def info(self, msg: object, /) -> None: ...
+    def warning(self, msg: object, /) -> None: ...
+
+
+@dataclass
+class OwnerSync:
+    """How an owner's sync ended. `complete`: every selected repository was read to its end (disabled ones apart)."""
+
+    owner_id: UUID
+    outcome: str
+    complete: bool = False
+    repositories: dict[str, str] = field(default_factory=dict)
+    inserted: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    rows_written: int = 0
+    quarantined: int = 0
+    superseded: int = 0
+
+    def add(self, page: PageCount) -> None:
+        """Counts a page."""
+        self.inserted += page.inserted
+        self.changed += page.changed
+        self.unchanged += page.unchanged
+        self.rows_written += page.rows_written
+
+
+@dataclass(frozen=True)
+class _Alert:
+    """An alert's facts under the names of the findings' columns."""
+
+    found: rules.AlertFacts
+
+    @property
+    def source_id(self) -> str:
+        return self.found.source_id
+
+    @property
+    def cwe_ids(self) -> list[str]:
+        return list(self.found.cwe_ids)
+
+    def fingerprint(self) -> str:
+        return self.found.fingerprint()
+
+    def facts(self) -> Mapping[str, Any]:
+        facts = self.found
+        return {
+            "severity": facts.severity,
+            "ghsa_id": facts.ghsa_id,
+            "cve_id": facts.cve_id,
+            "package_name": facts.package_name,
+            "package_ecosystem": facts.package_ecosystem,
+            "manifest_path": facts.manifest_path,
+            "dependency_scope": facts.dependency_scope,
+            "vulnerable_version_range": facts.vulnerable_version_range,
+            "patched_version": facts.patched_version,
+            "title": facts.title,
+            "description": facts.description,
+            "cvss_score": facts.cvss_score,
+            "html_url": facts.html_url,
+            "upstream_state": facts.upstream_state,
+            "upstream_reason": facts.upstream_reason,
+            "upstream_by": facts.upstream_by,
+            "upstream_comment": facts.upstream_comment,
+            "detected_at": facts.created_at,
+            "source_updated_at": facts.updated_at,
+            "fixed_at": facts.fixed_at,
+            "dismissed_at": facts.dismissed_at,
+            "auto_dismissed_at": facts.auto_dismissed_at,
+        }
+
+
+class AlertTaker:
+    """Takes raw alerts of one repository into the store under one owner's policy; used by syncs and by webhooks."""
+
+    def __init__(self, store: Store, owner_id: UUID, repository_id: int, policy: sla.SlaPolicy, now: datetime) -> None:
+        self._store = store
+        self._owner_id = owner_id
+        self._repository_id = repository_id
+        self._policy = policy
+        self._now = now
+
+    def take(self, raw: list[object], *, cursor: str | None) -> tuple[PageCount, int]:
+        """Counts of a page, and how many of its alerts went into quarantine."""
+        good, bad = [], []
+        for one in raw:
+            parsed = rules.parse_alert(one)
+            if isinstance(parsed, rules.BadAlert):
+                bad.append((str(parsed.number) if parsed.number is not None else "?", str(parsed.reason), parsed.detail))
+            else:
+                good.append(_Alert(parsed))
+        self._store.findings.quarantine(self._owner_id, self._repository_id, bad)
+        count = self._store.findings.apply_page(self._owner_id, self._repository_id, SOURCE, good, self._decide, cursor=cursor)
+        return count, len(bad)
+
+    def _decide(self, before: FindingRow | None, history: list[FindingEventRow], alert: _Alert, finding_id: UUID) -> Change:
+        events = lifecycle.transitions(before, alert.found, owner_id=self._owner_id, finding_id=finding_id, now=self._now)
+        return Change(events, deadline(history, events, self._policy, self._repository_id, self._now))
+
+
+def deadline(
+    history: list[FindingEventRow], added: list[Any], policy: sla.SlaPolicy, repository_id: int, now: datetime
+) -> SlaRow:
+    """The deadline that follows from a finding's history and what is added to it."""
+    steps = [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in history]
+    steps += [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in added if one.kind is not None]
+    state = sla.evaluate(steps, policy, repository_id, now)
+    return row_of(state, policy.version)
+
+
+def row_of(state: sla.SlaState, version: int) -> SlaRow:
+    """What is kept of a computed state: nothing that changes by the clock alone."""
+    return SlaRow(
+        severity=state.severity or "",
+        started_at=state.started_at,
+        due_at=state.due_at,
+        budget_days=state.budget_days,
+        paused_seconds=state.paused_seconds,
+        paused=state.status == "paused",
+        period=state.period,
+        closed_at=state.closed_at,
+        reconstructed=state.reconstructed,
+        policy_version=version,
+    )
+
+
+def policy_for(store: Store, owner_id: UUID, config: SecurityConfig, *, actor: str) -> sla.SlaPolicy:
+    """The owner's policy, kept as a version when its settings say something new."""
+    policy = policy_of(config)
+    return policy.at_version(store.findings.keep_policy(owner_id, policy.stored(), actor=actor))
+
+
+def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *, only: int | None = None) -> OwnerSync:
+    """Brings an owner's findings up to date, at most `OWNER_SECONDS`; `only`: one repository, selected or not (contract 7.2.3)."""
+    setting = store.owners.config(owner_id, SERVICE)
+    if setting is None or not setting.enabled:
+        return OwnerSync(owner_id, Reason.SECURITY_DISABLED)
+    if setting.action_required is not None:
+        return OwnerSync(owner_id, Reason.ACTION_REQUIRED)
+    config = SecurityConfig.model_validate(setting.config)
+    targets = [
+        one
+        for one in store.owners.sync_targets(owner_id)
+        if (selects(config, one.repository_id) if only is None else one.repository_id == only)
+    ]
+    if not targets:
+        return OwnerSync(owner_id, Reason.NO_REPOSITORIES)
+    policy = policy_for(store, owner_id, config, actor="platform")
+    done = OwnerSync(owner_id, "synced", complete=True)
+    until = time.monotonic() + OWNER_SECONDS
+    refused: set[int] = set()
+    for number, target in enumerate(targets):
+        if target.installation_id in refused:
+            outcome = str(Reason.PROVIDER_AUTH)
+        elif number and time.monotonic() > until:
+            outcome = str(Reason.SYNC_OUT_OF_TIME)
+        else:
+            outcome = _sync_repository(store, github, owner_id, target, policy, done, log)
+        if outcome == Reason.PROVIDER_AUTH:
+            refused.add(target.installation_id)
+        done.repositories[target.full_name] = outcome
+        if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
+            done.complete = False
+            log.warning(f"{target.full_name}: {outcome}")
+    done.outcome = "synced" if done.complete else "partly"
+    return done
+
+
+def _sync_repository(
+    store: Store, github: GitHubResource, owner_id: UUID, target: SyncTarget, policy: sla.SlaPolicy, done: OwnerSync, log: Log
+) -> str:
+    """One repository to its end, or to the reason why not; a stopped one goes on at its checkpoint."""
+    now = datetime.now(UTC)
+    state = store.findings.begin_sync(owner_id, target.repository_id)
+    if state.not_before is not None and state.not_before > now:
+        return state.outcome or str(Reason.PROVIDER_RATE_LIMITED)
+
+    def end(outcome: str, detail: str = "", *, wait: timedelta | None = None, complete: bool = False, **more: Any) -> str:
+        after = now + wait if wait is not None else None
+        store.findings.end_sync(
+            owner_id, target.repository_id, outcome=outcome, detail=detail, not_before=after, complete=complete, **more
+        )
+        return outcome
+
+    taker = AlertTaker(store, owner_id, target.repository_id, policy, now)
+    cursor, etag, read, bad = state.cursor, None, 0, 0
+    try:
+        reader = github.alert_reader(target.installation_id, target.repository_id)
+        for _ in range(MAX_PAGES):
+            # Asked for with the last complete sync's tag only at the beginning: alerts come newest change first.
+            page: AlertPage = reader.page(target.full_name, etag=state.etag if cursor is None else None, after=cursor)
+            if page.status == "unchanged":
+                return end("unchanged", complete=True)
+            if page.status != "ok":
+                return end(str(page.reason), page.detail, wait=_wait(page))
+            etag = page.etag if cursor is None else etag
+            count, quarantined = taker.take(page.alerts, cursor=page.next)
+            done.add(count)
+            done.quarantined += quarantined
+            read, bad, cursor = read + len(page.alerts), bad + quarantined, page.next
+            if cursor is None:
+                break
+        else:
+            return end(str(Reason.SYNC_OUT_OF_TIME), f"more than {MAX_PAGES} pages")
+    except ProviderError as failure:
+        wait = timedelta(seconds=failure.retry_after_s) if failure.retry_after_s is not None else None
+        return end(str(failure.reason), wait=wait)
+    done.superseded += supersede(store, owner_id, target.repository_id, policy)
+    log.info(f"{target.full_name}: {read} alerts read, {bad} in quarantine")
+    # The tag of a checkpointed sync's middle says nothing about its first page.
+    tag = etag if state.cursor is None else None
+    return end("synced", f"{bad} alerts in quarantine" if bad else "", complete=True, etag=tag, alerts=read)
+
+
+def _wait(page: AlertPage) -> timedelta | None:
+    if page.status == "auth_invalid":
+        return AUTH_PAUSE
+    return timedelta(seconds=page.retry_after_s) if page.retry_after_s is not None else None
+
+
+def supersede(store: Store, owner_id: UUID, repository_id: int, policy: sla.SlaPolicy) -> int:
+    """Duplicates of one advisory, package and manifest: the newest alert speaks for all, and the others come back when it is done."""
+    now = datetime.now(UTC)
+    found = store.findings.of_repository(owner_id, repository_id, open_or_superseded=True)
+    old, back = lifecycle.supersessions(found)
+
+    def change(kind: str, canonical: UUID | None) -> Any:
+        def decide(finding: FindingRow, history: list[FindingEventRow]) -> Change | None:
+            if (finding.disposition == "superseded") == (kind == "superseded"):
+                return None
+            events = lifecycle.disposed(
+                finding, kind, owner_id=owner_id, discriminator=str(canonical or now.isoformat()), now=now, data={}
+            )
+            return Change(events, deadline(history, events, policy, repository_id, now))
+
+        return decide
+
+    moved = 0
+    for finding_id, canonical in old.items():
+        disposition = {"disposition": "superseded", "reason": f"superseded:{canonical}", "by": "system", "canonical": canonical}
+        moved += store.findings.dispose(owner_id, finding_id, disposition, change("superseded", canonical), actor="platform")
+    for finding_id in back:
+        moved += store.findings.dispose(owner_id, finding_id, None, change("reopened", None), actor="platform")
+    return moved
+
+
+def worst(store: Store, owner_id: UUID) -> TableMetadataValue:
+    """The worst open findings of an owner."""
+    wanted = ("severity", "repository", "package_name", "title", "due_at", "overdue", "patched_version", "html_url")
+    found = store.findings.listed(owner_id, status="open", limit=SHOWN)
+    return table([{name: row[name] for name in wanted} for row in found])
+
+
+def findings_metadata(store: Store, owner_id: UUID, repositories: Mapping[str, str]) -> dict[str, MetadataValue[Any]]:
+    """What is shown of an owner's findings: numbers that Dagster plots, the worst ones, how each repository stands."""
+    numbers = store.findings.numbers(owner_id)
+    shown = ("findings", "open", *(f"open_{one}" for one in SEVERITIES), "fixed", "ignored", "overdue")
+    return {
+        **{name.replace("_", " "): MetadataValue.float(float(numbers[name])) for name in shown},
+        "the worst": worst(store, owner_id),
+        "repositories": table([{"repository": name, "outcome": how} for name, how in repositories.items()]),
+    }
+
+
+@op(
+    out=Out(Nothing),
+    retry_policy=TRANSPORT_RETRY,
+    description="Syncs the named owners one after the other; each that was read whole is materialized.",
+)
+def sync_owners(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource) -> None:
+    platform = store.get()
+
+    def one(owner_id: UUID) -> None:
+        done = sync_owner(platform, github, owner_id, context.log)
+        context.log.info(
+            f"owner {owner_id}: {done.outcome}; {done.inserted} new, {done.changed} changed, {done.unchanged} unchanged,"
+            f" {done.quarantined} in quarantine, {done.superseded} superseded or back"
+        )
+        if done.complete:
+            context.log_event(
+                AssetMaterialization(
+                    asset_key="security_findings",
+                    partition=str(owner_id),
+                    metadata=findings_metadata(platform, owner_id, done.repositories),
+                )
+            )
+
+    each(context, config.ids, one)

@@ -1,0 +1,628 @@
+"""Findings: pages of alerts in one transaction each, their history, their SLA, and what a sync learnt of a repository."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection, text
+
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.database import Database, changed, notify, one, rows
+from kilo_pipelines.store.queue import audit, lock_subject
+from kilo_pipelines.store.rows import FindingEventRow, FindingRow, NewFindingEvent, SlaRow, SyncRow
+
+# What a sync may write of a finding. The disposition is ours: no sync touches it.
+FACTS = {
+    "severity": "text",
+    "ghsa_id": "text",
+    "cve_id": "text",
+    "package_name": "text",
+    "package_ecosystem": "text",
+    "manifest_path": "text",
+    "dependency_scope": "text",
+    "vulnerable_version_range": "text",
+    "patched_version": "text",
+    "title": "text",
+    "description": "text",
+    "cvss_score": "numeric",
+    "html_url": "text",
+    "upstream_state": "text",
+    "upstream_reason": "text",
+    "upstream_by": "text",
+    "upstream_comment": "text",
+    "fingerprint": "text",
+    "detected_at": "timestamptz",
+    "source_updated_at": "timestamptz",
+    "fixed_at": "timestamptz",
+    "dismissed_at": "timestamptz",
+    "auto_dismissed_at": "timestamptz",
+}
+_COLUMNS = ", ".join(f"f.{name}" for name in FindingRow.__dataclass_fields__)
+_SLA = {
+    "severity": "text",
+    "started_at": "timestamptz",
+    "due_at": "timestamptz",
+    "budget_days": "integer",
+    "paused_seconds": "bigint",
+    "paused": "boolean",
+    "period": "integer",
+    "closed_at": "timestamptz",
+    "reconstructed": "boolean",
+    "policy_version": "integer",
+}
+# About 50,000 findings: some tens of megabytes as a table in our process, whatever an owner has.
+BLOCK_BYTES = 6_000_000
+
+
+class Alert(Protocol):
+    """What the source says of one alert, validated (services/security/alerts.py)."""
+
+    @property
+    def source_id(self) -> str: ...
+    @property
+    def cwe_ids(self) -> Sequence[str]: ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal facts."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """The values of `FACTS` but the fingerprint, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """What follows from one new or changed alert: history, audit, deadline."""
+
+    events: list[NewFindingEvent]
+    sla: SlaRow | None
+
+
+# (the finding as it stands or None, its history, the alert, its finding's id) -> what follows
+Decide = Callable[[FindingRow | None, list[FindingEventRow], Any, UUID], Change]
+
+
+@dataclass
+class PageCount:
+    """What a page did."""
+
+    inserted: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    rows_written: int = 0
+
+
+class Findings:
+    """Findings of all owners, each in its owner's scope."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    # -- syncs ---------------------------------------------------------------------------------------------------------
+
+    def begin_sync(self, owner_id: UUID, repository_id: int) -> SyncRow:
+        """Notes an attempt; what the last ones left."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "insert into repository_syncs (owner_id, repository_id, attempted_at) values (:owner, :repository, :now)"
+                " on conflict (owner_id, repository_id) do update set attempted_at = :now"
+                " returning etag, cursor, outcome, detail, alerts, attempted_at, succeeded_at, not_before, syncs",
+                owner=owner_id,
+                repository=repository_id,
+                now=self._clock.now(),
+            )
+        assert row is not None  # noqa: S101  # upserts return their row
+        return SyncRow(**row)
+
+    def end_sync(
+        self,
+        owner_id: UUID,
+        repository_id: int,
+        *,
+        outcome: str,
+        detail: str = "",
+        etag: str | None = None,
+        alerts: int | None = None,
+        not_before: datetime | None = None,
+        complete: bool,
+    ) -> None:
+        """Keeps how a sync of a repository ended. Only a complete one makes it fresh, and gives up its checkpoint."""
+        with self._database.owner(owner_id) as connection:
+            changed(
+                connection,
+                "update repository_syncs set outcome = :outcome, detail = :detail, not_before = :after,"
+                " succeeded_at = case when :complete then cast(:now as timestamptz) else succeeded_at end,"
+                " syncs = syncs + case when :complete then 1 else 0 end, cursor = case when :complete then null else cursor end,"
+                " etag = case when :complete then coalesce(:etag, etag) else etag end, alerts = coalesce(:alerts, alerts)"
+                " where owner_id = :owner and repository_id = :repository",
+                owner=owner_id,
+                repository=repository_id,
+                outcome=outcome,
+                detail=detail,
+                after=not_before,
+                complete=complete,
+                etag=etag,
+                alerts=alerts,
+                now=self._clock.now(),
+            )
+
+    def syncs(self, owner_id: UUID) -> list[dict[str, Any]]:
+        """How each of an owner's repositories stands."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select r.external_id as repository_id, r.full_name, s.outcome, s.detail, s.alerts, s.attempted_at, s.succeeded_at, s.not_before,"
+                " s.syncs, (select count(*) from quarantined_alerts q where q.owner_id = r.owner_id and q.repository_id = r.external_id) as quarantined"
+                " from repositories r left join repository_syncs s on s.owner_id = r.owner_id and s.repository_id = r.external_id"
+                " where r.owner_id = :owner and r.removed_at is null order by r.full_name",
+                owner=owner_id,
+            )
+        return [dict(row) for row in found]
+
+    def quarantine(self, owner_id: UUID, repository_id: int, bad: Sequence[tuple[str, str, str]]) -> None:
+        """Keeps alerts that can't be taken, as (source id, reason, detail): counted and shown, each once."""
+        if not bad:
+            return
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            for source_id, reason, detail in bad:
+                changed(
+                    connection,
+                    "insert into quarantined_alerts (owner_id, repository_id, source_id, reason, detail, first_seen_at, last_seen_at)"
+                    " values (:owner, :repository, :source_id, :reason, :detail, :now, :now)"
+                    " on conflict (owner_id, repository_id, source_id) do update set reason = excluded.reason, detail = excluded.detail,"
+                    " last_seen_at = excluded.last_seen_at",
+                    owner=owner_id,
+                    repository=repository_id,
+                    source_id=source_id,
+                    reason=reason,
+                    detail=detail,
+                    now=now,
+                )
+
+    def quarantined(self, owner_id: UUID) -> list[dict[str, Any]]:
+        """What waits in quarantine, newest first."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select q.repository_id, r.full_name, q.source_id, q.reason, q.detail, q.first_seen_at, q.last_seen_at from quarantined_alerts q"
+                " join repositories r on r.owner_id = q.owner_id and r.external_id = q.repository_id where q.owner_id = :owner"
+                " order by q.last_seen_at desc, q.source_id",
+                owner=owner_id,
+            )
+        return [dict(row) for row in found]
+
+    def apply_page(
+        self, owner_id: UUID, repository_id: int, source: str, alerts: Sequence[Alert], decide: Decide, *, cursor: str | None
+    ) -> PageCount:
+        """One page of a repository's alerts in one transaction: what is new or changed is written with its history, audit and SLA.
+
+        An unchanged alert writes nothing. `cursor` is the page after this one: where a sync that stops here goes on.
+        """
+        with self._database.owner(owner_id) as connection:
+            count = write_alerts(connection, owner_id, repository_id, source, alerts, decide, self._clock.now())
+            changed(
+                connection,
+                "update repository_syncs set cursor = :cursor where owner_id = :owner and repository_id = :repository"
+                " and cursor is distinct from :cursor",
+                owner=owner_id,
+                repository=repository_id,
+                cursor=cursor,
+            )
+        return count
+
+    def history(self, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, list[FindingEventRow]]:
+        """The steps of findings, in the order in which they happened."""
+        with self._database.owner(owner_id) as connection:
+            return _history(connection, owner_id, finding_ids)
+
+    # -- dispositions --------------------------------------------------------------------------------------------------
+
+    def dispose(
+        self,
+        owner_id: UUID,
+        finding_id: UUID,
+        disposition: Mapping[str, Any] | None,
+        decide: Callable[[FindingRow, list[FindingEventRow]], Change | None],
+        *,
+        actor: str,
+    ) -> bool:
+        """Sets (or with None clears) what was decided here of a finding, with history, audit and SLA; False when `decide` says None.
+
+        `disposition` has the keys disposition, reason, by, actor, evidence, canonical.
+        """
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            return self._dispose(connection, owner_id, finding_id, disposition, decide, actor, now)
+
+    def _dispose(
+        self,
+        connection: Connection,
+        owner_id: UUID,
+        finding_id: UUID,
+        disposition: Mapping[str, Any] | None,
+        decide: Callable[[FindingRow, list[FindingEventRow]], Change | None],
+        actor: str,
+        now: datetime,
+    ) -> bool:
+        finding = read_finding(connection, owner_id, finding_id, lock=True)
+        change = finding and decide(finding, _history(connection, owner_id, [finding_id]).get(finding_id, []))
+        if not change:
+            return False
+        made = disposition or {}
+        changed(
+            connection,
+            "update findings set disposition = :kind, disposition_reason = :reason, disposition_by = :by, disposition_actor = :actor,"
+            " disposition_at = :at, disposition_evidence = cast(:evidence as jsonb), canonical_id = :canonical, changed_at = :now"
+            " where owner_id = :owner and id = :id",
+            owner=owner_id,
+            id=finding_id,
+            kind=made.get("disposition"),
+            reason=made.get("reason"),
+            by=made.get("by"),
+            actor=made.get("actor"),
+            at=now if disposition else None,
+            evidence=json.dumps(made["evidence"]) if made.get("evidence") is not None else None,
+            canonical=made.get("canonical"),
+            now=now,
+        )
+        events = [{"finding_id": finding_id, **asdict(event)} for event in change.events]
+        _write_events(connection, owner_id, events, actor, now)
+        if change.sla is not None:
+            _write_sla(connection, owner_id, [{"finding_id": finding_id, **asdict(change.sla)}])
+        notify(connection, f"finding:{finding_id}")
+        return True
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def owner_of(self, finding_id: UUID) -> UUID | None:
+        """Whose finding this is."""
+        with self._database.system() as connection:
+            row = one(connection, system.FINDING_OWNER.sql, id=finding_id)
+        return row["owner_id"] if row else None
+
+    def get(self, owner_id: UUID, finding_id: UUID) -> FindingRow | None:
+        """One finding of an owner."""
+        with self._database.owner(owner_id) as connection:
+            return read_finding(connection, owner_id, finding_id)
+
+    def of_repository(self, owner_id: UUID, repository_id: int, *, open_or_superseded: bool) -> list[FindingRow]:
+        """A repository's findings; with `open_or_superseded` those that supersession looks at."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.repository_id = :repository"
+                + (" and (f.status = 'open' or f.disposition = 'superseded')" if open_or_superseded else "")
+                + " order by f.source_id, f.id",
+                owner=owner_id,
+                repository=repository_id,
+            )
+        return [FindingRow(**row) for row in found]
+
+    def listed(
+        self,
+        owner_id: UUID,
+        *,
+        status: str | None = None,
+        severity: str | None = None,
+        repository_id: int | None = None,
+        overdue: bool = False,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Findings with their deadlines: the worst first (severity, then overdue, then soonest due)."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select f.id, f.repository_id, r.full_name as repository, f.source_id, f.severity, f.package_name, f.package_ecosystem,"
+                " f.manifest_path, f.title, f.cve_id, f.ghsa_id, f.patched_version, f.status, f.upstream_state, f.disposition,"
+                " f.disposition_reason, f.html_url, f.detected_at, s.due_at, s.budget_days, s.paused, s.closed_at,"
+                " coalesce(s.closed_at is null and not s.paused and s.due_at <= :now, false) as overdue"
+                " from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
+                " left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
+                " where f.owner_id = :owner and (cast(:status as text) is null or f.status = :status)"
+                " and (cast(:severity as text) is null or f.severity = :severity)"
+                " and (cast(:repository as bigint) is null or f.repository_id = :repository)"
+                " and (not :overdue or (s.closed_at is null and not s.paused and s.due_at <= :now and f.status = 'open'))"
+                " order by array_position(array['critical', 'high', 'medium', 'low'], f.severity), s.due_at nulls last, f.detected_at, f.id"
+                " limit :limit offset :offset",
+                owner=owner_id,
+                status=status,
+                severity=severity,
+                repository=repository_id,
+                overdue=overdue,
+                limit=limit,
+                offset=offset,
+                now=self._clock.now(),
+            )
+        return [dict(row) for row in found]
+
+    def numbers(self, owner_id: UUID, *, days: int = 90) -> dict[str, Any]:
+        """An owner's findings counted in the database: by severity and status, overdue, met and missed of what was due in the last `days`."""
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            row = one(connection, _NUMBERS, owner=owner_id, now=now, since=now - timedelta(days=days))
+        assert row is not None  # noqa: S101  # aggregates always answer
+        return dict(row)
+
+    def posture(self) -> list[dict[str, Any]]:
+        """The same for every owner that has findings, for the operator."""
+        with self._database.system() as connection:
+            return [dict(row) for row in rows(connection, system.POSTURE.sql, now=self._clock.now())]
+
+    def offenders(self, check: str, *, limit: int = 50) -> list[dict[str, Any]]:
+        """What breaks one of `SECURITY_CHECKS`, the worst first."""
+        with self._database.system() as connection:
+            found = rows(connection, system.SECURITY_CHECKS[check].sql, now=self._clock.now(), limit=limit)
+        return [dict(row) for row in found]
+
+    def owners(self) -> list[UUID]:
+        """Owners whose Security Agent is on, in the order of their ids."""
+        with self._database.system() as connection:
+            return [row["owner_id"] for row in rows(connection, system.SECURITY_OWNERS.sql)]
+
+    # -- SLA -----------------------------------------------------------------------------------------------------------
+
+    def policy(self, owner_id: UUID, at: datetime | None = None) -> tuple[int, dict[str, Any]] | None:
+        """The SLA policy in force (at a moment): its version and content; before the first one, the first one."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select version, policy from sla_policies where owner_id = :owner"
+                " order by (cast(:at as timestamptz) is null or valid_from <= :at) desc, case when cast(:at as timestamptz) is null or valid_from <= :at"
+                " then version end desc nulls last, version limit 1",
+                owner=owner_id,
+                at=at,
+            )
+        return (row["version"], row["policy"]) if row else None
+
+    def keep_policy(self, owner_id: UUID, policy: Mapping[str, Any], *, actor: str) -> int:
+        """The version of this policy: the newest one when it says the same, else a new one."""
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            connection.execute(
+                text("select pg_advisory_xact_lock(hashtextextended('sla:' || :owner, 0))"), {"owner": str(owner_id)}
+            )
+            newest = one(
+                connection,
+                "select version, policy from sla_policies where owner_id = :owner order by version desc limit 1",
+                owner=owner_id,
+            )
+            if newest is not None and newest["policy"] == dict(policy):
+                return int(newest["version"])
+            version = int(newest["version"]) + 1 if newest is not None else 1
+            changed(
+                connection,
+                "insert into sla_policies (owner_id, version, policy, valid_from) values (:owner, :version, cast(:policy as jsonb), :now)",
+                owner=owner_id,
+                version=version,
+                policy=json.dumps(policy),
+                now=now,
+            )
+            audit(connection, owner_id, actor, "security.sla.policy", str(version), dict(policy), now)
+        return version
+
+    def deadlines_csv(self, owner_id: UUID) -> Iterator[bytes]:
+        """All findings with what their deadline follows from and what is stored of it, as CSV without a header, in blocks of whole lines.
+
+        Columns: `DEADLINE_COLUMNS`; times are seconds since 1970. The server's COPY keeps our memory flat and is parsed in C.
+        """
+        with self._database.owner(owner_id) as connection:
+            driver = connection.connection.driver_connection
+            assert driver is not None  # noqa: S101  # the pool's connection is a psycopg one
+            kept: list[bytes] = []
+            size = 0
+            with driver.cursor().copy(_DEADLINES, {"owner": owner_id}) as stream:
+                for block in stream:
+                    kept.append(bytes(block))  # a row each
+                    size += len(block)
+                    if size >= BLOCK_BYTES:
+                        yield b"".join(kept)
+                        kept, size = [], 0
+            if kept:
+                yield b"".join(kept)
+
+    def write_sla(self, owner_id: UUID, deadlines: Iterable[tuple[UUID, SlaRow]]) -> int:
+        """Brings deadlines up to date; how many rows."""
+        records = [{"finding_id": finding_id, **asdict(sla)} for finding_id, sla in deadlines]
+        with self._database.owner(owner_id) as connection:
+            return _write_sla(connection, owner_id, records)
+
+
+def _history(connection: Connection, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, list[FindingEventRow]]:
+    found: dict[UUID, list[FindingEventRow]] = {}
+    if finding_ids:
+        for row in rows(
+            connection,
+            "select finding_id, at, kind, severity, reconstructed from finding_events where owner_id = :owner and finding_id = any(:ids)"
+            " order by finding_id, at, id",
+            owner=owner_id,
+            ids=list(finding_ids),
+        ):
+            found.setdefault(row["finding_id"], []).append(
+                FindingEventRow(row["at"], row["kind"], row["severity"], row["reconstructed"])
+            )
+    return found
+
+
+def write_alerts(
+    connection: Connection,
+    owner_id: UUID,
+    repository_id: int,
+    source: str,
+    alerts: Sequence[Alert],
+    decide: Decide,
+    now: datetime,
+) -> PageCount:
+    """Writes what is new or changed of these alerts, with history, audit and SLA, in the caller's transaction."""
+    # A webhook and a sync of one repository go one after the other: neither sees half of the other's new rows.
+    lock_subject(connection, owner_id, "findings", str(repository_id))
+    count = PageCount()
+    latest = {alert.source_id: alert for alert in alerts}
+    known = {
+        row["source_id"]: FindingRow(**row)
+        for row in rows(
+            connection,
+            f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.repository_id = :repository and f.source = :source"
+            " and f.source_id = any(:ids) order by f.source_id for update",
+            owner=owner_id,
+            repository=repository_id,
+            source=source,
+            ids=list(latest),
+        )
+    }
+    fresh = {
+        number: (known.get(number), alert, print_)
+        for number, alert in sorted(latest.items())
+        if (print_ := alert.fingerprint()) != (known[number].fingerprint if number in known else None)
+    }
+    count.unchanged = len(latest) - len(fresh)
+    if not fresh:
+        return count
+    history = _history(connection, owner_id, [old.id for old, _, _ in fresh.values() if old is not None])
+    records, events, slas = [], [], []
+    for number, (old, alert, print_) in fresh.items():
+        finding_id = old.id if old else uuid4()
+        change = decide(old, history.get(finding_id, []), alert, finding_id)
+        records.append(
+            {
+                "id": finding_id,
+                "source_id": number,
+                "cwe_ids": list(alert.cwe_ids),
+                **alert.facts(),
+                "fingerprint": print_,
+            }
+        )
+        events += [{"finding_id": finding_id, **asdict(event)} for event in change.events]
+        if change.sla is not None:
+            slas.append({"finding_id": finding_id, **asdict(change.sla)})
+        count.inserted += old is None
+        count.changed += old is not None
+    names = ", ".join(FACTS)
+    shape = ", ".join(f"{name} {kind}" for name, kind in FACTS.items())
+    sets = ", ".join(f"{name} = excluded.{name}" for name in FACTS)
+    count.rows_written = changed(
+        connection,
+        f"insert into findings (owner_id, id, repository_id, source, source_id, cwe_ids, first_seen_at, changed_at, {names})"
+        f" select :owner, x.id, :repository, :source, x.source_id, x.cwe_ids, :now, :now, {', '.join('x.' + name for name in FACTS)}"
+        f" from jsonb_to_recordset(cast(:records as jsonb)) as x (id uuid, source_id text, cwe_ids text[], {shape}) order by x.source_id"
+        f" on conflict (owner_id, repository_id, source, source_id) do update set {sets}, cwe_ids = excluded.cwe_ids, changed_at = excluded.changed_at",
+        owner=owner_id,
+        repository=repository_id,
+        source=source,
+        records=json.dumps(records, default=str),
+        now=now,
+    )
+    _write_events(connection, owner_id, events, source, now)
+    _write_sla(connection, owner_id, slas)
+    changed(
+        connection,
+        "delete from quarantined_alerts where owner_id = :owner and repository_id = :repository and source_id = any(:ids)",
+        owner=owner_id,
+        repository=repository_id,
+        ids=list(fresh),
+    )
+    return count
+
+
+def read_finding(connection: Connection, owner_id: UUID, finding_id: UUID, *, lock: bool = False) -> FindingRow | None:
+    """A finding in an owner's scope."""
+    row = one(
+        connection,
+        f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.id = :id {'for update' if lock else ''}",
+        owner=owner_id,
+        id=finding_id,
+    )
+    return FindingRow(**row) if row else None
+
+
+def _write_events(connection: Connection, owner_id: UUID, events: list[dict[str, Any]], actor: str, now: datetime) -> None:
+    """History and audit in one statement; an event whose key is there already adds nothing to either."""
+    if not events:
+        return
+    changed(
+        connection,
+        """
+with incoming as (
+    select x.*, row_number() over () as place from jsonb_to_recordset(cast(:events as jsonb)) as x (finding_id uuid, at timestamptz, kind text,
+        severity text, reconstructed boolean, event_key text, action text, data jsonb)
+), fresh as (
+    insert into finding_events (owner_id, finding_id, at, kind, severity, reconstructed, event_key, recorded_at)
+    select :owner, finding_id, at, kind, severity, reconstructed, event_key, :now from incoming where kind is not null order by place
+    on conflict (owner_id, event_key) do nothing returning event_key
+)
+insert into audit_events (owner_id, at, actor, action, subject, data)
+select :owner, :now, :actor, i.action, i.finding_id::text, i.data from incoming i left join fresh f on f.event_key = i.event_key
+where i.kind is null or f.event_key is not null order by i.place
+""",
+        owner=owner_id,
+        events=json.dumps(events, default=str),
+        actor=actor,
+        now=now,
+    )
+
+
+def _write_sla(connection: Connection, owner_id: UUID, records: list[dict[str, Any]]) -> int:
+    if not records:
+        return 0
+    names = ", ".join(_SLA)
+    return changed(
+        connection,
+        f"insert into finding_sla (owner_id, finding_id, {names}) select :owner, x.finding_id, {', '.join('x.' + name for name in _SLA)}"
+        f" from jsonb_to_recordset(cast(:records as jsonb)) as x (finding_id uuid, {', '.join(f'{name} {kind}' for name, kind in _SLA.items())})"
+        f" on conflict (owner_id, finding_id) do update set {', '.join(f'{name} = excluded.{name}' for name in _SLA)}",
+        owner=owner_id,
+        records=json.dumps(records, default=str),
+    )
+
+
+_NUMBERS = """
+select count(*) as findings,
+    count(*) filter (where f.status = 'open') as open,
+    count(*) filter (where f.status = 'open' and f.severity = 'critical') as open_critical,
+    count(*) filter (where f.status = 'open' and f.severity = 'high') as open_high,
+    count(*) filter (where f.status = 'open' and f.severity = 'medium') as open_medium,
+    count(*) filter (where f.status = 'open' and f.severity = 'low') as open_low,
+    count(*) filter (where f.status = 'fixed') as fixed,
+    count(*) filter (where f.status = 'ignored') as ignored,
+    count(*) filter (where f.status = 'open' and s.due_at <= :now) as overdue,
+    count(*) filter (where f.status = 'open' and s.due_at > :now) as within_due,
+    count(*) filter (where s.due_at > :since and s.due_at <= :now and s.closed_at <= s.due_at) as met,
+    count(*) filter (where s.due_at > :since and s.due_at <= :now and not s.paused and coalesce(s.closed_at > s.due_at, true)) as missed
+from findings f left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id where f.owner_id = :owner
+"""
+
+DEADLINE_COLUMNS = (
+    "id",
+    "repository_id",
+    "severity",
+    "status",
+    "steps",
+    "detected",
+    "fixed",
+    "due",
+    "closed",
+    "paused",
+    "reconstructed",
+    "version",
+)
+_DEADLINES = """
+copy (
+    select f.id, f.repository_id, f.severity, f.status, coalesce(e.steps, 0), extract(epoch from f.detected_at), extract(epoch from f.fixed_at),
+        extract(epoch from s.due_at), extract(epoch from s.closed_at), coalesce(s.paused, false)::int, coalesce(e.reconstructed, 0), s.policy_version
+    from findings f
+    left join (select finding_id, count(*) as steps, max(reconstructed::int) as reconstructed from finding_events
+        where owner_id = %(owner)s group by finding_id) e on e.finding_id = f.id
+    left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id
+    where f.owner_id = %(owner)s
+) to stdout with (format csv)
+"""

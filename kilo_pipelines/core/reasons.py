@@ -50,6 +50,13 @@ class Reason(StrEnum):
     SUPERSEDED = "superseded"
     ADMISSION_ERROR = "admission_error"
     ACTION_REQUIRED = "action_required"
+    # the Security Agent's syncs
+    SECURITY_DISABLED = "security_disabled"
+    NO_REPOSITORIES = "no_repositories"
+    ALERT_MALFORMED = "alert_malformed"
+    ALERTS_DISABLED = "alerts_disabled"
+    ACCESS_BLOCKED = "access_blocked"
+    SYNC_OUT_OF_TIME = "sync_out_of_time"
     # claim and engine
     MOVED_ON = "moved_on"
     NO_SLOT = "no_slot"
@@ -174,6 +181,24 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.ACTION_REQUIRED: (
         "The service is off for this owner until a person acts.",
         "Mend what `kilo-pipelines services list` names, then `kilo-pipelines services enable`.",
+    ),
+    Reason.SECURITY_DISABLED: ("The Security Agent is off for this owner.", "Switch it on: `kilo-pipelines services enable`."),
+    Reason.NO_REPOSITORIES: (
+        "No repository of the owner is selected and within reach.",
+        "Give the App access to repositories and select some.",
+    ),
+    Reason.ALERT_MALFORMED: (
+        "An alert isn't in GitHub's shape and was set aside.",
+        "`kilo-pipelines security sync --json` and the quarantine name its fields; the others were taken.",
+    ),
+    Reason.ALERTS_DISABLED: (
+        "Dependabot alerts are off for the repository.",
+        "Enable them at GitHub, or deselect the repository.",
+    ),
+    Reason.ACCESS_BLOCKED: ("GitHub blocks access to the repository.", "Look at the repository at GitHub."),
+    Reason.SYNC_OUT_OF_TIME: (
+        "The owner's share of the run was used up.",
+        "Nothing; the next sync goes on with what was left.",
     ),
     Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
     Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),

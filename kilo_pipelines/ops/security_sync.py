@@ -1,7 +1,7 @@
 """Copying an owner's Dependabot alerts into findings: page by page, repository by repository, each with its own outcome."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from kilo_pipelines.services.security import alerts as rules
 from kilo_pipelines.services.security import findings as lifecycle
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, policy_of, selects
-from kilo_pipelines.store import Change, FindingEventRow, FindingRow, PageCount, SlaRow, Store, SyncTarget
+from kilo_pipelines.store import Change, FindingEventRow, FindingRow, NewFindingEvent, PageCount, SlaRow, Store, SyncTarget
 
 SOURCE = "dependabot"
 # An owner's share of a run (contract 7.2.6): the rest goes on where it stopped, stalest repositories first.
@@ -111,17 +111,18 @@ class _Alert:
 
 
 class AlertTaker:
-    """Takes raw alerts of one repository into the store under one owner's policy; used by syncs and by webhooks."""
+    """Takes raw alerts of one repository for one owner under its policy; used by syncs and by webhooks."""
 
-    def __init__(self, store: Store, owner_id: UUID, repository_id: int, policy: sla.SlaPolicy, now: datetime) -> None:
-        self._store = store
+    def __init__(self, owner_id: UUID, repository_id: int, policy: sla.SlaPolicy, *, first_sync: bool) -> None:
         self._owner_id = owner_id
         self._repository_id = repository_id
         self._policy = policy
-        self._now = now
+        self._first_sync = first_sync
+        self._now = datetime.now(UTC)
 
-    def take(self, raw: list[object], *, cursor: str | None) -> tuple[PageCount, int]:
-        """Counts of a page, and how many of its alerts went into quarantine."""
+    @staticmethod
+    def sort(raw: Sequence[object]) -> tuple[list[_Alert], list[tuple[str, str, str]]]:
+        """Alerts that can be taken, and the others as (number, reason, which fields are wrong)."""
         good, bad = [], []
         for one in raw:
             parsed = rules.parse_alert(one)
@@ -129,26 +130,40 @@ class AlertTaker:
                 bad.append((str(parsed.number) if parsed.number is not None else "?", str(parsed.reason), parsed.detail))
             else:
                 good.append(_Alert(parsed))
-        self._store.findings.quarantine(self._owner_id, self._repository_id, bad)
-        count = self._store.findings.apply_page(self._owner_id, self._repository_id, SOURCE, good, self._decide, cursor=cursor)
-        return count, len(bad)
+        return good, bad
 
-    def _decide(self, before: FindingRow | None, history: list[FindingEventRow], alert: _Alert, finding_id: UUID) -> Change:
-        events = lifecycle.transitions(before, alert.found, owner_id=self._owner_id, finding_id=finding_id, now=self._now)
-        return Change(events, deadline(history, events, self._policy, self._repository_id, self._now))
+    def decide(self, before: FindingRow | None, history: list[FindingEventRow], alert: _Alert, finding_id: UUID) -> Change:
+        """What follows from one new or changed alert."""
+        steps = lifecycle.transitions(
+            before, alert.found, owner_id=self._owner_id, finding_id=finding_id, first_sync=self._first_sync
+        )
+        return Change(
+            as_events(steps),
+            deadline(history, steps, self._policy, self._repository_id, self._now),
+            undecided=lifecycle.reopened_by_person(before, alert.found),
+        )
+
+
+def as_events(steps: Sequence[lifecycle.Step]) -> list[NewFindingEvent]:
+    """Steps as the store takes them."""
+    return [NewFindingEvent(**vars(one)) for one in steps]
+
+
+def history_of(events: Sequence[FindingEventRow]) -> list[sla.HistoryEvent]:
+    """Stored steps as the SLA reads them."""
+    return [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in events]
 
 
 def deadline(
-    history: list[FindingEventRow], added: list[Any], policy: sla.SlaPolicy, repository_id: int, now: datetime
+    history: Sequence[FindingEventRow], added: Sequence[lifecycle.Step], policy: sla.SlaPolicy, repository_id: int, now: datetime
 ) -> SlaRow:
     """The deadline that follows from a finding's history and what is added to it."""
-    steps = [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in history]
+    steps = history_of(history)
     steps += [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in added if one.kind is not None]
-    state = sla.evaluate(steps, policy, repository_id, now)
-    return row_of(state, policy.version)
+    return row_of(sla.evaluate(steps, policy, repository_id, now))
 
 
-def row_of(state: sla.SlaState, version: int) -> SlaRow:
+def row_of(state: sla.SlaState) -> SlaRow:
     """What is kept of a computed state: nothing that changes by the clock alone."""
     return SlaRow(
         severity=state.severity or "",
@@ -160,7 +175,7 @@ def row_of(state: sla.SlaState, version: int) -> SlaRow:
         period=state.period,
         closed_at=state.closed_at,
         reconstructed=state.reconstructed,
-        policy_version=version,
+        policy_version=state.policy_version,
     )
 
 
@@ -191,12 +206,12 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
     refused: set[int] = set()
     for number, target in enumerate(targets):
         if target.installation_id in refused:
-            outcome = str(Reason.PROVIDER_AUTH)
+            outcome = str(Reason.PROVIDER_REFUSED)
         elif number and time.monotonic() > until:
             outcome = str(Reason.SYNC_OUT_OF_TIME)
         else:
             outcome = _sync_repository(store, github, owner_id, target, policy, done, log)
-        if outcome == Reason.PROVIDER_AUTH:
+        if outcome == Reason.PROVIDER_REFUSED:
             refused.add(target.installation_id)
         done.repositories[target.full_name] = outcome
         if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
@@ -222,7 +237,7 @@ def _sync_repository(
         )
         return outcome
 
-    taker = AlertTaker(store, owner_id, target.repository_id, policy, now)
+    taker = AlertTaker(owner_id, target.repository_id, policy, first_sync=state.succeeded_at is None)
     cursor, etag, read, bad = state.cursor, None, 0, 0
     try:
         reader = github.alert_reader(target.installation_id, target.repository_id)
@@ -232,12 +247,15 @@ def _sync_repository(
             if page.status == "unchanged":
                 return end("unchanged", complete=True)
             if page.status != "ok":
-                return end(str(page.reason), page.detail, wait=_wait(page))
+                # A checkpoint that the provider doesn't take any more would be offered to it for ever.
+                stuck = page.reason == Reason.PROVIDER_INVALID and cursor is not None
+                return end(str(page.reason), page.detail, wait=_wait(page), restart=stuck)
             etag = page.etag if cursor is None else etag
-            count, quarantined = taker.take(page.alerts, cursor=page.next)
-            done.add(count)
-            done.quarantined += quarantined
-            read, bad, cursor = read + len(page.alerts), bad + quarantined, page.next
+            good, refused = taker.sort(page.alerts)
+            store.findings.quarantine(owner_id, target.repository_id, refused)
+            done.add(store.findings.apply_page(owner_id, target.repository_id, SOURCE, good, taker.decide, cursor=page.next))
+            done.quarantined += len(refused)
+            read, bad, cursor = read + len(page.alerts), bad + len(refused), page.next
             if cursor is None:
                 break
         else:
@@ -253,7 +271,7 @@ def _sync_repository(
 
 
 def _wait(page: AlertPage) -> timedelta | None:
-    if page.status == "auth_invalid":
+    if page.reason == Reason.PROVIDER_REFUSED:
         return AUTH_PAUSE
     return timedelta(seconds=page.retry_after_s) if page.retry_after_s is not None else None
 
@@ -264,23 +282,36 @@ def supersede(store: Store, owner_id: UUID, repository_id: int, policy: sla.SlaP
     found = store.findings.of_repository(owner_id, repository_id, open_or_superseded=True)
     old, back = lifecycle.supersessions(found)
 
-    def change(kind: str, canonical: UUID | None) -> Any:
+    def change(kind: str, action: str, canonical: UUID | None) -> Callable[[FindingRow, list[FindingEventRow]], Change | None]:
         def decide(finding: FindingRow, history: list[FindingEventRow]) -> Change | None:
-            if (finding.disposition == "superseded") == (kind == "superseded"):
+            if finding.canonical_id == canonical:  # somebody was quicker
                 return None
-            events = lifecycle.disposed(
-                finding, kind, owner_id=owner_id, discriminator=str(canonical or now.isoformat()), now=now, data={}
-            )
-            return Change(events, deadline(history, events, policy, repository_id, now))
+            data = {"canonical": str(canonical)} if canonical else {}
+            # From one canonical finding to another nothing changes but who speaks for it.
+            moves = (finding.status == "open") == (kind == "ignored")
+            steps = [
+                lifecycle.decided(
+                    finding,
+                    kind,
+                    action,
+                    owner_id=owner_id,
+                    at=now,
+                    discriminator=f"{canonical or finding.canonical_id}:{now.isoformat()}",
+                    data=data,
+                )
+            ]
+            return Change(as_events(steps), deadline(history, steps, policy, repository_id, now)) if moves else Change([], None)
 
         return decide
 
     moved = 0
     for finding_id, canonical in old.items():
         disposition = {"disposition": "superseded", "reason": f"superseded:{canonical}", "by": "system", "canonical": canonical}
-        moved += store.findings.dispose(owner_id, finding_id, disposition, change("superseded", canonical), actor="platform")
+        moved += store.findings.dispose(
+            owner_id, finding_id, disposition, change("ignored", "superseded", canonical), actor="platform"
+        )
     for finding_id in back:
-        moved += store.findings.dispose(owner_id, finding_id, None, change("reopened", None), actor="platform")
+        moved += store.findings.dispose(owner_id, finding_id, None, change("reopened", "reopened", None), actor="platform")
     return moved
 
 

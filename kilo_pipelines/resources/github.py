@@ -14,14 +14,16 @@ from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
+from kilo_pipelines.providers.github_alerts import AlertPage, AlertReader
 from kilo_pipelines.providers.github_effects import LostLeaseError
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cost
 
-__all__ = ["GitHubResource", "LostLeaseError", "ProviderError"]
+__all__ = ["AlertPage", "GitHubResource", "LostLeaseError", "ProviderError"]
 
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
+ALERTS = {"metadata": "read", "vulnerability_alerts": "read"}
 POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
 
 # What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests.
@@ -51,6 +53,18 @@ class GitHubResource(ConfigurableResource[None]):
     def reader(self, installation_id: int, repository_id: int) -> GitHubInstallation:
         """A client that may read one repository."""
         return self._app().installation(installation_id, [repository_id], READ)
+
+    def alert_reader(self, installation_id: int, repository_id: int) -> AlertReader:
+        """A client that may read one repository's Dependabot alerts."""
+        app = self._app()
+        try:
+            return AlertReader(app.api_url, app.token(installation_id, [repository_id], ALERTS))
+        except ProviderError as failure:
+            if failure.reason in (Reason.PROVIDER_INVALID, Reason.PROVIDER_NOT_FOUND):
+                raise ProviderError(
+                    Reason.OWNER_CHANGED, retryable=False, detail="the repository is not in the installation"
+                ) from None
+            raise
 
     def clone_token(self, installation_id: int, repository_id: int) -> str:
         """A read-only token for fetching one repository."""

@@ -79,10 +79,11 @@ class Alert(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """What follows from one new or changed alert: history, audit, deadline."""
+    """What follows from one new or changed alert: history, audit, deadline, and whether our own decision of it is over."""
 
     events: list[NewFindingEvent]
     sla: SlaRow | None
+    undecided: bool = False
 
 
 # (the finding as it stands or None, its history, the alert, its finding's id) -> what follows
@@ -134,14 +135,15 @@ class Findings:
         alerts: int | None = None,
         not_before: datetime | None = None,
         complete: bool,
+        restart: bool = False,
     ) -> None:
-        """Keeps how a sync of a repository ended. Only a complete one makes it fresh, and gives up its checkpoint."""
+        """Keeps how a sync of a repository ended. Only a complete one makes it fresh; that and `restart` give up its checkpoint."""
         with self._database.owner(owner_id) as connection:
             changed(
                 connection,
                 "update repository_syncs set outcome = :outcome, detail = :detail, not_before = :after,"
                 " succeeded_at = case when :complete then cast(:now as timestamptz) else succeeded_at end,"
-                " syncs = syncs + case when :complete then 1 else 0 end, cursor = case when :complete then null else cursor end,"
+                " syncs = syncs + case when :complete then 1 else 0 end, cursor = case when :complete or :restart then null else cursor end,"
                 " etag = case when :complete then coalesce(:etag, etag) else etag end, alerts = coalesce(:alerts, alerts)"
                 " where owner_id = :owner and repository_id = :repository",
                 owner=owner_id,
@@ -150,6 +152,7 @@ class Findings:
                 detail=detail,
                 after=not_before,
                 complete=complete,
+                restart=restart,
                 etag=etag,
                 alerts=alerts,
                 now=self._clock.now(),
@@ -489,7 +492,7 @@ def write_alerts(
     if not fresh:
         return count
     history = _history(connection, owner_id, [old.id for old, _, _ in fresh.values() if old is not None])
-    records, events, slas = [], [], []
+    records, events, slas, undecided = [], [], [], []
     for number, (old, alert, print_) in fresh.items():
         finding_id = old.id if old else uuid4()
         change = decide(old, history.get(finding_id, []), alert, finding_id)
@@ -505,6 +508,8 @@ def write_alerts(
         events += [{"finding_id": finding_id, **asdict(event)} for event in change.events]
         if change.sla is not None:
             slas.append({"finding_id": finding_id, **asdict(change.sla)})
+        if change.undecided:
+            undecided.append(finding_id)
         count.inserted += old is None
         count.changed += old is not None
     names = ", ".join(FACTS)
@@ -522,6 +527,14 @@ def write_alerts(
         records=json.dumps(records, default=str),
         now=now,
     )
+    if undecided:
+        changed(
+            connection,
+            "update findings set disposition = null, disposition_reason = null, disposition_by = null, disposition_actor = null,"
+            " disposition_at = null, disposition_evidence = null where owner_id = :owner and id = any(:ids)",
+            owner=owner_id,
+            ids=undecided,
+        )
     _write_events(connection, owner_id, events, source, now)
     _write_sla(connection, owner_id, slas)
     changed(

@@ -1,0 +1,1 @@
+"""Security Agent: findings with deadlines, analysis, dismissal, remediation."""

@@ -23,6 +23,7 @@ from uuid import UUID
 import httpx
 import psutil
 import psycopg
+from sqlalchemy import text
 
 from benchmarks.results import ROOT
 from kilo_pipelines.cli import setup
@@ -180,11 +181,13 @@ class Tenant:
         )
         return cls(store, owner, name, installation, repository, integration)
 
-    def remove_repository(self) -> None:
-        """As GitHub's `installation_repositories` event does it: what waits ends at its claim."""
-        integration = self.store.owners.by_installation("github", self.installation)
-        assert integration is not None
-        self.store.owners.change_repositories(integration, added=[], removed=[self.repository])
+    def stop_service(self) -> None:
+        """As a failure that waits for a person does it (contract A13): what waits ends at its claim."""
+        with self.store.database.owner(self.owner) as connection:
+            connection.execute(
+                text("update service_configs set action_required = cast(:why as jsonb) where service = :service"),
+                {"why": json.dumps({"reason": "benchmark"}), "service": SERVICE},
+            )
 
     def review(self, pull: int) -> UUID:
         """A waiting review, opened as by hand: under the owner's policies, with its audit event and its NOTIFY."""

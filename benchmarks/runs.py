@@ -1,7 +1,7 @@
 """`runs_per_minute`, `cpu_s_per_run`, `burst_2000_s`: cheap items through a whole platform with 16 shards.
 
-A cheap item is a review that was opened by hand (owner's scope, subject lock, audit event) in a repository that left its
-installation afterwards. Its start run ends it at the claim; a settle run announces the end, whose effects are dropped when the
+A cheap item is a review that was opened by hand (owner's scope, subject lock, audit event) of a service that waits for a person
+since. Its start run ends it at the claim; a settle run announces the end, whose effects are dropped when the
 twin refuses a token. No session. All of it waits behind the service's pause switch, and clearing the switch starts the clock.
 """
 
@@ -29,7 +29,7 @@ STOCK_ROWS = 30
 # A burst that takes longer is reported as unfinished with this time as its lower bound.
 PATIENCE = 900.0
 CHEAP = (
-    "a review opened by hand in a repository that left the installation: one start run that ends it at the claim, one settle run,"
+    "a review opened by hand of a service that waits for a person since: one start run that ends it at the claim, one settle run,"
     " two effects dropped after a refused token; row-level policies and audit on; no session"
 )
 
@@ -118,7 +118,7 @@ def _work_off(running: Platform, count: int, series: int) -> Batch:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: tenants[number % OWNERS].review(number + 1), range(count)))
     for tenant in tenants:
-        tenant.remove_repository()
+        tenant.stop_service()
     owners = [one.owner for one in tenants]
     with (
         psycopg.connect(running.system_url, autocommit=True) as ours,

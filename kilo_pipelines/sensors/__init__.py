@@ -4,6 +4,7 @@ Holds: waiting for work and turning offers into run requests. What a sensor comm
 (invariant 2): admissions, offers, reaped leases. Does not belong here: claims, providers, SQL.
 """
 
+import threading
 import time
 
 from dagster import (
@@ -33,6 +34,8 @@ OFFERS = 200
 # Hours of patience between two evaluations would be Dagster's default of 30 s; 1 s means: again in the next loop (5 s).
 MINIMUM_INTERVAL_SECONDS = 1
 RECOVERY_INTERVAL_SECONDS = 5
+# The sensor daemon looks at a sensor this often at most (a constant of Dagster).
+DAGSTER_LOOP_SECONDS = 5.0
 
 _JOB_OF = {
     ("start", "code_review"): code_review.name,
@@ -67,20 +70,53 @@ def work_once(store: Store) -> list[RunRequest]:
     return [run_request(offer) for offer in store.queue.offers(limit=OFFERS)]
 
 
-def wait_for_work(store: Store, seconds: float) -> list[RunRequest]:
-    """Run requests as soon as there are any, at the latest after `seconds`; [] on a quiet wait or at a stop."""
+class Turns:
+    """Spaces the dispatches of a family of shards, which wait in threads of one code server.
+
+    A shard that has dispatched is away for Dagster's loop of 5 s. When all of them run after the first deliveries of a flood, the
+    next ones wait for as long; at most so many at once that the other half is still there, and then one every loop / shards
+    seconds, and there is always a shard in its wait. A quiet platform never meets the limit.
+    """
+
+    def __init__(self, shards: int) -> None:
+        self._every = DAGSTER_LOOP_SECONDS / shards
+        self._at_once = max(1, shards // 2) * self._every
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def take(self, now: float) -> float:
+        """Takes a turn at `now` (monotonic seconds) and answers 0, or the seconds until there may be one."""
+        with self._lock:
+            start = max(self._next, now)
+            wait = start + self._every - self._at_once - now
+            if wait > 0:
+                return wait
+            self._next = start + self._every
+            return 0.0
+
+    def give_back(self) -> None:
+        """The turn led to nothing: it is another shard's."""
+        with self._lock:
+            self._next -= self._every
+
+
+def wait_for_work(store: Store, seconds: float, turns: Turns) -> list[RunRequest]:
+    """Run requests as soon as there are any and it is this shard's turn, at the latest after `seconds`; [] on a quiet wait or at a stop."""
     deadline = time.monotonic() + seconds
     with store.listener("kilo_work", "kilo_stop") as wake:
-        while True:
-            requests = work_once(store)
-            left = deadline - time.monotonic()
-            if requests or left <= 0:
-                return requests
-            if wake.wait(left) == "kilo_stop":
+        while (left := deadline - time.monotonic()) > 0:
+            wait = turns.take(time.monotonic())
+            if not wait:
+                requests = work_once(store)
+                if requests:
+                    return requests
+                turns.give_back()
+            if wake.wait(min(wait or left, left)) == "kilo_stop":
                 return []
+    return []
 
 
-def _shard(number: int) -> SensorDefinition:
+def _shard(number: int, turns: Turns) -> SensorDefinition:
     @sensor(
         name=f"work_{number:02d}",
         jobs=[code_review, settle_code_review, agent_session, outbox],
@@ -94,7 +130,7 @@ def _shard(number: int) -> SensorDefinition:
         pause = platform.queue.pause_reason()
         if pause is not None:
             return SkipReason(f"paused: {pause}")
-        requests = wait_for_work(platform, LONG_POLL_SECONDS)
+        requests = wait_for_work(platform, LONG_POLL_SECONDS, turns)
         return SensorResult(run_requests=requests) if requests else SkipReason("no work arrived while waiting")
 
     return work
@@ -126,4 +162,5 @@ def failed_runs(context: RunFailureSensorContext, store: StoreResource) -> SkipR
 
 def default_sensors(shards: int) -> list[SensorDefinition]:
     """The work shards, the recovery sensor and the one that hears of failed runs."""
-    return [*(_shard(number) for number in range(shards)), recovery, failed_runs]
+    turns = Turns(shards)
+    return [*(_shard(number, turns) for number in range(shards)), recovery, failed_runs]

@@ -25,6 +25,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "reviews": ("reviews_20_launch_s",),
     "fairness": ("fairness_wait_ratio",),
     "idle": ("idle_core_percent", "idle_core_percent_2_shards", "ingress_rss_mb"),
+    "security": (
+        "alerts_10000_upsert_s",
+        "resync_10000_rows_written",
+        "sla_1000000_s",
+        "sla_1000000_mb",
+        "sync_1000_owners_runs",
+    ),
 }
 
 FIGURES: dict[str, Figure] = {
@@ -43,6 +50,11 @@ FIGURES: dict[str, Figure] = {
     "idle_core_percent": Figure("% of a core", "<= 20", "stock daemon and its code server with one polling sensor"),
     "idle_core_percent_2_shards": Figure("% of a core", "<= 10", "stock daemon and its code server with one polling sensor"),
     "ingress_rss_mb": Figure("MB", "<= 120", "HMAC-only application under the same server"),
+    "alerts_10000_upsert_s": Figure("s", "<= 5", "the alerts' JSON copied into one plain column, a page a commit"),
+    "resync_10000_rows_written": Figure("rows", "0", "rows of the first sync"),
+    "sla_1000000_s": Figure("s", "<= 30", "PostgreSQL's own pass over findings and deadlines"),
+    "sla_1000000_mb": Figure("MB", "<= 300", "the goal"),
+    "sync_1000_owners_runs": Figure("runs", "<= 20", "one run an owner"),
 }
 
 

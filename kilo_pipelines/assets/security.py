@@ -128,8 +128,12 @@ def recompute(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now: datetime
         for row in rest.itertuples():
             finding_id = UUID(str(row.id))
             found = deadline(histories.get(finding_id, []), [], policy, int(row.repository_id), now)
-            stored = (row.due, row.closed, row.version)
-            if stored != (_seconds(found.due_at), _seconds(found.closed_at), found.policy_version):
+            same = (
+                _same(row.due, found.due_at)
+                and _same(row.closed, found.closed_at)
+                and (row.version, bool(row.paused)) == (found.policy_version, found.paused)
+            )
+            if not same:
                 changes.append((finding_id, found))
         for start in range(0, len(changes), WRITE_ROWS):
             written += store.findings.write_sla(owner_id, changes[start : start + WRITE_ROWS])
@@ -176,8 +180,8 @@ def _straight_row(row: Any, due: float, policy: sla.SlaPolicy) -> SlaRow:
     )
 
 
-def _seconds(moment: datetime | None) -> float:
-    return float("nan") if moment is None else moment.timestamp()
+def _same(stored: float, moment: datetime | None) -> bool:
+    return bool(np.isnan(stored)) if moment is None else abs(stored - moment.timestamp()) < TOLERANCE
 
 
 @asset(

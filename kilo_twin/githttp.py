@@ -65,6 +65,11 @@ async def serve_git(rest: Rest, request: Request) -> Response:
     done = await anyio.to_thread.run_sync(
         lambda: subprocess.run(["git", "http-backend"], input=body, capture_output=True, env=env, check=False)
     )
+    if tail == "git-receive-pack":  # a pull request shows what was pushed to its branch
+        with rest.twin.lock:
+            for pull in repository["pulls"].values():
+                if pull["state"] == "open":
+                    rest.twin.follow_head(full_name, pull)
     head, _, content = done.stdout.partition(b"\r\n\r\n")
     headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n") if ": " in line)
     status = int(headers.pop("Status", "200").split()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlencode
 
 import jwt
 from cryptography.hazmat.primitives import serialization
@@ -19,9 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from kilo_twin.dependabot import AlertError, Dependabot
 from kilo_twin.shapes import Shapes, bot
 from kilo_twin.state import Twin, git, now
+from kilo_twin.webhooks import Webhooks
 
 TOKEN_SECONDS = 3600  # GitHub's lifetime of an installation token
 JWT_SECONDS = 600  # GitHub refuses longer ones
@@ -33,21 +38,37 @@ Handler = Callable[[Request, dict[str, Any]], Response]
 class ApiError(Exception):
     """An error answer in GitHub's form."""
 
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None, **more: Any) -> None:
         super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
+        self.status, self.message, self.headers, self.more = status, message, headers, more
 
 
 def _error(failure: ApiError) -> JSONResponse:
     body = {"message": failure.message, "documentation_url": "https://docs.github.com/rest", "status": str(failure.status)}
-    return JSONResponse(body, failure.status, headers=failure.headers)
+    return JSONResponse(body | failure.more, failure.status, headers=failure.headers)
+
+
+def _invalid(field: str, code: str = "invalid", **more: Any) -> ApiError:
+    """GitHub's answer to a pull request that can't be."""
+    return ApiError(422, "Validation Failed", errors=[{"resource": "PullRequest", "field": field, "code": code, **more}])
+
+
+class _Cut(Response):
+    """An answer whose connection ends in its middle."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        # Less than the announced length: the server closes the connection.
+        await send({"type": "http.response.body", "body": self.body[: len(self.body) // 2]})
 
 
 class Rest:
     """Handlers over one twin."""
 
-    def __init__(self, twin: Twin) -> None:
+    def __init__(self, twin: Twin, webhooks: Webhooks, dependabot: Dependabot) -> None:
         self.twin = twin
+        self.webhooks = webhooks
+        self.dependabot = dependabot
         self.shapes = Shapes(twin)
         key = serialization.load_pem_private_key(twin.credentials["private_key_pem"].encode(), password=None)
         assert isinstance(key, RSAPrivateKey)  # noqa: S101  # made by ourselves
@@ -94,10 +115,22 @@ class Rest:
         if "id" in request.path_params:
             repository = self.twin.by_id(int(request.path_params["id"]))
         else:
-            repository = self.twin.repository(f"{request.path_params['owner']}/{request.path_params['repo']}")
+            full_name = f"{request.path_params['owner']}/{request.path_params['repo']}"
+            repository = self.twin.repository(full_name)
+            if repository is None:
+                self._redirect(request, full_name)
         if repository is None or repository["id"] not in grant["repositories"] or not repository["installed"]:
             raise ApiError(404, "Not Found")
         return repository
+
+    def _redirect(self, request: Request, full_name: str) -> None:
+        """Raises GitHub's redirect, which leads by id, where a repository had this name."""
+        repository = self.twin.by_id(self.twin.data.get("moved", {}).get(full_name, 0))
+        if repository is not None and repository["installed"]:
+            tail = str(request.url).partition(f"/repos/{full_name}")[2]
+            address = f"{self.shapes.api}/repositories/{repository['id']}{tail}"
+            status = 301 if request.method == "GET" else 307
+            raise ApiError(status, "Moved Permanently", {"location": address}, url=address)
 
     def _pull(
         self, request: Request, permission: str = "pull_requests", level: str = "read"
@@ -119,9 +152,9 @@ class Rest:
             ("GET", "/app/installations/{installation:int}", self.get_installation),
             ("POST", "/app/installations/{installation:int}/access_tokens", self.create_token),
             ("GET", "/installation/repositories", self.installation_repositories),
-            ("GET", "/repositories/{id:int}", self.get_repository),
             ("GET", repo, self.get_repository),
             ("GET", repo + "/pulls", self.list_pulls),
+            ("POST", repo + "/pulls", self.create_pull),
             ("GET", repo + "/pulls/{number:int}", self.get_pull),
             ("GET", repo + "/pulls/{number:int}/files", self.list_files),
             ("GET", repo + "/pulls/{number:int}/reviews", self.list_reviews),
@@ -141,8 +174,15 @@ class Rest:
             ("GET", repo + "/compare/{spec:path}", self.compare),
             ("GET", repo + "/commits/{ref}/statuses", self.list_statuses),
             ("POST", repo + "/statuses/{ref}", self.create_status),
+            ("GET", repo + "/dependabot/alerts", self.list_alerts),
+            ("GET", repo + "/dependabot/alerts/{number:int}", self.get_alert),
+            ("PATCH", repo + "/dependabot/alerts/{number:int}", self.update_alert),
             ("GET", "/app/hook/deliveries", self.list_deliveries),
             ("GET", "/app/hook/deliveries/{delivery:int}", self.get_delivery),
+        ]
+        # Every repository also answers under its id, which is where the redirects of a renamed one lead.
+        table += [
+            (method, path.replace(repo, "/repositories/{id:int}"), do) for method, path, do in table if path.startswith(repo)
         ]
         return [Route("/api/v3" + path, self._endpoint(handler), methods=[method]) for method, path, handler in table]
 
@@ -157,7 +197,11 @@ class Rest:
                     return _error(ApiError(400, "Problems parsing JSON"))
             fault = self._fault(request)
             if fault and fault["kind"] == "error":
-                return _error(ApiError(fault["status"], "twin: fault", fault.get("headers")))
+                return _error(ApiError(fault["status"], fault.get("message", "twin: fault"), fault.get("headers")))
+            if fault and fault["kind"] == "raw":  # any body
+                return Response(fault["text"], fault.get("status", 200), fault.get("headers"), "application/json")
+            if fault and fault["kind"] == "slow":
+                await asyncio.sleep(fault["seconds"])
             if fault and fault["kind"] == "late":  # the answer is lost, and the write lands only afterwards
                 threading.Timer(fault["seconds"], self._later, (handler, request, body)).start()
                 return _error(ApiError(502, "twin: answer lost"))
@@ -166,11 +210,17 @@ class Rest:
                     answer = handler(request, body)
             except ApiError as failure:
                 return _error(failure)
+            except AlertError as refused:
+                return _error(ApiError(refused.status, refused.message))
             if fault and fault["kind"] == "lost":  # carried out, but the answer never arrives
                 return _error(ApiError(502, "twin: answer lost"))
             answer.headers["x-ratelimit-limit"] = "5000"
             answer.headers["x-ratelimit-remaining"] = "4999"
             answer.headers["x-ratelimit-reset"] = str(int(time.time()) + 3600)
+            if fault and fault["kind"] == "headers":  # the answer as it is, with other headers
+                answer.headers.update(fault["headers"])
+            if fault and fault["kind"] == "cut":
+                return _Cut(answer.body, answer.status_code, dict(answer.headers))
             return answer
 
         return endpoint
@@ -222,7 +272,7 @@ class Rest:
             raise ApiError(
                 422, "There is at least one repository that does not exist or is not accessible to the parent installation."
             )
-        allowed = self.shapes.app()["permissions"]
+        allowed = self.shapes.granted()
         permissions = body.get("permissions") or allowed
         for name, level in permissions.items():
             if name not in allowed or (level == "write" and allowed[name] != "write"):
@@ -255,8 +305,71 @@ class Rest:
     def list_pulls(self, request: Request, _body: dict[str, Any]) -> Response:
         repository = self._repository(request, "pull_requests")
         state = request.query_params.get("state", "open")
-        found = [self.shapes.pull(repository, one) for one in repository["pulls"].values() if state in ("all", one["state"])]
+        owner = repository["full_name"].partition("/")[0]
+        head = request.query_params.get("head", "")
+        found = [
+            self.shapes.pull(repository, one)
+            for one in repository["pulls"].values()
+            # GitHub's filter is `owner:branch`; what isn't of that form filters nothing.
+            if state in ("all", one["state"]) and (":" not in head or head == f"{owner}:{one['head_ref']}")
+        ]
         return self._page(request, found)
+
+    def create_pull(self, request: Request, body: dict[str, Any]) -> Response:
+        """A pull request between two branches of this repository, by the App; one open one for each pair."""
+        repository = self._repository(request, "pull_requests", "write")
+        full_name = repository["full_name"]
+        owner = full_name.partition("/")[0]
+        title, base = body.get("title"), body.get("base")
+        head = str(body.get("head", "")).removeprefix(f"{owner}:")
+        if not isinstance(title, str) or not title.strip():
+            raise _invalid("title", "missing_field")
+        for field, name in (("base", base), ("head", head)):
+            if not isinstance(name, str) or self.twin.branch(full_name, name) is None:
+                raise _invalid(field)
+        if self.twin.branch(full_name, head) == self.twin.branch(full_name, str(base)):
+            raise _invalid("head", "custom", message=f"No commits between {base} and {head}")
+        for pull in repository["pulls"].values():
+            if (pull["state"], pull["head_ref"], pull["base_ref"]) == ("open", head, base):
+                raise _invalid("head", "custom", message=f"A pull request already exists for {owner}:{head}.")
+        us = bot()
+        pull = self.twin.open_pull(
+            full_name,
+            title=title,
+            body=str(body.get("body") or ""),
+            author=us["login"],
+            author_type=us["type"],
+            head_ref=head,
+            base_ref=str(base),
+        )
+        pull.update(author_id=us["id"], draft=bool(body.get("draft", False)))
+        self.twin.save()
+        self.webhooks.later("pull_request", "opened", self.webhooks.pull_payload(repository, pull, "opened"), repository["id"])
+        return JSONResponse(self.shapes.pull(repository, pull), 201)
+
+    def list_alerts(self, request: Request, _body: dict[str, Any]) -> Response:
+        """A page of alerts under a tag of its content; the same content asked for again is a 304."""
+        repository = self._repository(request, "vulnerability_alerts")
+        found, links = self.dependabot.page(repository, request.query_params)
+        answer = JSONResponse(found)
+        tag = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers={"etag": tag})
+        answer.headers["etag"] = tag
+        base = f"{self.shapes.api}/repos/{repository['full_name']}/dependabot/alerts"
+        if links:
+            answer.headers["link"] = ", ".join(f'<{base}?{urlencode(query)}>; rel="{name}"' for name, query in links.items())
+        return answer
+
+    def get_alert(self, request: Request, _body: dict[str, Any]) -> Response:
+        repository = self._repository(request, "vulnerability_alerts")
+        self.dependabot.check(repository)
+        return JSONResponse(self.dependabot.shape(repository, self.dependabot.alert(repository, request.path_params["number"])))
+
+    def update_alert(self, request: Request, body: dict[str, Any]) -> Response:
+        repository = self._repository(request, "vulnerability_alerts", "write")
+        alert = self.dependabot.update(repository, request.path_params["number"], body, bot()["login"])
+        return JSONResponse(self.dependabot.shape(repository, alert))
 
     def get_pull(self, request: Request, _body: dict[str, Any]) -> Response:
         return JSONResponse(self.shapes.pull(*self._pull(request)))

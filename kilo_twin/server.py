@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from kilo_twin import model, world
+from kilo_twin import model, npm, world, world_alerts
+from kilo_twin.dependabot import LOCK_FILE, AlertError, Dependabot
 from kilo_twin.githttp import serve_git
 from kilo_twin.rest import Rest
 from kilo_twin.shapes import account
@@ -25,28 +27,177 @@ from kilo_twin.state import ACCOUNT, Twin, git, now
 from kilo_twin.webhooks import Webhooks
 
 REPOSITORY = "orders"
+STOREFRONT = "storefront"
+# Where seeded alerts lie; each has half of what those before it left.
+ALERT_REPOSITORIES = ("billing", "catalog", "delivery", "insights", "accounts", "website")
 
 
 class Control:
     """What a person does at GitHub, by one call each."""
 
-    def __init__(self, twin: Twin, webhooks: Webhooks) -> None:
+    def __init__(self, twin: Twin, webhooks: Webhooks, dependabot: Dependabot) -> None:
         self.twin = twin
         self.webhooks = webhooks
+        self.dependabot = dependabot
 
     def seed(self) -> dict[str, Any]:
         """The seeded repository, made at the first call."""
         full_name = f"{ACCOUNT}/{REPOSITORY}"
-        known = self.twin.repository(full_name)
-        if known:
-            return known
-        repository = self.twin.create_repository(REPOSITORY)
+        return self.twin.repository(full_name) or self._with_history(REPOSITORY, world.seed_history())
+
+    def _with_history(self, name: str, history: list[tuple[str, dict[str, str | None]]]) -> dict[str, Any]:
+        """A new repository whose default branch has these commits."""
+        repository = self.twin.create_repository(name)
         parent = None
-        for message, files in world.seed_history():
-            parent = self.twin.commit(full_name, parent, files, message)
+        for message, files in history:
+            parent = self.twin.commit(repository["full_name"], parent, files, message)
         assert parent is not None  # noqa: S101
-        self.twin.set_ref(full_name, "refs/heads/main", parent)
+        self.twin.set_ref(repository["full_name"], "refs/heads/main", parent)
         return repository
+
+    # -- Dependabot -------------------------------------------------------------------------------------------------
+
+    def seed_alerts(self, count: int = 3_000, seed: int = 1, repositories: list[str] | None = None) -> dict[str, Any]:
+        """Repositories with alerts behind them, and the storefront whose lock file names the registry's packages.
+
+        `count` alerts in all, most in the first repository. ValueError where one has alerts already. Sends nothing.
+        """
+        names = repositories or list(ALERT_REPOSITORIES)
+        until = datetime.now(UTC)
+        with self.twin.lock:
+            made = []
+            for place, name in enumerate(names):
+                repository = self.twin.repository(f"{ACCOUNT}/{name}") or self.twin.create_repository(name)
+                if self.dependabot.alerts(repository):
+                    raise ValueError(f"{repository['full_name']} has alerts already")
+                # Half of what is left, as few repositories have most of the alerts; the last one gets the rest.
+                share = count if place == len(names) - 1 else (count + 1) // 2
+                count -= share
+                self.dependabot.add(repository, world_alerts.alerts(repository["full_name"], share, seed, until))
+                made.append(repository)
+            storefront = self.twin.repository(f"{ACCOUNT}/{STOREFRONT}")
+            if storefront is None:
+                storefront = self._with_history(STOREFRONT, world_alerts.storefront_history())
+                self.dependabot.add(storefront, world_alerts.storefront_alerts(LOCK_FILE, until))
+                made.append(storefront)
+            self.dependabot.save()
+        return {"repositories": [self._counted(one) for one in made]}
+
+    def _counted(self, repository: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "repository": repository["full_name"],
+            "repository_id": repository["id"],
+            "alerts": len(self.dependabot.alerts(repository)),
+        }
+
+    def change_alerts(self, repository: str, count: int, seed: int = 1) -> dict[str, Any]:
+        """The world goes on: new alerts, fixes, dismissals by people, severities raised; with their webhooks."""
+        with self.twin.lock:
+            return {"changes": self.dependabot.change(self._repository(repository), count, seed)}
+
+    def move_alert(self, repository: str, number: int, action: str, **dismissal: Any) -> dict[str, Any]:
+        """One of the webhook's actions on one alert; a dismissal has `by`, `reason` and `comment`."""
+        with self.twin.lock:
+            found = self._repository(repository)
+            if action == "severity_raised":
+                self.dependabot.raise_severity(found, number)
+            else:
+                self.dependabot.move(found, number, action, **dismissal)
+            self.dependabot.save()
+            return {"number": number, "action": action}
+
+    def spoil_alert(self, repository: str, number: int, kind: str | None) -> dict[str, Any]:
+        """Makes an alert a broken or hostile one (`world_alerts.SPOILED`), or sound again with None."""
+        if kind is not None and kind not in world_alerts.SPOILED:
+            raise ValueError(f"kind must be one of {', '.join(world_alerts.SPOILED)}")
+        with self.twin.lock:
+            self.dependabot.alert(self._repository(repository), number)["spoiled"] = kind
+            self.dependabot.save()
+            return {"number": number, "kind": kind}
+
+    def scan(self, repository: str) -> dict[str, Any]:
+        """Dependabot's look at the default branch's lock file."""
+        with self.twin.lock:
+            return {"changes": self.dependabot.scan(self._repository(repository))}
+
+    def merge(self, repository: str, number: int) -> dict[str, Any]:
+        """Merges a pull request and sends `closed`; RuntimeError on a conflict."""
+        known, pull = self._known(repository, number)
+        if pull["state"] != "open":
+            raise ValueError(f"{repository}#{number} is {pull['state']}")
+        with self.twin.lock:
+            self.twin.merge(repository, pull)
+        return self._sent(known, pull, "closed")
+
+    def set_repository(self, repository: str, *, alerts_enabled: bool = True, archived: bool = False) -> dict[str, Any]:
+        """What an administrator sets: Dependabot alerts on or off, the repository archived or not."""
+        self._repository(repository).update(alerts_enabled=alerts_enabled, archived=archived)
+        self.twin.save()
+        return {"alerts_enabled": alerts_enabled, "archived": archived}
+
+    def withhold(self, permissions: list[str]) -> dict[str, Any]:
+        """The installation grants everything but these; tokens that are out keep what they have."""
+        self.twin.data["withheld"] = permissions
+        self.twin.save()
+        return {"granted": self.webhooks.shapes.granted()}
+
+    def rename(self, repository: str, to: str) -> dict[str, Any]:
+        """Another name for a repository (`to`: the bare name); the old one redirects."""
+        before = self._repository(repository)["name"]
+        found = self.twin.rename(repository, f"{ACCOUNT}/{to}")
+        self._about(found, "renamed", changes={"repository": {"name": {"from": before}}})
+        return {"repository": found["full_name"], "repository_id": found["id"]}
+
+    def transfer(self, repository: str, to: str) -> dict[str, Any]:
+        """Gives a repository to another account (`to`), where the App isn't installed."""
+        self._repository(repository)
+        found = self.twin.rename(repository, f"{to}/{repository.partition('/')[2]}")
+        found["installed"] = False
+        self.twin.save()
+        self._about(found, "transferred", changes={"owner": {"from": {"organization": account(ACCOUNT, "Organization")}}})
+        self._listed("removed", found)
+        return {"repository": found["full_name"], "repository_id": found["id"]}
+
+    def remove(self, repository: str) -> dict[str, Any]:
+        """Deletes a repository."""
+        found = self._repository(repository)
+        found["installed"] = False
+        self._about(found, "deleted")
+        self._listed("removed", found)
+        with self.twin.lock:
+            del self.twin.data["repositories"][repository]
+            self.twin.save()
+        return {"repository_id": found["id"]}
+
+    def _repository(self, full_name: str) -> dict[str, Any]:
+        found = self.twin.repository(full_name)
+        if found is None:
+            raise ValueError(f"no repository {full_name}")
+        return found
+
+    def _about(self, repository: dict[str, Any], action: str, **told: Any) -> None:
+        payload = self.webhooks.in_repository(repository, account("grace"), action=action, **told)
+        self.webhooks.send("repository", action, payload, repository["id"])
+
+    def _listed(self, action: str, repository: dict[str, Any]) -> None:
+        """Tells the App that a repository came to its installation or left it."""
+        names = {"id": repository["id"], "node_id": "Ug==", "name": repository["name"], "full_name": repository["full_name"]}
+        listed = [names | {"private": False}]
+        self.webhooks.send(
+            "installation_repositories",
+            action,
+            {
+                "action": action,
+                "installation": self.webhooks.shapes.installation(),
+                "repository_selection": "all",
+                "repositories_added": listed if action == "added" else [],
+                "repositories_removed": listed if action == "removed" else [],
+                "requester": None,
+                "sender": account(ACCOUNT, "Organization"),
+            },
+        )
+
+    # -- pull requests ----------------------------------------------------------------------------------------------
 
     def open_pull(self, kind: str, **changes: Any) -> dict[str, Any]:
         """Opens a pull request of a kind, with other texts, branch, author or files where `changes` names them; sends `opened`."""
@@ -110,20 +261,7 @@ class Control:
                 capture_output=True,
             )
         # The App is installed on all repositories: GitHub tells about a new one before anything happens in it.
-        listed = [{"id": repository["id"], "node_id": "Ug==", "name": name, "full_name": full_name, "private": False}]
-        self.webhooks.send(
-            "installation_repositories",
-            "added",
-            {
-                "action": "added",
-                "installation": self.webhooks.shapes.installation(),
-                "repository_selection": "all",
-                "repositories_added": listed,
-                "repositories_removed": [],
-                "requester": None,
-                "sender": account(ACCOUNT, "Organization"),
-            },
-        )
+        self._listed("added", repository)
         title = git(target, "log", "-1", "--format=%s", "refs/heads/proposed").decode(errors="replace").strip()
         pull = self.twin.open_pull(
             full_name,
@@ -194,8 +332,10 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
     if shutil.which("git") is None:
         raise RuntimeError("git is not installed")
     twin = Twin(home, f"http://localhost:{port}")
-    rest = Rest(twin)
-    control = Control(twin, Webhooks(twin, webhook_url))
+    webhooks = Webhooks(twin, webhook_url)
+    dependabot = Dependabot(twin, webhooks.shapes, webhooks)
+    rest = Rest(twin, webhooks, dependabot)
+    control = Control(twin, webhooks, dependabot)
     control.seed()
 
     async def git_http(request: Request) -> Response:
@@ -214,10 +354,21 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "faults": lambda faults: _add_faults(twin, faults),
             "send": control.webhooks.send,
             "uninstall": lambda repository: _uninstall(twin, repository),
+            "seed-alerts": control.seed_alerts,
+            "change-alerts": control.change_alerts,
+            "move-alert": control.move_alert,
+            "spoil-alert": control.spoil_alert,
+            "scan": control.scan,
+            "merge": control.merge,
+            "set-repository": control.set_repository,
+            "withhold": control.withhold,
+            "rename": control.rename,
+            "transfer": control.transfer,
+            "remove": control.remove,
         }
         try:
             answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
-        except (KeyError, TypeError, ValueError, RuntimeError, subprocess.CalledProcessError) as failure:
+        except (KeyError, TypeError, ValueError, RuntimeError, AlertError, subprocess.CalledProcessError) as failure:
             return JSONResponse({"error": f"{type(failure).__name__}: {failure}"}, 400)
         return JSONResponse(answer)
 
@@ -238,6 +389,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             Route("/_twin/{call}", act, methods=["POST"]),
             *rest.routes(),
             *model.routes(twin.credentials["model_api_key"]),
+            *npm.routes(twin.base_url),
             Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
             Route("/{owner}/{repo}/pull/{number:int}", page),
             Route("/{owner}/{repo}", listing),

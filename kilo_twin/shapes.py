@@ -9,6 +9,7 @@ from kilo_twin.state import APP_SLUG, Twin, git
 
 # When everything that has no history of its own was made.
 MADE = "2026-01-01T00:00:00Z"
+EVENTS = ["pull_request", "dependabot_alert", "repository"]
 
 
 def account(login: str, kind: str = "User", number: int | None = None) -> dict[str, Any]:
@@ -40,6 +41,21 @@ def account(login: str, kind: str = "User", number: int | None = None) -> dict[s
 def bot() -> dict[str, Any]:
     """The App's own account."""
     return account(f"{APP_SLUG}[bot]", "Bot", 4242)
+
+
+def person(login: str) -> dict[str, Any]:
+    """Who did something: the App, GitHub itself or a user."""
+    if login == bot()["login"]:
+        return bot()
+    return account(login, "Organization" if login == "github" else "User")
+
+
+def organization(login: str) -> dict[str, Any]:
+    """An organization as webhooks show it."""
+    url = f"https://api.github.com/orgs/{login}"
+    more = {name: f"{url}/{name.removesuffix('_url')}" for name in ("hooks_url", "issues_url")}
+    members = {"members_url": f"{url}/members{{/member}}", "public_members_url": f"{url}/public_members{{/member}}"}
+    return account(login, "Organization") | more | members | {"description": None}
 
 
 _REPOSITORY_URLS = {
@@ -129,7 +145,7 @@ class Shapes:
             "has_pages": False,
             "has_downloads": False,
             "has_discussions": False,
-            "archived": False,
+            "archived": repository.get("archived", False),
             "disabled": False,
             "visibility": "public",
             "pushed_at": repository["created_at"],
@@ -178,8 +194,8 @@ class Shapes:
             "created_at": pull["created_at"],
             "updated_at": pull["updated_at"],
             "closed_at": pull["updated_at"] if closed else None,
-            "merged_at": None,
-            "merge_commit_sha": None,
+            "merged_at": pull.get("merged_at"),
+            "merge_commit_sha": pull.get("merge_commit_sha"),
             "assignee": None,
             "assignees": [],
             "requested_reviewers": [],
@@ -202,7 +218,7 @@ class Shapes:
             "author_association": "MEMBER",
             "auto_merge": None,
             "draft": pull["draft"],
-            "merged": False,
+            "merged": pull.get("merged_at") is not None,
             "mergeable": True,
             "rebaseable": True,
             "mergeable_state": "clean",
@@ -325,6 +341,56 @@ class Shapes:
             "pull_requests": [],
         }
 
+    def alert(self, repository: dict[str, Any], alert: dict[str, Any], advisory: dict[str, Any]) -> dict[str, Any]:
+        """A Dependabot alert with its advisory."""
+        tail = f"{repository['full_name']}/dependabot/alerts/{alert['number']}"
+        vulnerabilities = [
+            {
+                "package": {"ecosystem": one["ecosystem"], "name": one["name"]},
+                "severity": advisory["severity"],
+                "vulnerable_version_range": one["range"],
+                "first_patched_version": {"identifier": one["patched"]} if one["patched"] else None,
+            }
+            for one in advisory["vulnerabilities"]
+        ]
+        named = [{"type": "GHSA", "value": advisory["ghsa_id"]}]
+        if advisory["cve_id"]:
+            named.append({"type": "CVE", "value": advisory["cve_id"]})
+        kept = ("ghsa_id", "cve_id", "summary", "description", "severity", "cvss", "cwes")
+        times = ("published_at", "updated_at", "withdrawn_at")
+        ends = (
+            "created_at",
+            "updated_at",
+            "dismissed_at",
+            "dismissed_reason",
+            "dismissed_comment",
+            "fixed_at",
+            "auto_dismissed_at",
+        )
+        return {
+            "number": alert["number"],
+            "state": alert["state"],
+            "dependency": {
+                "package": vulnerabilities[0]["package"],
+                "manifest_path": alert["manifest_path"],
+                "scope": alert["scope"],
+                "relationship": alert["relationship"],
+            },
+            "security_advisory": {
+                **{name: advisory[name] for name in kept},
+                "vulnerabilities": vulnerabilities,
+                "identifiers": named,
+                "references": [{"url": f"https://github.com/advisories/{advisory['ghsa_id']}"}],
+                **{name: advisory[name] for name in times},
+            },
+            "security_vulnerability": vulnerabilities[0],
+            "url": f"{self.api}/repos/{tail}",
+            "html_url": f"{self.twin.base_url}/{repository['full_name']}/security/dependabot/{alert['number']}",
+            **{name: alert[name] for name in ends},
+            "dismissed_by": person(alert["dismissed_by"]) if alert["dismissed_by"] else None,
+            "assignees": [],
+        }
+
     def app(self) -> dict[str, Any]:
         """The App itself."""
         return {
@@ -341,13 +407,19 @@ class Shapes:
             "updated_at": MADE,
             "permissions": {
                 "checks": "write",
-                "contents": "read",
+                "contents": "write",
                 "metadata": "read",
                 "pull_requests": "write",
                 "issues": "write",
+                "vulnerability_alerts": "write",
             },
-            "events": ["pull_request"],
+            "events": EVENTS,
         }
+
+    def granted(self) -> dict[str, str]:
+        """The App's permissions without those that the owner hasn't accepted."""
+        withheld = self.twin.data.get("withheld", [])
+        return {name: level for name, level in self.app()["permissions"].items() if name not in withheld}
 
     def installation(self) -> dict[str, Any]:
         """The one installation."""
@@ -364,8 +436,8 @@ class Shapes:
             "app_id": self.twin.credentials["app_id"],
             "target_id": owner["id"],
             "target_type": "Organization",
-            "permissions": self.app()["permissions"],
-            "events": ["pull_request"],
+            "permissions": self.granted(),
+            "events": EVENTS,
             "created_at": MADE,
             "updated_at": MADE,
             "single_file_name": None,

@@ -52,8 +52,7 @@ class Twin:
         self.lock = threading.RLock()
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.credentials = self._credentials()
-        self._file = home / "state.json"
-        self.data: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else self._empty()
+        self.data: dict[str, Any] = self.read("state.json") or self._empty()
         self.tokens: dict[str, dict[str, Any]] = {}
         self.faults: list[dict[str, Any]] = []
 
@@ -86,16 +85,26 @@ class Twin:
         return made
 
     def save(self) -> None:
-        """Writes the state in one step; one writer at a time, or a second one replaces the first one's file under its hands."""
+        """Writes the state."""
+        self.write("state.json", self.data)
+
+    def read(self, name: str) -> Any:
+        """A file of the home; None when there is none."""
+        file = self.home / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes a file in one step; one writer at a time, or a second one replaces the first one's file under its hands."""
         with self.lock:
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.data))
-            partial.replace(self._file)
+            partial = (self.home / name).with_suffix(".partial")
+            partial.write_text(json.dumps(value))
+            partial.replace(self.home / name)
 
     def new_id(self) -> int:
         """A fresh numeric id."""
-        self.data["next_id"] += 1
-        return int(self.data["next_id"])
+        with self.lock:
+            self.data["next_id"] += 1
+            return int(self.data["next_id"])
 
     # -- repositories ---------------------------------------------------------------------------------------------
 
@@ -153,6 +162,30 @@ class Twin:
         parents = ["-p", parent] if parent else []
         return git(path, "commit-tree", tree, *parents, "-m", message).decode().strip()
 
+    def merge(self, full_name: str, pull: dict[str, Any]) -> str:
+        """Merges an open pull request into its base branch; the merge commit. RuntimeError when it doesn't merge cleanly."""
+        path = self.path(full_name)
+        head, base = self.head_sha(full_name, pull), self.base_sha(full_name, pull)
+        tree = git(path, "merge-tree", "--write-tree", base, head).decode().split()[0]
+        message = f"Merge pull request #{pull['number']} from {pull['head_ref']}"
+        merged = git(path, "commit-tree", tree, "-p", base, "-p", head, "-m", message).decode().strip()
+        self.set_ref(full_name, f"refs/heads/{pull['base_ref']}", merged)
+        pull.update(state="closed", merged_at=now(), updated_at=now(), merge_commit_sha=merged)
+        self.save()
+        return merged
+
+    def rename(self, full_name: str, to: str) -> dict[str, Any]:
+        """Gives a repository another name; the old one leads to it until somebody else takes it. KeyError for an unknown one."""
+        with self.lock:
+            repository: dict[str, Any] = self.data["repositories"].pop(full_name)
+            repository.update(full_name=to, name=to.partition("/")[2])
+            self.data["repositories"][to] = repository
+            self.path(to).parent.mkdir(exist_ok=True)
+            self.path(full_name).rename(self.path(to))
+            self.data.setdefault("moved", {})[full_name] = repository["id"]
+            self.save()
+        return repository
+
     def set_ref(self, full_name: str, ref: str, sha: str) -> None:
         """Points a ref at a commit."""
         git(self.path(full_name), "update-ref", ref, sha)
@@ -171,6 +204,13 @@ class Twin:
             except RuntimeError:
                 continue
         return None
+
+    def branch(self, full_name: str, name: str) -> str | None:
+        """The tip of a branch; None when there is none."""
+        try:
+            return git(self.path(full_name), "show-ref", "--verify", "--hash", f"refs/heads/{name}").decode().strip()
+        except RuntimeError:
+            return None
 
     # -- pull requests --------------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ import hmac
 import json
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
-from kilo_twin.shapes import Shapes, account
+from kilo_twin.shapes import Shapes, account, organization
 from kilo_twin.state import Twin, now
 
 TIMEOUT_SECONDS = 10
@@ -24,20 +25,30 @@ class Webhooks:
         self.twin = twin
         self.url = url
         self.shapes = Shapes(twin)
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="webhooks")
 
     def pull_request(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
         """Sends a pull_request event; the recorded delivery."""
-        payload = {
-            "action": action,
-            "number": pull["number"],
-            "pull_request": self.shapes.pull(repository, pull),
+        return self.send("pull_request", action, self.pull_payload(repository, pull, action, **more), repository["id"])
+
+    def pull_payload(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
+        """The body of a pull_request event."""
+        told = {"action": action, "number": pull["number"], "pull_request": self.shapes.pull(repository, pull), **more}
+        return self.in_repository(repository, account(pull["author"], pull["author_type"]), **told)
+
+    def in_repository(self, repository: dict[str, Any], sender: dict[str, Any], **told: Any) -> dict[str, Any]:
+        """What happened, with what every event of a repository carries."""
+        return {
             "repository": self.shapes.repository(repository),
-            "organization": account(self.twin.credentials["account"], "Organization"),
-            "sender": account(pull["author"], pull["author_type"]),
+            "organization": organization(self.twin.credentials["account"]),
+            "sender": sender,
             "installation": {"id": self.twin.credentials["installation_id"], "node_id": "SW5z"},
-            **more,
+            **told,
         }
-        return self.send("pull_request", action, payload, repository["id"])
+
+    def later(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int) -> None:
+        """Sends one event after those that wait already; whoever holds the twin's lock doesn't wait for the answer."""
+        self._sender.submit(self.send, event, action, payload, repository_id)
 
     def send(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int | None = None) -> dict[str, Any]:
         """Records and sends one event."""
@@ -51,8 +62,9 @@ class Webhooks:
             "repository_id": repository_id,
             "body": json.dumps(payload),
         }
-        self.twin.data["deliveries"].append(delivery)
-        del self.twin.data["deliveries"][:-200]
+        with self.twin.lock:
+            self.twin.data["deliveries"].append(delivery)
+            del self.twin.data["deliveries"][:-200]
         return self._post(delivery)
 
     def redeliver(self, delivery_id: int) -> dict[str, Any]:

@@ -105,6 +105,14 @@ class Reason(StrEnum):
     PROVIDER_REFUSED = "provider_refused"
     PROVIDER_NOT_FOUND = "provider_not_found"
     PROVIDER_INVALID = "provider_invalid"
+    PROVIDER_AUTH = "provider_auth"
+    PERMISSION_MISSING = "permission_missing"
+    REPOSITORY_MOVED = "repository_moved"
+    ACCESS_BLOCKED = "access_blocked"
+    ALERTS_DISABLED = "alerts_disabled"
+    ALERT_PAGE_TOO_LARGE = "alert_page_too_large"
+    PAGE_LINK_REFUSED = "page_link_refused"
+    PAGE_CURSOR_REFUSED = "page_cursor_refused"
 
 
 MEANING: dict[Reason, tuple[str, str]] = {
@@ -250,4 +258,30 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.PROVIDER_REFUSED: ("GitHub refused the App's token.", "Check the App's permissions and installation."),
     Reason.PROVIDER_NOT_FOUND: ("GitHub doesn't know the repository or pull request.", "Check the App's access."),
     Reason.PROVIDER_INVALID: ("GitHub refused what was sent.", "This is a defect of the platform: report it."),
+    Reason.PROVIDER_AUTH: ("GitHub took the App's token for invalid.", "Check the App's key and that it is installed."),
+    Reason.PERMISSION_MISSING: (
+        "The installation doesn't grant a permission that the work needs.",
+        "Accept the App's permissions at GitHub, Dependabot alerts among them.",
+    ),
+    Reason.REPOSITORY_MOVED: (
+        "The repository has another name at GitHub.",
+        "Nothing; it is asked under its new name once the list of repositories is read again.",
+    ),
+    Reason.ACCESS_BLOCKED: ("GitHub blocks access to the repository.", "Ask GitHub's support."),
+    Reason.ALERTS_DISABLED: (
+        "Dependabot alerts are off, or the repository is archived.",
+        "Turn them on in the repository's security settings.",
+    ),
+    Reason.ALERT_PAGE_TOO_LARGE: (
+        "A page of alerts is larger than a hundred of the longest advisories.",
+        "Nothing is taken from it; report it with the repository's name.",
+    ),
+    Reason.PAGE_LINK_REFUSED: (
+        "The link to the next page leads to another server.",
+        "Look at what stands between the platform and GitHub.",
+    ),
+    Reason.PAGE_CURSOR_REFUSED: (
+        "GitHub doesn't take the place at which a list was to go on.",
+        "Nothing; the list is read from its beginning.",
+    ),
 }

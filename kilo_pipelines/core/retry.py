@@ -56,6 +56,7 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.PROVIDER_UNAVAILABLE: FailureClass.DEPENDENCY,
     Reason.PROVIDER_RATE_LIMITED: FailureClass.DEPENDENCY,
     Reason.PROVIDER_REFUSED: FailureClass.ACTION_REQUIRED,
+    Reason.PERMISSION_MISSING: FailureClass.ACTION_REQUIRED,
     Reason.MODEL_REFUSED: FailureClass.OPERATOR,
     Reason.GITHUB_APP_MISSING: FailureClass.OPERATOR,
     Reason.SANDBOX_UNAVAILABLE: FailureClass.OPERATOR,

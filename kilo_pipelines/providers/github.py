@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import requests
 from github import Auth, Consts, Github, GithubException, GithubIntegration, RateLimitExceededException
 from github.PullRequest import PullRequest
@@ -25,6 +26,11 @@ from kilo_pipelines.core.reasons import Reason
 TIMEOUT_SECONDS = 10
 # A cached token is given out only while it lives at least this long: longer than any single use of it.
 TOKEN_MARGIN = timedelta(minutes=5)
+# GitHub names no wait: "wait at least one minute" (REST API, secondary rate limits). Its limits are hourly: no wait is longer.
+RATE_LIMIT_WAIT = 60.0
+MAX_WAIT = 3_600.0
+# The version of the API that the client was written against.
+HEADERS = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28", "User-Agent": "kilo-pipelines"}
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -63,6 +69,31 @@ class PullState:
     default_branch: str
 
 
+def _pull_state(repository: Repository, pull: PullRequest) -> PullState:
+    return PullState(
+        repository_id=repository.id,
+        number=pull.number,
+        state=pull.state,
+        draft=pull.draft,
+        merged=pull.merged,
+        title=pull.title,
+        body=pull.body or "",
+        # A deleted account leaves no user; GitHub shows it as "ghost".
+        author=pull.user.login if pull.user else "ghost",
+        author_type=pull.user.type if pull.user else "User",
+        labels=[label.name for label in pull.labels],
+        head_sha=pull.head.sha,
+        head_ref=pull.head.ref,
+        head_repository_id=pull.head.repo.id if pull.head.repo else None,
+        base_sha=pull.base.sha,
+        base_ref=pull.base.ref,
+        url=pull.html_url,
+        full_name=repository.full_name,
+        clone_url=repository.clone_url,
+        default_branch=repository.default_branch,
+    )
+
+
 @dataclass(frozen=True)
 class ExistingReviewComment:
     """An inline comment that stands on a pull request."""
@@ -92,7 +123,9 @@ def provider_errors(forget: Callable[[], None] | None = None) -> Iterator[None]:
     try:
         yield
     except RateLimitExceededException as failure:
-        raise ProviderError(Reason.PROVIDER_RATE_LIMITED, retryable=True, retry_after_s=_retry_after(failure) or 60.0) from None
+        raise ProviderError(
+            Reason.PROVIDER_RATE_LIMITED, retryable=True, retry_after_s=retry_after(failure.headers or {}) or RATE_LIMIT_WAIT
+        ) from None
     except GithubException as failure:
         if failure.status == 401 and forget is not None:
             forget()
@@ -104,22 +137,25 @@ def provider_errors(forget: Callable[[], None] | None = None) -> Iterator[None]:
         raise ProviderError(Reason.PROVIDER_UNAVAILABLE, retryable=True, detail="the answer is not JSON") from None
 
 
-def _retry_after(failure: GithubException) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the answer asks for: Retry-After, else the reset of a used-up limit by the provider's own clock."""
-    headers = failure.headers or {}
-    value = headers.get("retry-after")
-    if value and value.isdecimal():
-        return float(value)
-    reset, date = headers.get("x-ratelimit-reset", ""), headers.get("date")
-    if headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal() and date:
-        return max(1.0, float(reset) - parsedate_to_datetime(date).timestamp())
+    value = headers.get("retry-after", "")
+    if value.isdecimal():
+        return min(float(value), MAX_WAIT)
+    reset, date = headers.get("x-ratelimit-reset", ""), headers.get("date", "")
+    if headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
+        try:
+            left = float(reset) - parsedate_to_datetime(date).timestamp()
+        except ValueError:  # no clock to count by
+            return None
+        return min(max(1.0, left), MAX_WAIT)
     return None
 
 
 def _of_status(failure: GithubException) -> ProviderError:
-    status, wait = failure.status, _retry_after(failure)
+    status, wait = failure.status, retry_after(failure.headers or {})
     if status == 429 or (status == 403 and wait is not None):
-        return ProviderError(Reason.PROVIDER_RATE_LIMITED, retryable=True, retry_after_s=wait or 60.0)
+        return ProviderError(Reason.PROVIDER_RATE_LIMITED, retryable=True, retry_after_s=wait or RATE_LIMIT_WAIT)
     if status >= 500:
         return ProviderError(Reason.PROVIDER_UNAVAILABLE, retryable=True, retry_after_s=wait, detail=f"HTTP {status}")
     by_status = {401: Reason.PROVIDER_REFUSED, 403: Reason.PROVIDER_REFUSED, 404: Reason.PROVIDER_NOT_FOUND}
@@ -146,6 +182,8 @@ class GitHubApp:
         if urlsplit(api_url).hostname in LOOPBACK:
             self._options |= {"seconds_between_requests": 0, "seconds_between_writes": 0}
         self._integration = GithubIntegration(auth=Auth.AppAuth(app_id, private_key_pem), **self._options)
+        # Redirects are followed by nobody here (threats, rule 22); connections are kept over pages and repositories.
+        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False)
         self._tokens: dict[tuple[int, tuple[int, ...], tuple[tuple[str, str], ...]], tuple[str, datetime]] = {}
 
     def __repr__(self) -> str:
@@ -158,19 +196,28 @@ class GitHubApp:
             return f"{self._integration.get_app().slug}[bot]"
 
     def token(self, installation_id: int, repository_ids: list[int], permissions: dict[str, str]) -> str:
-        """An installation token for these repositories and permissions only."""
+        """An installation token for these repositories and permissions only.
+
+        Raises ProviderError; `permission_missing` when the owner hasn't granted one of them.
+        """
         key = (installation_id, tuple(sorted(repository_ids)), tuple(sorted(permissions.items())))
         cached = self._tokens.get(key)
         if cached and cached[1] - self._clock.now() > TOKEN_MARGIN:
             return cached[0]
         with provider_errors():
             # PyGithub's helper can't name repositories: the same endpoint is asked with the same client.
-            _, data = self._integration.requester.requestJsonAndCheck(
-                "POST",
-                f"/app/installations/{installation_id}/access_tokens",
-                input={"repository_ids": list(repository_ids), "permissions": permissions},
-                headers={"Accept": Consts.mediaTypeIntegrationPreview},
-            )
+            try:
+                _, data = self._integration.requester.requestJsonAndCheck(
+                    "POST",
+                    f"/app/installations/{installation_id}/access_tokens",
+                    input={"repository_ids": list(repository_ids), "permissions": permissions},
+                    headers={"Accept": Consts.mediaTypeIntegrationPreview},
+                )
+            except GithubException as failure:
+                # The same status as for a repository that isn't there; only the words differ.
+                if failure.status == 422 and "permissions requested" in str(failure.message):
+                    raise ProviderError(Reason.PERMISSION_MISSING, retryable=False, detail=", ".join(permissions)) from None
+                raise
         expires = datetime.fromisoformat(data["expires_at"])
         self._tokens[key] = (data["token"], expires)
         return str(data["token"])
@@ -190,7 +237,12 @@ class GitHubApp:
                 ) from None
             raise
         forget = partial(self.forget, installation_id)
-        return GitHubInstallation(Github(auth=Auth.Token(token), **self._options), self.bot_login, repository_ids, forget)
+        client = Github(auth=Auth.Token(token), **self._options)
+        return GitHubInstallation(client, self.bot_login, repository_ids, forget, partial(self._stream, token))
+
+    def _stream(self, token: str, method: str, path: str, **more: Any) -> AbstractContextManager[httpx.Response]:
+        headers = {**HEADERS, **more.pop("headers", {}), "Authorization": f"Bearer {token}"}
+        return self._http.stream(method, self.api_url + path, headers=headers, **more)
 
     def installed_repositories(self, installation_id: int) -> list[InstalledRepository]:
         """Every repository of an installation."""
@@ -202,15 +254,24 @@ class GitHubApp:
 class GitHubInstallation:
     """Reads and writes with one scoped token."""
 
-    def __init__(self, client: Github, bot_login: str, repository_ids: list[int], forget: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        client: Github,
+        bot_login: str,
+        repository_ids: list[int],
+        forget: Callable[[], None],
+        stream: Callable[..., AbstractContextManager[httpx.Response]],
+    ) -> None:
         self._client = client
-        self._forget = forget
+        self.forget = forget
+        # One request with this client's token, its answer's body not yet read: for what PyGithub reads without a bound.
+        self.stream = stream
         self.bot_login = bot_login
         self._repository_ids = repository_ids
 
     def errors(self) -> AbstractContextManager[None]:
         """`provider_errors` for calls with this client's token."""
-        return provider_errors(self._forget)
+        return provider_errors(self.forget)
 
     def repository(self, full_name: str) -> Repository:
         """The repository, provided that its id is one that this token was minted for."""
@@ -230,29 +291,33 @@ class GitHubInstallation:
         """The pull request's present state."""
         repository = self.repository(full_name)
         with self.errors():
-            pull = repository.get_pull(number)
-            return PullState(
-                repository_id=repository.id,
-                number=pull.number,
-                state=pull.state,
-                draft=pull.draft,
-                merged=pull.merged,
-                title=pull.title,
-                body=pull.body or "",
-                # A deleted account leaves no user; GitHub shows it as "ghost".
-                author=pull.user.login if pull.user else "ghost",
-                author_type=pull.user.type if pull.user else "User",
-                labels=[label.name for label in pull.labels],
-                head_sha=pull.head.sha,
-                head_ref=pull.head.ref,
-                head_repository_id=pull.head.repo.id if pull.head.repo else None,
-                base_sha=pull.base.sha,
-                base_ref=pull.base.ref,
-                url=pull.html_url,
-                full_name=repository.full_name,
-                clone_url=repository.clone_url,
-                default_branch=repository.default_branch,
-            )
+            return _pull_state(repository, repository.get_pull(number))
+
+    def find_open_pull(self, full_name: str, head_ref: str) -> PullState | None:
+        """The newest open pull request from a branch of this repository, whoever opened it; None when there is none.
+
+        Asked before `create_pull`, so that a lost answer doesn't open a second one. Raises ProviderError.
+        """
+        repository = self.repository(full_name)
+        with self.errors():
+            # GitHub leaves a filter out that it can't read, so what it answers is looked at again; forks have other ids.
+            found = [
+                one
+                for one in repository.get_pulls(state="open", head=f"{repository.owner.login}:{head_ref}")
+                if one.head.ref == head_ref and one.head.repo is not None and one.head.repo.id == repository.id
+            ]
+            newest = max(found, key=lambda one: one.number, default=None)
+            # A list shows less than the pull request itself: whether it is merged would be asked of GitHub in any case.
+            return None if newest is None else _pull_state(repository, repository.get_pull(newest.number))
+
+    def create_pull(self, full_name: str, *, title: str, body: str, head: str, base: str, draft: bool) -> PullState:
+        """Opens a pull request from branch `head` to branch `base` of this repository; needs pull_requests:write.
+
+        Raises ProviderError: `provider_invalid` when a branch is missing, nothing lies between them, or one is open already.
+        """
+        repository = self.repository(full_name)
+        with self.errors():
+            return _pull_state(repository, repository.create_pull(base, head, title=title, body=body, draft=draft))
 
     def review_comments(self, full_name: str, number: int) -> list[ExistingReviewComment]:
         """All inline comments, every page."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from kilo_pipelines.core.clock import ManualClock, SystemClock
@@ -21,63 +16,9 @@ from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.providers import github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
+from tests.support.twin import POST, READ, Twin
 
-READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
-POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
 MARKER = "<!-- kilo-pipelines:test:0123 -->"
-
-
-class Twin:
-    """`python -m kilo_twin serve` in a home of its own, with one open pull request."""
-
-    def __init__(self, home: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.api = f"http://localhost:{self.port}/api/v3"
-        command = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(home), "--port", str(self.port)]
-        self.process = subprocess.Popen([*command, "--webhook-url", "http://localhost:9/nobody"])
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                httpx.get(f"http://localhost:{self.port}/health")
-                break
-            except httpx.TransportError:
-                assert self.process.poll() is None and time.monotonic() < deadline, "the twin doesn't start"
-                time.sleep(0.05)
-        self.credentials: dict[str, Any] = json.loads((home / "credentials.json").read_text())
-        self.pull = self.control("open-pull", kind="planted")
-
-    def control(self, call: str, **body: Any) -> dict[str, Any]:
-        """One call of the twin's control API."""
-        headers = {"Authorization": f"Bearer {self.credentials['control_token']}"}
-        answer: dict[str, Any] = httpx.post(
-            f"http://localhost:{self.port}/_twin/{call}", json=body, headers=headers, timeout=60
-        ).json()
-        assert "error" not in answer, answer
-        return answer
-
-    def fault(self, method: str, path: str, kind: str = "error", times: int = 1, **more: Any) -> None:
-        """The next calls of this method, whose path holds this text, go wrong."""
-        self.control("faults", faults=[{"method": method, "path": path, "kind": kind, "left": times, **more}])
-
-    def app(self, clock: Any = None) -> GitHubApp:
-        """A client with nothing cached."""
-        return GitHubApp(self.api, self.credentials["app_id"], self.credentials["private_key_pem"], clock or SystemClock())
-
-    def installation(self, permissions: dict[str, str] = POST) -> GitHubInstallation:
-        """A client for the one repository."""
-        return self.app().installation(self.credentials["installation_id"], [self.pull["repository_id"]], permissions)
-
-    def intent(self, kind: EffectKind, **payload: Any) -> EffectIntent:
-        """An effect on the one repository."""
-        return EffectIntent(kind=kind, intent_key="k", subject_key="s", payload={"full_name": self.pull["repository"], **payload})
-
-    def read(self) -> dict[str, Any]:
-        """The pull request as a separate process reads it back."""
-        from kilo_twin.__main__ import read_back
-
-        return read_back(f"http://localhost:{self.port}", self.credentials, self.pull["repository"], self.pull["number"])
 
 
 def apply(installation: GitHubInstallation, intent: EffectIntent) -> EffectReceipt:
@@ -89,8 +30,7 @@ def apply(installation: GitHubInstallation, intent: EffectIntent) -> EffectRecei
 def twin(tmp_path: Path) -> Iterator[Twin]:
     running = Twin(tmp_path)
     yield running
-    running.process.terminate()
-    running.process.wait(10)
+    running.stop()
 
 
 def _place(twin: Twin) -> tuple[str, int]:

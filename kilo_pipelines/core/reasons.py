@@ -54,8 +54,6 @@ class Reason(StrEnum):
     SECURITY_DISABLED = "security_disabled"
     NO_REPOSITORIES = "no_repositories"
     ALERT_MALFORMED = "alert_malformed"
-    ALERTS_DISABLED = "alerts_disabled"
-    ACCESS_BLOCKED = "access_blocked"
     SYNC_OUT_OF_TIME = "sync_out_of_time"
     # claim and engine
     MOVED_ON = "moved_on"
@@ -199,11 +197,6 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "An alert isn't in GitHub's shape and was set aside.",
         "`kilo-pipelines security sync --json` and the quarantine name its fields; the others were taken.",
     ),
-    Reason.ALERTS_DISABLED: (
-        "Dependabot alerts are off for the repository.",
-        "Enable them at GitHub, or deselect the repository.",
-    ),
-    Reason.ACCESS_BLOCKED: ("GitHub blocks access to the repository.", "Look at the repository at GitHub."),
     Reason.SYNC_OUT_OF_TIME: (
         "The owner's share of the run was used up.",
         "Nothing; the next sync goes on with what was left.",

@@ -26,6 +26,8 @@ SOURCE = "dependabot"
 OWNER_SECONDS = 480.0
 # A refused credential is asked for again after an hour (contract 5).
 AUTH_PAUSE = timedelta(minutes=60)
+# An advisory's new severity moves no alert (providers/github_alerts.py): every fourth sync reads everything.
+WHOLE_READING = timedelta(hours=24)
 # Pages of a hundred alerts: ten times what GitHub shows of any repository that we know of; a link that leads on for ever ends here.
 MAX_PAGES = 1_000
 
@@ -206,12 +208,12 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
     refused: set[int] = set()
     for number, target in enumerate(targets):
         if target.installation_id in refused:
-            outcome = str(Reason.PROVIDER_REFUSED)
+            outcome = str(Reason.PROVIDER_AUTH)
         elif number and time.monotonic() > until:
             outcome = str(Reason.SYNC_OUT_OF_TIME)
         else:
             outcome = _sync_repository(store, github, owner_id, target, policy, done, log)
-        if outcome == Reason.PROVIDER_REFUSED:
+        if outcome == Reason.PROVIDER_AUTH:
             refused.add(target.installation_id)
         done.repositories[target.full_name] = outcome
         if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
@@ -239,18 +241,20 @@ def _sync_repository(
 
     taker = AlertTaker(owner_id, target.repository_id, policy, first_sync=state.succeeded_at is None)
     cursor, etag, read, bad = state.cursor, None, 0, 0
+    # The tag tells of changed states only, and only for the beginning: a day after the last whole reading all is read again.
+    lately = state.read_at is not None and now - state.read_at < WHOLE_READING
+    tag = state.etag if lately and cursor is None else None
     try:
-        reader = github.alert_reader(target.installation_id, target.repository_id)
         for _ in range(MAX_PAGES):
-            # Asked for with the last complete sync's tag only at the beginning: alerts come newest change first.
-            page: AlertPage = reader.page(target.full_name, etag=state.etag if cursor is None else None, after=cursor)
+            page = github.alerts(target.installation_id, target.repository_id, target.full_name, etag=tag, after=cursor)
             if page.status == "unchanged":
                 return end("unchanged", complete=True)
             if page.status != "ok":
                 # A checkpoint that the provider doesn't take any more would be offered to it for ever.
-                stuck = page.reason == Reason.PROVIDER_INVALID and cursor is not None
+                stuck = page.reason == Reason.PAGE_CURSOR_REFUSED
                 return end(str(page.reason), page.detail, wait=_wait(page), restart=stuck)
             etag = page.etag if cursor is None else etag
+            tag = None
             good, refused = taker.sort(page.alerts)
             store.findings.quarantine(owner_id, target.repository_id, refused)
             done.add(store.findings.apply_page(owner_id, target.repository_id, SOURCE, good, taker.decide, cursor=page.next))
@@ -265,13 +269,12 @@ def _sync_repository(
         return end(str(failure.reason), wait=wait)
     done.superseded += supersede(store, owner_id, target.repository_id, policy)
     log.info(f"{target.full_name}: {read} alerts read, {bad} in quarantine")
-    # The tag of a checkpointed sync's middle says nothing about its first page.
-    tag = etag if state.cursor is None else None
-    return end("synced", f"{bad} alerts in quarantine" if bad else "", complete=True, etag=tag, alerts=read)
+    # A sync that went on at a checkpoint has no tag of the first page, and another one is read whole soon.
+    return end("synced", f"{bad} alerts in quarantine" if bad else "", complete=True, etag=etag, alerts=read)
 
 
 def _wait(page: AlertPage) -> timedelta | None:
-    if page.reason == Reason.PROVIDER_REFUSED:
+    if page.status == "auth_invalid":
         return AUTH_PAUSE
     return timedelta(seconds=page.retry_after_s) if page.retry_after_s is not None else None
 

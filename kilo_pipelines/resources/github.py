@@ -12,9 +12,9 @@ from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.providers import github_effects
+from kilo_pipelines.providers import github_alerts, github_effects
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
-from kilo_pipelines.providers.github_alerts import AlertPage, AlertReader
+from kilo_pipelines.providers.github_alerts import AlertPage
 from kilo_pipelines.providers.github_effects import LostLeaseError
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cost
@@ -23,7 +23,6 @@ __all__ = ["AlertPage", "GitHubResource", "LostLeaseError", "ProviderError"]
 
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
-ALERTS = {"metadata": "read", "vulnerability_alerts": "read"}
 POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
 
 # What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests.
@@ -54,17 +53,12 @@ class GitHubResource(ConfigurableResource[None]):
         """A client that may read one repository."""
         return self._app().installation(installation_id, [repository_id], READ)
 
-    def alert_reader(self, installation_id: int, repository_id: int) -> AlertReader:
-        """A client that may read one repository's Dependabot alerts."""
-        app = self._app()
-        try:
-            return AlertReader(app.api_url, app.token(installation_id, [repository_id], ALERTS))
-        except ProviderError as failure:
-            if failure.reason in (Reason.PROVIDER_INVALID, Reason.PROVIDER_NOT_FOUND):
-                raise ProviderError(
-                    Reason.OWNER_CHANGED, retryable=False, detail="the repository is not in the installation"
-                ) from None
-            raise
+    def alerts(
+        self, installation_id: int, repository_id: int, full_name: str, *, etag: str | None, after: str | None
+    ) -> AlertPage:
+        """One page of a repository's Dependabot alerts (see `providers.github_alerts.fetch_alerts`); ProviderError without a token."""
+        installation = self._app().installation(installation_id, [repository_id], github_alerts.READ_ALERTS)
+        return github_alerts.fetch_alerts(installation, full_name, etag=etag, after_page=after)
 
     def clone_token(self, installation_id: int, repository_id: int) -> str:
         """A read-only token for fetching one repository."""

@@ -116,7 +116,7 @@ class Findings:
                 connection,
                 "insert into repository_syncs (owner_id, repository_id, attempted_at) values (:owner, :repository, :now)"
                 " on conflict (owner_id, repository_id) do update set attempted_at = :now"
-                " returning etag, cursor, outcome, detail, alerts, attempted_at, succeeded_at, not_before, syncs",
+                " returning etag, cursor, outcome, detail, alerts, attempted_at, succeeded_at, read_at, not_before, syncs",
                 owner=owner_id,
                 repository=repository_id,
                 now=self._clock.now(),
@@ -144,7 +144,8 @@ class Findings:
                 "update repository_syncs set outcome = :outcome, detail = :detail, not_before = :after,"
                 " succeeded_at = case when :complete then cast(:now as timestamptz) else succeeded_at end,"
                 " syncs = syncs + case when :complete then 1 else 0 end, cursor = case when :complete or :restart then null else cursor end,"
-                " etag = case when :complete then coalesce(:etag, etag) else etag end, alerts = coalesce(:alerts, alerts)"
+                " etag = coalesce(:etag, etag), alerts = coalesce(:alerts, alerts),"
+                " read_at = case when cast(:alerts as integer) is not null then cast(:now as timestamptz) else read_at end"
                 " where owner_id = :owner and repository_id = :repository",
                 owner=owner_id,
                 repository=repository_id,

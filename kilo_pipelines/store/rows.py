@@ -318,6 +318,7 @@ class SyncRow:
     alerts: int | None
     attempted_at: datetime | None
     succeeded_at: datetime | None
+    read_at: datetime | None
     not_before: datetime | None
     syncs: int
 

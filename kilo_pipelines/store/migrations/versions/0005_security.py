@@ -117,6 +117,7 @@ create table repository_syncs (
     alerts integer,
     attempted_at timestamptz,
     succeeded_at timestamptz,
+    read_at timestamptz,
     not_before timestamptz,
     syncs bigint not null default 0,
     primary key (owner_id, repository_id),

@@ -205,7 +205,11 @@ async def _signed(
         headers={name: request.headers[name][:HEADER_LIMIT] for name in _KEPT_HEADERS if name in request.headers},
     )
     if event in _LIFECYCLE:
-        await anyio.to_thread.run_sync(_apply_lifecycle, ingress.store, integration, event, payload)
+        # Applied before it is recorded, so that a crash between loses nothing; what is recorded was applied, and a replay of it
+        # must not turn back what came later.
+        known = await anyio.to_thread.run_sync(ingress.store.inbox.known, new)
+        if known is None:
+            await anyio.to_thread.run_sync(_apply_lifecycle, ingress.store, integration, event, payload)
     if len(body) <= INLINE_BYTES:
         receipt = await ingress.record((new, skip))
     else:  # by itself: its neighbours would wait for its bytes

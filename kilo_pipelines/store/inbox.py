@@ -70,7 +70,7 @@ class Inbox:
                 notify(connection, f"delivery:{delivery_id}")
             return Receipt(delivery_id, "stored")
         except IntegrityError:
-            known = self._known(new, digest)
+            known = self.known(new)
             if known is None:  # not one of the two keys: an integration that isn't this owner's
                 raise
             return known
@@ -117,7 +117,9 @@ class Inbox:
         except SQLAlchemyError as failure:
             return failure
 
-    def _known(self, new: NewDelivery, digest: bytes) -> Receipt | None:
+    def known(self, new: NewDelivery) -> Receipt | None:
+        """What a delivery that was stored before is answered (see `record`); None for a new one."""
+        digest = hashlib.sha256(new.body).digest()
         with self._database.owner(new.owner_id) as connection:
             found = rows(
                 connection,

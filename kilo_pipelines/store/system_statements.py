@@ -95,7 +95,12 @@ returning due.place, w.owner_id, w.id, w.service, w.subject_key, w.offer_no, w.a
 )
 
 OUTSTANDING_OFFERS = SystemStatement(
-    "select count(*) as n from work_items where state = 'waiting' and offer_until > :now",
+    """
+select (select count(*) from work_items where state = 'waiting' and offer_until > :now) as items,
+    (select count(*) from work_items where offer_until > :now and ((ended_at is not null and not announced)
+        or (state = 'running' and ended_at is null))) as settlements,
+    (select count(*) from effects where state = 'pending' and offer_until > :now) as effects
+""",
     "the broker's backlog is bounded over all owners",
 )
 

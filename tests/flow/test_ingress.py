@@ -139,6 +139,15 @@ def test_installation_events_keep_the_integration_in_step(world: IngressWorld) -
     assert known is not None and known.default_branch == "main"
 
 
+def test_a_replayed_suspension_turns_nothing_back(world: IngressWorld) -> None:
+    """Whoever recorded a signed event may send it again: its delivery id is outside the signature."""
+    suspended = lifecycle("suspend")
+    assert world.webhook(suspended, "installation").json()["outcome"] == "applied"
+    assert world.webhook(lifecycle("unsuspend"), "installation").json()["outcome"] == "applied"
+    assert world.webhook(suspended, "installation").json()["outcome"] == "duplicate"
+    assert world.webhook(pull_request()).status_code == 202
+
+
 def test_a_deleted_installation_is_cut_off_and_a_new_one_is_ignored(world: IngressWorld) -> None:
     world.connect(world.other.id, 6001)
     gone = lifecycle("deleted")

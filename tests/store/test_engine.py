@@ -13,7 +13,7 @@ from kilo_pipelines.core.effects import DELIVERY, Delivery, EffectKind, EffectRe
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Claimed, Cost, Refused
-from kilo_pipelines.store.queue import ITEMS_A_RUN, OFFER_SECONDS, items_a_run
+from kilo_pipelines.store.queue import ITEMS_A_RUN, OFFER_SECONDS, OUTSTANDING_CAP, items_a_run
 from tests.conftest import Database
 from tests.support.store import World, intent
 
@@ -134,6 +134,23 @@ def test_runs_grow_with_the_backlog_and_hold_one_owner_each(world: World) -> Non
     assert all(set(offer.ids) <= mine or set(offer.ids) <= theirs for offer in offers)
     assert max(len(offer.ids) for offer in offers) == 7 and sum(len(offer.ids) for offer in offers) == 50
     assert all("item" not in offer.labels for offer in offers if len(offer.ids) > 1)
+
+
+def test_a_burst_of_endings_fills_no_broker(world: World) -> None:
+    """Settle runs that wait longer than their offers stand would be made twice and find their work done."""
+    ended = set(_items(world, OUTSTANDING_CAP + 50))
+    with world.store.database.owner(world.owner.id) as connection:
+        connection.execute(
+            text("update work_items set state = 'cancelled', ended_at = :now where id = any(:ids)"),
+            {"now": world.clock.now(), "ids": list(ended)},
+        )
+
+    def settlements() -> int:
+        return sum(len(offer.ids) for offer in world.store.queue.offers(200) if offer.kind == "settle")
+
+    assert sum(settlements() for _ in range(5)) <= OUTSTANDING_CAP
+    world.clock.advance(timedelta(seconds=OFFER_SECONDS + 1))
+    assert settlements() == 200, "offers that led to nothing are made again"
 
 
 def test_a_spent_budget_puts_the_item_back_until_it_refills_and_takes_no_slot(world: World) -> None:

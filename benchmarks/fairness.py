@@ -170,7 +170,7 @@ def _work(store: Store, offer: Offer, seconds: float) -> None:
         if offer.kind == "start":
             claim = store.queue.claim(item, SERVICE, run_id="benchmark", pools=review_pools, lease_s=60)
             if isinstance(claim, Claimed):
-                store.queue.conclude(claim, "completed", Reason.REVIEWED)
+                store.queue.conclude(claim, "cancelled", Reason.PULL_CLOSED)
         elif offer.kind == "settle":
             with store.settlements.open(item) as tx:
                 if tx is not None:

@@ -40,8 +40,9 @@ CHILD_STOP_SECONDS = 2.0
 READY_SECONDS = 60.0
 # A child that dies five times within ten minutes has a reason that a sixth start doesn't mend.
 MAX_RESTARTS = 5
-RESTART_WINDOW_SECONDS = 600.0
-RESTART_PAUSE_SECONDS = 0.2  # doubled with every recent restart, up to the cap
+# Who lived this long had started well: its next death is an accident again, not a loop.
+STEADY_SECONDS = 10.0
+RESTART_PAUSE_SECONDS = 0.2  # doubled with every death in succession, up to the cap
 RESTART_PAUSE_CAP_SECONDS = 5.0
 # The keeper looks after children and logs this often: quick enough for a person who follows the log.
 KEEPER_SECONDS = 0.25
@@ -77,6 +78,8 @@ class Child:
     inherits: bool = True
     popen: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list)
+    # In succession, each soon after its start.
+    deaths: int = 0
     # When the keeper starts it again; None while it lives.
     restart_at: float | None = None
 
@@ -281,10 +284,10 @@ class Platform:
         assert child.popen is not None  # noqa: S101
         now = time.monotonic()
         if child.restart_at is None:
-            recent = [one for one in child.starts if now - one < RESTART_WINDOW_SECONDS]
-            if len(recent) > MAX_RESTARTS:
-                raise SupervisorError(f"{child.name} died {len(recent)} times:\n{self._log_end(child)}")
-            pause = min(RESTART_PAUSE_CAP_SECONDS, RESTART_PAUSE_SECONDS * 2 ** len(recent))
+            child.deaths = 1 if now - child.starts[-1] > STEADY_SECONDS else child.deaths + 1
+            if child.deaths > MAX_RESTARTS:
+                raise SupervisorError(f"{child.name} died {child.deaths} times:\n{self._log_end(child)}")
+            pause = min(RESTART_PAUSE_CAP_SECONDS, RESTART_PAUSE_SECONDS * 2**child.deaths)
             self.say(f"{child.name} died (status {child.popen.returncode}); started again in {pause:.1f} s")
             _end_group(child.popen.pid, signal.SIGKILL)  # pool children of a killed worker would go on beside the new one's
             child.restart_at = now + pause

@@ -110,6 +110,16 @@ def test_a_child_that_dies_again_and_again_ends_the_platform_with_its_log(
     assert len(child.starts) == supervisor.MAX_RESTARTS + 1
 
 
+def test_accidents_far_apart_end_nothing(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "RESTART_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(supervisor, "KEEPER_SECONDS", 0.02)
+    monkeypatch.setattr(supervisor, "STEADY_SECONDS", 0.1)
+    child = Child("one", [sys.executable, "-c", "import time; time.sleep(0.3)"])
+    platform.start([child])
+    _wait(lambda: len(child.starts) > supervisor.MAX_RESTARTS + 2)
+    platform.check()
+
+
 def test_a_stop_ends_even_what_ignores_its_signal_in_time_and_forgets_the_state(platform: Platform, settings: Settings) -> None:
     deaf = [_up(platform, Child(f"deaf{number}", DEAF, stop_seconds=0.5)) for number in range(3)]
     platform.start(deaf)

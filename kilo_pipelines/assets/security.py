@@ -288,7 +288,5 @@ def security_checks() -> list[AssetChecksDefinition]:
     return [
         _check(finding_sla, "overdue", "Open findings past their deadline."),
         _check(security_findings, "unsynced", "Repositories of owners with the Security Agent that were not read for a day."),
-        _check(security_findings, "unanalysed", "Open findings of automatic analysis that nothing analysed or queued."),
         _check(security_findings, "orphaned", "Open findings of repositories that left their owner's installation."),
-        _check(security_findings, "stale_running", "Analyses and remediations that run beyond their deadline."),
     ]

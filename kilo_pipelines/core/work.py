@@ -31,8 +31,7 @@ FINAL = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED})
 # A new attempt (re-execute) leads from an end back to `waiting`; `completed` only when a person forces it.
 TRANSITIONS: dict[WorkState, frozenset[WorkState]] = {
     WorkState.WAITING: frozenset({WorkState.STARTING, WorkState.CANCELLED, WorkState.FAILED}),
-    # Completed at once: the launch did all the work, and no session was needed (a dismissal, a shallow analysis).
-    WorkState.STARTING: frozenset({WorkState.WAITING, WorkState.RUNNING, *FINAL}),
+    WorkState.STARTING: frozenset({WorkState.WAITING, WorkState.RUNNING, WorkState.CANCELLED, WorkState.FAILED}),
     # Back to waiting: the retry policy opens the next attempt (core/retry.py).
     WorkState.RUNNING: frozenset({WorkState.WAITING, *FINAL}),
     WorkState.COMPLETED: frozenset({WorkState.WAITING}),

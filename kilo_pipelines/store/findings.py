@@ -43,7 +43,8 @@ FACTS = {
     "dismissed_at": "timestamptz",
     "auto_dismissed_at": "timestamptz",
 }
-_COLUMNS = ", ".join(f"f.{name}" for name in FindingRow.__dataclass_fields__)
+_STATUS = "finding_status(f.upstream_state, f.disposition)"
+_COLUMNS = ", ".join(f"f.{name}" for name in FindingRow.__dataclass_fields__ if name != "status") + f", {_STATUS} as status"
 _SLA = {
     "severity": "text",
     "started_at": "timestamptz",
@@ -165,7 +166,8 @@ class Findings:
             found = rows(
                 connection,
                 "select r.external_id as repository_id, r.full_name, s.outcome, s.detail, s.alerts, s.attempted_at, s.succeeded_at, s.not_before,"
-                " s.syncs, (select count(*) from quarantined_alerts q where q.owner_id = r.owner_id and q.repository_id = r.external_id) as quarantined"
+                " s.syncs, (select count(*) from quarantined_alerts q where q.owner_id = r.owner_id and q.repository_id = r.external_id"
+                " and q.taken_at is null) as quarantined"
                 " from repositories r left join repository_syncs s on s.owner_id = r.owner_id and s.repository_id = r.external_id"
                 " where r.owner_id = :owner and r.removed_at is null order by r.full_name",
                 owner=owner_id,
@@ -184,7 +186,7 @@ class Findings:
                     "insert into quarantined_alerts (owner_id, repository_id, source_id, reason, detail, first_seen_at, last_seen_at)"
                     " values (:owner, :repository, :source_id, :reason, :detail, :now, :now)"
                     " on conflict (owner_id, repository_id, source_id) do update set reason = excluded.reason, detail = excluded.detail,"
-                    " last_seen_at = excluded.last_seen_at",
+                    " last_seen_at = excluded.last_seen_at, taken_at = null",
                     owner=owner_id,
                     repository=repository_id,
                     source_id=source_id,
@@ -199,7 +201,7 @@ class Findings:
             found = rows(
                 connection,
                 "select q.repository_id, r.full_name, q.source_id, q.reason, q.detail, q.first_seen_at, q.last_seen_at from quarantined_alerts q"
-                " join repositories r on r.owner_id = q.owner_id and r.external_id = q.repository_id where q.owner_id = :owner"
+                " join repositories r on r.owner_id = q.owner_id and r.external_id = q.repository_id where q.owner_id = :owner and q.taken_at is null"
                 " order by q.last_seen_at desc, q.source_id",
                 owner=owner_id,
             )
@@ -305,7 +307,11 @@ class Findings:
             found = rows(
                 connection,
                 f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.repository_id = :repository"
-                + (" and (f.status = 'open' or f.disposition = 'superseded')" if open_or_superseded else "")
+                + (
+                    " and (finding_status(f.upstream_state, f.disposition) = 'open' or f.disposition = 'superseded')"
+                    if open_or_superseded
+                    else ""
+                )
                 + " order by f.source_id, f.id",
                 owner=owner_id,
                 repository=repository_id,
@@ -328,15 +334,15 @@ class Findings:
             found = rows(
                 connection,
                 "select f.id, f.repository_id, r.full_name as repository, f.source_id, f.severity, f.package_name, f.package_ecosystem,"
-                " f.manifest_path, f.title, f.cve_id, f.ghsa_id, f.patched_version, f.status, f.upstream_state, f.disposition,"
+                " f.manifest_path, f.title, f.cve_id, f.ghsa_id, f.patched_version, finding_status(f.upstream_state, f.disposition) as status, f.upstream_state, f.disposition,"
                 " f.disposition_reason, f.html_url, f.detected_at, s.due_at, s.budget_days, s.paused, s.closed_at,"
                 " coalesce(s.closed_at is null and not s.paused and s.due_at <= :now, false) as overdue"
                 " from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
                 " left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
-                " where f.owner_id = :owner and (cast(:status as text) is null or f.status = :status)"
+                " where f.owner_id = :owner and (cast(:status as text) is null or finding_status(f.upstream_state, f.disposition) = :status)"
                 " and (cast(:severity as text) is null or f.severity = :severity)"
                 " and (cast(:repository as bigint) is null or f.repository_id = :repository)"
-                " and (not :overdue or (s.closed_at is null and not s.paused and s.due_at <= :now and f.status = 'open'))"
+                " and (not :overdue or (s.closed_at is null and not s.paused and s.due_at <= :now and finding_status(f.upstream_state, f.disposition) = 'open'))"
                 " order by array_position(array['critical', 'high', 'medium', 'low'], f.severity), s.due_at nulls last, f.detected_at, f.id"
                 " limit :limit offset :offset",
                 owner=owner_id,
@@ -540,7 +546,9 @@ def write_alerts(
     _write_sla(connection, owner_id, slas)
     changed(
         connection,
-        "delete from quarantined_alerts where owner_id = :owner and repository_id = :repository and source_id = any(:ids)",
+        "update quarantined_alerts set taken_at = :now where owner_id = :owner and repository_id = :repository and source_id = any(:ids)"
+        " and taken_at is null",
+        now=now,
         owner=owner_id,
         repository=repository_id,
         ids=list(fresh),
@@ -601,15 +609,15 @@ def _write_sla(connection: Connection, owner_id: UUID, records: list[dict[str, A
 
 _NUMBERS = """
 select count(*) as findings,
-    count(*) filter (where f.status = 'open') as open,
-    count(*) filter (where f.status = 'open' and f.severity = 'critical') as open_critical,
-    count(*) filter (where f.status = 'open' and f.severity = 'high') as open_high,
-    count(*) filter (where f.status = 'open' and f.severity = 'medium') as open_medium,
-    count(*) filter (where f.status = 'open' and f.severity = 'low') as open_low,
-    count(*) filter (where f.status = 'fixed') as fixed,
-    count(*) filter (where f.status = 'ignored') as ignored,
-    count(*) filter (where f.status = 'open' and s.due_at <= :now) as overdue,
-    count(*) filter (where f.status = 'open' and s.due_at > :now) as within_due,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open') as open,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'critical') as open_critical,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'high') as open_high,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'medium') as open_medium,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'low') as open_low,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'fixed') as fixed,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'ignored') as ignored,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now) as overdue,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now) as within_due,
     count(*) filter (where s.due_at > :since and s.due_at <= :now and s.closed_at <= s.due_at) as met,
     count(*) filter (where s.due_at > :since and s.due_at <= :now and not s.paused and coalesce(s.closed_at > s.due_at, true)) as missed
 from findings f left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id where f.owner_id = :owner
@@ -631,7 +639,7 @@ DEADLINE_COLUMNS = (
 )
 _DEADLINES = """
 copy (
-    select f.id, f.repository_id, f.severity, f.status, coalesce(e.steps, 0), extract(epoch from f.detected_at), extract(epoch from f.fixed_at),
+    select f.id, f.repository_id, f.severity, finding_status(f.upstream_state, f.disposition), coalesce(e.steps, 0), extract(epoch from f.detected_at), extract(epoch from f.fixed_at),
         extract(epoch from s.due_at), extract(epoch from s.closed_at), coalesce(s.paused, false)::int, coalesce(e.reconstructed, 0), s.policy_version
     from findings f
     left join (select finding_id, count(*) as steps, max(reconstructed::int) as reconstructed from finding_events

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.work import WorkState
+from kilo_pipelines.core.work import FINAL, TRANSITIONS, WorkState
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
@@ -33,14 +33,7 @@ ITEMS_A_RUN = 25
 OUTSTANDING_CAP = 4 * 3 * ITEMS_A_RUN
 
 # The table of each service's own row of an item; all have the columns item_id, verdict and evidence.
-SERVICE_TABLES = {
-    "code_review": "reviews",
-    "security_analysis": "finding_analyses",
-    "dismissal": "dismissals",
-    "remediation": "remediations",
-}
-# Whose settings a service goes by, where it isn't its own.
-SETTINGS_OF = {"security_analysis": "security_agent", "dismissal": "security_agent", "remediation": "security_agent"}
+SERVICE_TABLES = {"code_review": "reviews"}
 
 
 def owner_of_item(database: Database, item_id: UUID) -> UUID | None:
@@ -357,7 +350,7 @@ class Queue:
                 connection,
                 "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
                 " (i.suspended_at is not null or i.disconnected_at is not null) as cut_off, (r.removed_at is not null) as removed,"
-                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = :settings and c.action_required is not null)"
+                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = w.service and c.action_required is not null)"
                 " as action_required"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
@@ -366,7 +359,6 @@ class Queue:
                 owner=owner_id,
                 item=item_id,
                 service=service,
-                settings=SETTINGS_OF.get(service, service),
             )
             if item is None:
                 return Refused(Reason.MOVED_ON, "unknown")
@@ -513,42 +505,6 @@ class Queue:
             notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
 
-    def keep(self, claim: Claimed, lease_s: float) -> bool:
-        """Extends a claim's lease while its launch takes long; False for a late writer."""
-        now = self._clock.now()
-        with self._database.owner(claim.owner_id) as connection:
-            done = changed(
-                connection,
-                "update work_items set lease_until = :until where owner_id = :owner and id = :item and state = 'starting' and fence = :fence",
-                owner=claim.owner_id,
-                item=claim.item_id,
-                fence=claim.fence,
-                until=now + timedelta(seconds=lease_s),
-            )
-            if not done:
-                count_late_write(connection, "keep")
-        return bool(done)
-
-    def complete(self, claim: Claimed, reason: str, columns: Mapping[str, Any], effects: list[EffectIntent]) -> bool:
-        """Ends a claimed item whose launch did all of its work, with its own row's columns and its effects; False for a late writer."""
-        now = self._clock.now()
-        with self._database.owner(claim.owner_id) as connection:
-            done = end_item(
-                connection,
-                owner_id=claim.owner_id,
-                item_id=claim.item_id,
-                state="completed",
-                reason=reason,
-                now=now,
-                announced=True,
-                guard="and state = 'starting' and fence = :fence",
-                fence=claim.fence,
-            )
-            if done:
-                set_details(connection, claim.owner_id, claim.item_id, claim.service, columns)
-                intend(connection, claim.owner_id, claim.item_id, effects, now)
-        return done
-
     def open(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:
         """Opens an item by hand or by a rule; None when its subject has a live one already."""
         now = self._clock.now()
@@ -560,12 +516,12 @@ class Queue:
         return item_id
 
     def conclude(self, claim: Claimed, state: str, reason: str) -> bool:
-        """Ends a claimed item that isn't worked on; its ending is announced by a settle run.
+        """Ends a claimed item before any session was made; its ending is announced by a settle run.
 
-        ValueError for `completed`: an item whose launch did its work ends by `complete`.
+        ValueError for an end that a claim alone doesn't lead to: what no session worked on isn't completed.
         """
-        if WorkState(state) not in (WorkState.FAILED, WorkState.CANCELLED):
-            raise ValueError(f"what wasn't worked on doesn't end as {state}")
+        if WorkState(state) not in TRANSITIONS[WorkState.STARTING] & FINAL:
+            raise ValueError(f"a claimed item doesn't end as {state}")
         with self._database.owner(claim.owner_id) as connection:
             return end_item(
                 connection,

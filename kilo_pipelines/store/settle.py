@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
-from kilo_pipelines.store.queue import SETTINGS_OF, audit, end_item, free_slots, intend, owner_of_item, read_item, set_details
+from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item, set_details
 from kilo_pipelines.store.rows import ItemRow, SessionRow
 from kilo_pipelines.store.sessions import session_row
 
@@ -43,12 +43,7 @@ class SettleTx:
     def __init__(self, connection: Connection, item: ItemRow, now: datetime) -> None:
         self._connection = connection
         self._now = now
-        self._details: dict[str, Any] = {}
         self.item = item
-
-    def also(self, **columns: Any) -> None:
-        """Columns of the service's own row that are written with the end."""
-        self._details |= columns
 
     def session(self) -> SessionRow | None:
         """The item's present session."""
@@ -170,7 +165,7 @@ class SettleTx:
             " case when action_required ->> 'reason' = :reason then action_required ->> 'detected_at' else cast(:now as text) end,"
             " 'last_seen_at', cast(:now as text), 'item', cast(:item as text)), updated_at = now() where owner_id = :owner and service = :service",
             owner=self.item.owner_id,
-            service=SETTINGS_OF.get(self.item.service, self.item.service),
+            service=self.item.service,
             reason=reason,
             now=self._now.isoformat(),
             item=str(self.item.id),
@@ -208,5 +203,5 @@ class SettleTx:
             self.item.owner_id,
             self.item.id,
             self.item.service,
-            {"verdict": verdict, "evidence": evidence, **self._details},
+            {"verdict": verdict, "evidence": evidence},
         )

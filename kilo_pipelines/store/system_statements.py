@@ -390,7 +390,7 @@ SECURITY_CHECKS = {
         "select o.name as owner, f.id as finding, f.severity, f.package_name, r.full_name as repository, s.due_at"
         " from finding_sla s join findings f on f.owner_id = s.owner_id and f.id = s.finding_id join owners o on o.id = f.owner_id"
         " join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-        " where f.status = 'open' and s.closed_at is null and not s.paused and s.due_at <= :now order by s.due_at limit :limit",
+        " where finding_status(f.upstream_state, f.disposition) = 'open' and s.closed_at is null and not s.paused and s.due_at <= :now order by s.due_at limit :limit",
         "open findings past their deadline",
     ),
     "unsynced": SystemStatement(
@@ -403,31 +403,17 @@ SECURITY_CHECKS = {
         " and coalesce(y.succeeded_at, c.updated_at) < :now - interval '24 hours' order by y.succeeded_at nulls first limit :limit",
         "repositories of owners with the Security Agent that were not read for a day (a sync is due every six hours)",
     ),
-    "unanalysed": SystemStatement(
-        "select o.name as owner, f.id as finding, f.severity, f.package_name, f.detected_at from findings f"
-        " join service_configs c on c.owner_id = f.owner_id and c.service = 'security_agent' and c.enabled join owners o on o.id = f.owner_id"
-        " where f.status = 'open' and f.first_seen_at < :now - interval '24 hours' and (c.config ->> 'auto_analysis_enabled')::boolean"
-        " and f.severity in ('critical', 'high') and not exists (select 1 from finding_analyses a where a.owner_id = f.owner_id and a.finding_id = f.id)"
-        " order by f.detected_at limit :limit",
-        "severe open findings that automatic analysis should have looked at for a day and did not",
-    ),
     "orphaned": SystemStatement(
         "select o.name as owner, r.full_name as repository, count(*) as findings from findings f join owners o on o.id = f.owner_id"
         " join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-        " where f.status = 'open' and r.removed_at is not null group by o.name, r.full_name order by findings desc limit :limit",
+        " where finding_status(f.upstream_state, f.disposition) = 'open' and r.removed_at is not null group by o.name, r.full_name order by findings desc limit :limit",
         "open findings of repositories that left their owner's installation",
-    ),
-    "stale_running": SystemStatement(
-        "select o.name as owner, w.id as item, w.service, w.state, w.updated_at from work_items w join owners o on o.id = w.owner_id"
-        " where w.service in ('security_analysis', 'remediation') and w.ended_at is null and (w.deadline < :now or w.lease_until < :now - interval '15 minutes')"
-        " order by w.updated_at limit :limit",
-        "analyses and remediations that nobody ended in time",
     ),
 }
 
 SECURITY_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
-    " and c.action_required is null and o.enabled order by c.owner_id",
+    " and c.action_required is null and o.enabled and coalesce((c.config ->> 'auto_sync_enabled')::boolean, true) order by c.owner_id",
     "one schedule syncs every owner whose Security Agent is on",
 )
 FINDING_OWNER = SystemStatement(
@@ -435,11 +421,11 @@ FINDING_OWNER = SystemStatement(
     "a command names a finding; whose it is is the question",
 )
 POSTURE = SystemStatement(
-    "select f.owner_id, o.name as owner, count(*) as findings, count(*) filter (where f.status = 'open') as open,"
-    " count(*) filter (where f.status = 'open' and f.severity = 'critical') as critical,"
-    " count(*) filter (where f.status = 'open' and f.severity = 'high') as high,"
-    " count(*) filter (where f.status = 'open' and s.due_at <= :now) as overdue,"
-    " count(*) filter (where f.status = 'open' and s.due_at > :now) as within_due,"
+    "select f.owner_id, o.name as owner, count(*) as findings, count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open') as open,"
+    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'critical') as critical,"
+    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'high') as high,"
+    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now) as overdue,"
+    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now) as within_due,"
     " (select min(y.succeeded_at) from repository_syncs y where y.owner_id = f.owner_id) as synced_since"
     " from findings f join owners o on o.id = f.owner_id left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
     " group by f.owner_id, o.name order by overdue desc, open desc, o.name",

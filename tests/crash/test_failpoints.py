@@ -49,8 +49,8 @@ NO_STEP = {
     "store.sessions.Sessions.events",
     "store.sessions.Sessions.get",
 }
-# Rooms of the store that people and events of the installation use, not the engine's way of an item.
-NOT_THE_ENGINE = ("store.owners.", "store.audit.", "store.retention.", "store.keys.")
+# Rooms of the store that people and events of the installation use, not the engine's way of an item; syncs: test_security_sync.py.
+NOT_THE_ENGINE = ("store.owners.", "store.audit.", "store.retention.", "store.keys.", "store.findings.")
 
 
 def _opens(node: ast.AST) -> bool:

@@ -258,7 +258,7 @@ def test_every_non_final_state_has_a_reconciler(database: Database) -> None:
         rows = connection.execute(
             text(
                 "select c.conrelid::regclass::text as name, pg_get_constraintdef(c.oid) as body from pg_constraint c"
-                " where c.contype = 'c' and pg_get_constraintdef(c.oid) like '%state = ANY%'"
+                " where c.contype = 'c' and pg_get_constraintdef(c.oid) like '%(state = ANY%'"
             )
         ).all()
     found = set()

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, event, text
 from kilo_pipelines.core.effects import EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Ages, Claimed, Refused, Repository, SessionClaim, StaleRevisionError
-from kilo_pipelines.store.system_statements import INVARIANTS, STATEMENTS, SWEEP
+from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS, STATEMENTS, SWEEP
 from tests.conftest import Database
 from tests.support.store import World, intent
 
@@ -105,6 +105,8 @@ def _use_everything(database: Database) -> None:
     store.queue.gauges()
     assert {name: store.invariants.offenders(name) for name in INVARIANTS}
     store.queue.counters()
+    assert store.findings.posture() == [] and store.findings.owners() == [] and store.findings.owner_of(uuid4()) is None
+    assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)
     store.owners.disconnect(integration)
 
 

@@ -32,6 +32,13 @@ LESS: dict[str, dict[str, frozenset[str]]] = {
     "audit_events": {APP: ADD, SYSTEM: ADD | {"UPDATE"}},
     "session_events": {APP: ADD, SYSTEM: ADD | {"DELETE"}},
     "callback_tokens": {SYSTEM: WRITE | {"DELETE"}},
+    # The system login compares owners' findings and writes none of them.
+    "findings": {SYSTEM: frozenset({"SELECT"})},
+    "finding_events": {APP: ADD, SYSTEM: frozenset({"SELECT"})},
+    "finding_sla": {SYSTEM: frozenset({"SELECT"})},
+    "sla_policies": {APP: ADD, SYSTEM: frozenset({"SELECT"})},
+    "repository_syncs": {SYSTEM: frozenset({"SELECT"})},
+    "quarantined_alerts": {SYSTEM: frozenset({"SELECT"})},
 }
 SCOPE = "(NULLIF(current_setting('kilo.owner_id'::text, true), ''::text))::uuid"
 

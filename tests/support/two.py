@@ -10,9 +10,12 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import Claimed, SessionClaim
 from tests.conftest import Database
+from tests.support.alerts import alert
 from tests.support.catalogue import owner_tables
 from tests.support.store import World, intent
 
@@ -57,10 +60,25 @@ class Corner(World):
         self.waiting = self.item(3)
         self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
         assert isinstance(self.claim(self.item(4)), Claimed)
+        self._findings()
         admin.execute(
             "insert into people (owner_id, id, login, role) values (%s, %s, %s, 'owner')",
             (self.owner.id, uuid4(), f"{self.canary}-login"),
         )
+
+    def _findings(self) -> None:
+        """Alerts of the same numbers, one of them set aside, after a sync that stopped at a page."""
+        self.store.owners.put_config(self.owner.id, SERVICE, {}, enabled=True, expected_revision=0, actor=f"{self.canary}-actor")
+        policy = policy_for(self.store, self.owner.id, SecurityConfig(), actor=f"{self.canary}-actor")
+        taker = AlertTaker(self.owner.id, self.repository, policy, first_sync=True)
+        raw = [alert(number, **{"security_advisory.summary": f"{self.canary}-advisory"}) for number in range(1, 4)]
+        good, bad = taker.sort([*raw, alert(4, state="none")])
+        findings = self.store.findings
+        findings.begin_sync(self.owner.id, self.repository)
+        findings.quarantine(
+            self.owner.id, self.repository, [(number, reason, f"{self.canary}-{detail}") for number, reason, detail in bad]
+        )
+        findings.apply_page(self.owner.id, self.repository, SOURCE, good, taker.decide, cursor=f"{self.canary}-page")
 
     def marks(self) -> list[str]:
         """What must not be found outside this owner: its canary and ids that name it alone."""

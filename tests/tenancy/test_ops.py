@@ -16,25 +16,45 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from dagster import DagsterInstance, JobDefinition, RunRequest, build_schedule_context, build_sensor_context, materialize
+from dagster import (
+    AssetsDefinition,
+    DagsterInstance,
+    JobDefinition,
+    RunRequest,
+    build_schedule_context,
+    build_sensor_context,
+    materialize,
+)
 from sqlalchemy import event
 
 from kilo_pipelines import tags
 from kilo_pipelines.assets import default_assets, review_outcomes
 from kilo_pipelines.assets.engine import reconciliation
+from kilo_pipelines.assets.security import finding_sla, security_findings, security_posture, sla_compliance
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.jobs import agent_session, audit_seal, code_review, default_jobs, outbox, retention, settle_code_review
+from kilo_pipelines.jobs import (
+    agent_session,
+    audit_seal,
+    code_review,
+    default_jobs,
+    outbox,
+    retention,
+    security_sync,
+    settle_code_review,
+)
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
-from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.resources.github import AlertPage, GitHubResource
 from kilo_pipelines.resources.store import StoreResource
-from kilo_pipelines.schedules import default_schedules, outcomes
+from kilo_pipelines.schedules import default_schedules, outcomes, security_syncs
 from kilo_pipelines.sensors import default_sensors, recovery, work_once
+from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import Repository, SessionClaim, Store
 from tests.conftest import Database
+from tests.support.alerts import alert
 from tests.support.figures import Figures
 from tests.support.two import HEAD, Corner, as_json, connect, digest
 
@@ -93,6 +113,12 @@ class Recorder(GitHubResource):
     def reader(self, installation_id: int, repository_id: int) -> Any:
         Held.asked.append(("read", installation_id, repository_id, None))
         return Reader()
+
+    def alerts(
+        self, installation_id: int, repository_id: int, full_name: str, *, etag: str | None, after: str | None
+    ) -> AlertPage:
+        Held.asked.append(("alerts", installation_id, repository_id, full_name))
+        return AlertPage("ok", alerts=[alert(number) for number in range(1, 6)], etag="tag")
 
     def clone_token(self, installation_id: int, repository_id: int) -> str:
         Held.asked.append(("clone", installation_id, repository_id, None))
@@ -335,6 +361,55 @@ def _outcomes_schedule(stage: Stage) -> None:
     assert str(stage.b.owner.id) in asked and all(partition == owner for partition, owner in asked.items())
 
 
+def _synced(stage: Stage) -> None:
+    """B's repository has the alerts that A's has, by number."""
+    store = stage.database.store
+    store.owners.put_config(stage.b.owner.id, SECURITY, {}, enabled=True, expected_revision=0, actor="b")
+    stage.run(security_sync, "sync_owners", [stage.b.owner.id])
+    assert store.findings.numbers(stage.b.owner.id)["findings"] == 5
+
+
+def _findings_asset(asset_def: AssetsDefinition) -> Callable[[Stage], None]:
+    def work(stage: Stage) -> None:
+        _synced(stage)
+        stage.instance.add_dynamic_partitions(OWNERS_NAME, [str(stage.b.owner.id)])
+        done = materialize([asset_def], partition_key=str(stage.b.owner.id), resources=RESOURCES, instance=stage.instance)
+        (made,) = done.asset_materializations_for_node(asset_def.node_def.name)
+        assert not [mark for mark in stage.a.marks() if mark in as_json({name: str(one) for name, one in made.metadata.items()})]
+
+    return work
+
+
+def _posture_asset(stage: Stage) -> None:
+    """The operator's: it compares all owners by name and number, and shows nobody's advisories."""
+    _synced(stage)
+    done = materialize([security_posture], resources=RESOURCES, instance=stage.instance)
+    (made,) = done.asset_materializations_for_node("security_posture")
+    assert "canary-a-advisory" not in as_json({name: str(one) for name, one in made.metadata.items()})
+
+
+def _syncs_schedule(stage: Stage) -> None:
+    """It names owners and nothing of theirs."""
+    _synced(stage)
+    with build_schedule_context(
+        instance=stage.instance, resources=RESOURCES, scheduled_execution_time=stage.database.clock.now()
+    ) as context:
+        requests = security_syncs(context)
+    carried = {one for request in requests for one in _ids(request)}  # type: ignore[union-attr]
+    assert str(stage.b.owner.id) in carried
+    assert not [
+        mark
+        for mark in stage.a.marks()
+        if mark != str(stage.a.owner.id) and mark in as_json([one.run_config for one in requests])
+    ]  # type: ignore[union-attr]
+
+
+def _postures_schedule(_stage: Stage) -> None:
+    """It starts one job, which `asset security_posture` is about."""
+    (found,) = [one for one in default_schedules() if one.name == "security_postures"]
+    assert found.job_name == "refresh_posture"
+
+
 # What works for all owners at once is looked at in its own function; the rest must not name A at all.
 WORK: dict[str, Callable[[Stage], None]] = {
     "op launch_reviews": _launch,
@@ -353,6 +428,13 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op remove_old": _sweep,
     "schedule audit_seals": _clocked,
     "schedule retention_sweeps": _clocked,
+    "op sync_owners": _synced,
+    "asset security_findings": _findings_asset(security_findings),
+    "asset finding_sla": _findings_asset(finding_sla),
+    "asset sla_compliance": _findings_asset(sla_compliance),
+    "asset security_posture": _posture_asset,
+    "schedule security_syncs": _syncs_schedule,
+    "schedule security_postures": _postures_schedule,
 }
 OVER_ALL = {
     "sensor work_00",
@@ -365,6 +447,9 @@ OVER_ALL = {
     "op remove_old",
     "schedule audit_seals",
     "schedule retention_sweeps",
+    "asset security_posture",
+    "schedule security_syncs",
+    "schedule security_postures",
 }
 
 

@@ -14,7 +14,8 @@ from kilo_pipelines.core.retry import CLASS_OF, LAUNCH_WAIT_CAP, POLICY, Failure
 ROOT = Path(__file__).resolve().parents[2] / "kilo_pipelines"
 # Where sessions and launches get their reasons from.
 SOURCES = ["cloud_agent", "ops", "providers/github.py", "store/recovery.py", "core/verdict.py"]
-# Reasons that are said there and end no attempt: answers to a claim, verdicts, notes on a lease that is taken again.
+# Reasons that are said there and end no attempt: answers to a claim, verdicts, notes on a lease that is taken again, outcomes of a
+# sync, which the next one repeats by the clock.
 NO_FAILURE = {
     Reason.MOVED_ON,
     Reason.ALREADY_REVIEWED,
@@ -24,6 +25,12 @@ NO_FAILURE = {
     Reason.PAYLOAD_SHAPE_MISMATCH,
     Reason.WORKER_LOST,
     Reason.WORKER_STOPPING,
+    Reason.SECURITY_DISABLED,
+    Reason.NO_REPOSITORIES,
+    Reason.SYNC_OUT_OF_TIME,
+    Reason.ALERTS_DISABLED,
+    Reason.PAGE_CURSOR_REFUSED,
+    Reason.PROVIDER_AUTH,
 }
 
 

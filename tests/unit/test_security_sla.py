@@ -245,7 +245,6 @@ def test_a_policy_comes_back_as_it_was_kept(policy: SlaPolicy) -> None:
         {"sla_preset": "custom", "sla_days": {"critical": 0, "high": 2, "medium": 3, "low": 4}},
         {"sla_preset": "custom", "sla_days": {"critical": 1, "high": 2, "medium": 3, "low": 366}},
         {"sla_repository_overrides": {"1": {"critical": -5, "high": 2, "medium": 3, "low": 4}}},
-        {"sla_notification_warning_days": 0},
         {"no_such_setting": 1},
     ],
 )

@@ -11,8 +11,6 @@ from kilo_pipelines.services.security.sla import SlaPolicy
 SERVICE = "security_agent"
 
 Days = Annotated[int, Field(ge=1, le=365)]
-Severity = Literal["critical", "high", "medium", "low"]
-Threshold = Literal["critical", "high", "medium", "all"]
 
 PRESETS: dict[str, tuple[int, int, int, int]] = {
     "default": (15, 30, 45, 90),
@@ -49,28 +47,6 @@ class SecurityConfig(BaseModel):
     auto_sync_enabled: bool = Field(default=True, description="Sync by the clock; by hand it is always possible.")
     repository_selection_mode: Literal["all", "selected"] = Field(default="all", description="Which repositories are synced.")
     selected_repository_ids: list[int] = Field(default=[], description="Numeric ids of the selected repositories; none is none.")
-    triage_model: str | None = Field(default=None, description="Model of triage; the platform's own without.")
-    analysis_model: str | None = Field(default=None, description="Model of deep analysis; the platform's own without.")
-    remediation_model: str | None = Field(default=None, description="Model of remediation; the one of analysis without.")
-    analysis_mode: Literal["auto", "shallow", "deep"] = Field(
-        default="auto", description="Triage only, always deep, or as triage says."
-    )
-    auto_analysis_enabled: bool = Field(default=False, description="Analyse new findings without being asked.")
-    auto_analysis_min_severity: Threshold = Field(default="high", description="Least severity of automatic analysis.")
-    auto_analysis_include_existing: bool = Field(default=False, description="Also findings from before it was switched on.")
-    auto_dismiss_enabled: bool = Field(default=False, description="Dismiss what analysis calls not exploitable.")
-    auto_dismiss_confidence_threshold: Literal["high", "medium", "low"] = Field(
-        default="high", description="Least confidence of triage for a dismissal without deep analysis."
-    )
-    auto_remediation_enabled: bool = Field(default=False, description="Open pull requests for what analysis calls exploitable.")
-    auto_remediation_min_severity: Threshold = Field(default="high", description="Least severity of automatic remediation.")
-    auto_remediation_include_existing: bool = Field(default=False, description="Also findings from before it was switched on.")
-    auto_remediation_require_approval: bool = Field(default=True, description="A person asks for each remediation.")
-    sla_notifications_enabled: bool = Field(default=True, description="Warn before a deadline and tell of a missed one.")
-    sla_notification_min_severity: Severity = Field(default="high", description="Least severity of those notices.")
-    sla_notification_warning_days: Days = Field(default=3, description="Days before the deadline.")
-    new_finding_notifications_enabled: bool = Field(default=False, description="Tell of every new finding.")
-    new_finding_notification_min_severity: Severity = Field(default="high", description="Least severity of those notices.")
 
     @model_validator(mode="after")
     def _preset_or_days(self) -> Self:

@@ -1,6 +1,6 @@
-"""Security Agent: findings with their history, SLA, syncs, analyses, remediations, notices.
+"""Security Agent: findings with their history, deadlines and syncs.
 
-Upstream state and local disposition are separate columns; the effective status is derived by the database (contract section
+Upstream state and local disposition are separate columns; the effective status follows from both in `finding_status` (contract section
 "Beyond the reference", 1). A finding is unique per owner, repository id, source and source id. What a repository's sync learnt is
 kept beside the findings, so that an unchanged alert writes no finding row.
 """
@@ -13,6 +13,10 @@ revision = "0005"
 down_revision = "0004"
 
 TABLES = """
+create function finding_status(upstream_state text, disposition text) returns text immutable parallel safe language sql as $$
+    select case when upstream_state = 'fixed' then 'fixed' when upstream_state <> 'open' or disposition is not null then 'ignored' else 'open' end
+$$;
+
 create table findings (
     owner_id uuid not null,
     id uuid not null,
@@ -44,9 +48,6 @@ create table findings (
     disposition_at timestamptz,
     disposition_evidence jsonb,
     canonical_id uuid,
-    status text not null generated always as (
-        case when upstream_state = 'fixed' then 'fixed'
-             when upstream_state <> 'open' or disposition is not null then 'ignored' else 'open' end) stored,
     fingerprint text not null,
     detected_at timestamptz not null,
     source_updated_at timestamptz not null,
@@ -62,7 +63,7 @@ create table findings (
     check ((disposition = 'superseded') = (canonical_id is not null)),
     check ((disposition is null) = (disposition_at is null))
 );
-create index findings_open on findings (owner_id, severity, detected_at) where status = 'open';
+create index findings_open on findings (owner_id, severity, detected_at) where finding_status(upstream_state, disposition) = 'open';
 create index findings_of_package on findings (owner_id, repository_id, package_ecosystem, package_name, manifest_path);
 
 create table finding_events (
@@ -132,108 +133,21 @@ create table quarantined_alerts (
     detail text not null,
     first_seen_at timestamptz not null,
     last_seen_at timestamptz not null,
+    taken_at timestamptz,
     primary key (owner_id, repository_id, source_id),
     foreign key (owner_id, repository_id) references repositories (owner_id, external_id)
 );
 
-create table finding_analyses (
-    owner_id uuid not null,
-    item_id uuid not null,
-    finding_id uuid not null,
-    trigger text not null,
-    mode text not null,
-    snapshot jsonb not null,
-    settings jsonb not null default '{}',
-    head_sha text,
-    triage jsonb,
-    verdict jsonb,
-    evidence jsonb,
-    analysed_at timestamptz,
-    primary key (owner_id, item_id),
-    foreign key (owner_id, item_id) references work_items (owner_id, id),
-    foreign key (owner_id, finding_id) references findings (owner_id, id)
-);
-create index finding_analyses_of_finding on finding_analyses (owner_id, finding_id, analysed_at desc);
-
-create table analysis_blocks (
-    owner_id uuid not null references owners (id),
-    reason text not null,
-    times integer not null,
-    blocked_until timestamptz not null,
-    primary key (owner_id)
-);
-
-create table dismissals (
-    owner_id uuid not null,
-    item_id uuid not null,
-    finding_id uuid not null,
-    origin text not null check (origin in ('manual', 'bulk', 'auto-triage', 'auto-analysis')),
-    reason text not null,
-    comment text not null,
-    actor text not null,
-    undo boolean not null default false,
-    proof jsonb,
-    verdict jsonb,
-    evidence jsonb,
-    primary key (owner_id, item_id),
-    foreign key (owner_id, item_id) references work_items (owner_id, id),
-    foreign key (owner_id, finding_id) references findings (owner_id, id)
-);
-
-create table remediations (
-    owner_id uuid not null,
-    item_id uuid not null,
-    origin text not null check (origin in ('manual', 'bulk', 'auto')),
-    finding_ids uuid[] not null,
-    fingerprint text not null,
-    settings jsonb not null default '{}',
-    task jsonb not null default '{}',
-    base_sha text,
-    branch text,
-    commit_sha text,
-    pull_number integer,
-    pull_url text,
-    merged_at timestamptz,
-    merged_syncs bigint,
-    loop text,
-    verdict jsonb,
-    evidence jsonb,
-    primary key (owner_id, item_id),
-    foreign key (owner_id, item_id) references work_items (owner_id, id)
-);
-
-create table notices (
-    owner_id uuid not null,
-    id uuid not null,
-    finding_id uuid not null,
-    kind text not null check (kind in ('new_finding', 'sla_warning', 'sla_breach')),
-    person text not null,
-    state text not null default 'pending' check (state in ('pending', 'sending', 'sent', 'failed', 'cancelled')),
-    reason text,
-    tries integer not null default 0,
-    not_before timestamptz not null,
-    created_at timestamptz not null,
-    ended_at timestamptz,
-    primary key (owner_id, id),
-    unique (owner_id, finding_id, kind, person),
-    foreign key (owner_id, finding_id) references findings (owner_id, id)
-);
-create index notices_due on notices (not_before) where state in ('pending', 'sending');
 """
 
-# What the application may do with each: history is append-only; nothing is deleted but checkpoints' quarantine.
+# What the application may do with each: history is append-only, and nothing is deleted.
 APP_GRANTS = {
     "findings": "select, insert, update",
     "finding_events": "select, insert",
     "sla_policies": "select, insert",
     "finding_sla": "select, insert, update",
     "repository_syncs": "select, insert, update",
-    "quarantined_alerts": "select, insert, update, delete",
-    "finding_analyses": "select, insert, update",
-    "analysis_blocks": "select, insert, update, delete",
-    "dismissals": "select, insert, update",
-    "remediations": "select, insert, update",
-    "notices": "select, insert, update",
+    "quarantined_alerts": "select, insert, update",
 }
 
 SCOPE = "nullif(current_setting('kilo.owner_id', true), '')::uuid"
@@ -258,3 +172,4 @@ def downgrade() -> None:
     """Removes them."""
     for table in reversed(APP_GRANTS):
         op.execute(f"drop table {table}")
+    op.execute("drop function finding_status")

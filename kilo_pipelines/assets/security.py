@@ -15,7 +15,6 @@ from dagster import (
     AssetCheckSeverity,
     AssetExecutionContext,
     AssetsDefinition,
-    BackfillPolicy,
     Failure,
     MaterializeResult,
     MetadataValue,
@@ -46,7 +45,6 @@ SLOW = {tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: SERVICE}
     group_name=GROUP,
     kinds={"postgres", "github"},
     op_tags=SLOW,
-    backfill_policy=BackfillPolicy.multi_run(),
     description="An owner's security alerts, copied from Dependabot. Materializing it syncs the owner now.",
 )
 def security_findings(context: AssetExecutionContext, store: StoreResource, github: GitHubResource) -> MaterializeResult[None]:
@@ -69,7 +67,6 @@ def security_findings(context: AssetExecutionContext, store: StoreResource, gith
     group_name=GROUP,
     kinds={"postgres", "pandas"},
     op_tags=SLOW,
-    backfill_policy=BackfillPolicy.multi_run(),
     description="Every finding's deadline, computed anew from its history and the owner's policy.",
 )
 def finding_sla(context: AssetExecutionContext, store: StoreResource) -> MaterializeResult[None]:
@@ -190,7 +187,6 @@ def _same(stored: float, moment: datetime | None) -> bool:
     group_name=GROUP,
     kinds={"pandas"},
     op_tags=SLOW,
-    backfill_policy=BackfillPolicy.multi_run(),
     description="How much of an owner's open findings is within its deadline, and how much of what was due in the last 90 days was met.",
 )
 def sla_compliance(context: AssetExecutionContext, store: StoreResource) -> MaterializeResult[None]:

@@ -1,22 +1,21 @@
-"""`kilo-pipelines security`: findings, their deadlines, syncs, and what is decided of them."""
+"""`kilo-pipelines security`: findings, their deadlines, syncs."""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import logging
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import click
+from pydantic import ValidationError
 
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
-from kilo_pipelines.ops.security_sync import history_of, policy_for, sync_owner
-from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.store import FindingRow, Store
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, policy_of
+from kilo_pipelines.store import FindingRow, StaleRevisionError, Store
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def config_of(store: Store, owner: UUID) -> SecurityConfig:
 
 @click.group()
 def security() -> None:
-    """The Security Agent: findings, deadlines, syncs, dismissals, remediations."""
+    """The Security Agent: findings, their deadlines, syncs."""
 
 
 @security.command("findings")
@@ -113,12 +112,10 @@ def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
 
 def _state(store: Store, row: FindingRow, at: datetime) -> sla.SlaState:
     kept = store.findings.policy(row.owner_id, at)
-    policy = (
-        sla.SlaPolicy.of_stored(*kept)
-        if kept
-        else policy_for(store, row.owner_id, config_of(store, row.owner_id), actor=OPERATOR)
-    )
-    return sla.evaluate(history_of(store.findings.history(row.owner_id, [row.id]).get(row.id, [])), policy, row.repository_id, at)
+    policy = sla.SlaPolicy.of_stored(*kept) if kept else policy_of(config_of(store, row.owner_id))
+    history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
+    steps = [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in history]
+    return sla.evaluate(steps, policy, row.repository_id, at)
 
 
 @security.command("sync")
@@ -127,8 +124,16 @@ def _state(store: Store, row: FindingRow, at: datetime) -> sla.SlaState:
 @as_json
 def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> None:
     """Copies the owner's Dependabot alerts now."""
+    # The orchestrator's library takes seconds to load, and only these two commands need it.
+    from kilo_pipelines.ops.security_sync import sync_owner
+    from kilo_pipelines.resources.github import GitHubResource
+
     _, store = open_store(plain)
     done = sync_owner(store, GitHubResource(), _the_owner(store, owner, plain), log, only=repository)
+
+    if not done.repositories:
+        meaning, remedy = MEANING[Reason(done.outcome)]
+        end(plain, f"nothing was read: {meaning} {remedy} ({done.outcome})")
 
     def text() -> str:
         lines = [
@@ -141,14 +146,62 @@ def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> No
         raise SystemExit(1)
 
 
-@security.command("report")
+@security.command("settings")
 @_owner
-@click.option("--from", "start", type=click.DateTime(["%Y-%m-%d"]), help="First day (UTC). Default: 90 days back.")
-@click.option("--to", "until", type=click.DateTime(["%Y-%m-%d"]), help="Last day (UTC). Default: today.")
-@click.option("--format", "shape", type=click.Choice(["json", "csv"]), default="json", show_default=True)
-def security_report(owner: UUID | None, start: datetime | None, until: datetime | None, shape: str) -> None:
-    """Audit report of a period of at most 90 days: what happened to each finding and how its deadline stood at the end."""
-    raise NotImplementedError
+@click.option(
+    "--set", "changes", multiple=True, metavar="NAME=JSON", help="For example --set sla_preset='\"strict\"'; again for more."
+)
+@as_json
+def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool) -> None:
+    """Shows the owner's settings, or changes some; deadlines follow at once. Saving never switches the service on."""
+    _, store = open_store(plain)
+    owner_id = _the_owner(store, owner, plain)
+    setting = store.owners.config(owner_id, SERVICE)
+    wanted = dict(setting.config) if setting else {}
+    try:
+        for change in changes:
+            name, _, value = change.partition("=")
+            wanted[name] = json.loads(value)
+        config = SecurityConfig.model_validate(wanted)
+    except ValidationError as failure:
+        end(plain, "; ".join(f"{'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in failure.errors()), 2)
+    except ValueError:
+        end(plain, f"not NAME=JSON: {change}", 2)
+    if changes:
+        try:
+            store.owners.put_config(
+                owner_id,
+                SERVICE,
+                config.model_dump(mode="json"),
+                enabled=setting.enabled if setting else False,
+                expected_revision=setting.revision if setting else 0,
+                actor=OPERATOR,
+            )
+        except StaleRevisionError as failure:
+            end(plain, str(failure))
+        from kilo_pipelines.assets.security import recompute
+        from kilo_pipelines.ops.security_sync import policy_for
+
+        recompute(store, owner_id, policy_for(store, owner_id, config, actor=OPERATOR), datetime.now(UTC))
+    shown = config.model_dump(mode="json")
+    show(plain, shown, lambda: "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()))
+
+
+@security.command("quarantine")
+@_owner
+@as_json
+def security_quarantine(owner: UUID | None, plain: bool) -> None:
+    """Lists alerts that could not be taken, and which of their fields are wrong."""
+    _, store = open_store(plain)
+    found = store.findings.quarantined(_the_owner(store, owner, plain))
+    show(
+        plain,
+        found,
+        lambda: (
+            "\n".join(f"{one['full_name']} alert {one['source_id']}: {one['reason']} ({one['detail']})" for one in found)
+            or "nothing is in quarantine"
+        ),
+    )
 
 
 @security.group("sla")
@@ -168,11 +221,4 @@ def security_sla_explain(finding: UUID, at: datetime | None, plain: bool) -> Non
     show(plain, {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)}, lambda: sla.explain(state))
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """Rows as CSV with a header; a cell that a spreadsheet would run as a formula is quoted as text."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"'{value}" if str(value)[:1] in "=+-@\t\r" else value for name, value in row.items()})
-    return out.getvalue()
+COMMANDS = (security,)

@@ -71,7 +71,7 @@ class Webhooks:
 
     def redeliver(self, delivery_id: int) -> dict[str, Any]:
         """Sends a recorded event again, with the same id and body."""
-        delivery = next(one for one in self.twin.data["deliveries"] if one["id"] == delivery_id)
+        delivery: dict[str, Any] = next(one for one in self.twin.data["deliveries"] if one["id"] == delivery_id)
         delivery["redelivery"] = True
         self._post(delivery)
         self.twin.save()

@@ -160,8 +160,18 @@ def test_pull_requests_that_cannot_be_are_refused_and_a_lost_answer_is_found(sho
     with pytest.raises(ProviderError) as twice:
         create()
     assert twice.value.reason == "provider_invalid"
+    shown = httpx.get(
+        found.url.replace("/acme/", "/api/v3/repos/acme/").replace("/pull/", "/pulls/"), headers=_bearer(shop)
+    ).json()
+    shop.twin.fault("GET", f"{shop.full_name}/pulls", "raw", text=json.dumps([shown]))
+    assert client.find_open_pull(shop.full_name, "kilo/another") is None  # GitHub answers everything to a filter it can't read
     shop.twin.control("act", full_name=shop.full_name, number=found.number, action="close")
     assert client.find_open_pull(shop.full_name, branch) is None
+
+
+def _bearer(shop: Storefront) -> dict[str, str]:
+    token = shop.twin.app().token(shop.twin.credentials["installation_id"], [shop.id], REMEDIATION)
+    return {"authorization": f"Bearer {token}"}
 
 
 def test_a_push_to_a_pull_requests_branch_moves_its_head(shop: Storefront, branch: str) -> None:

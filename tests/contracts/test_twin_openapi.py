@@ -193,10 +193,22 @@ def _branch(world: SessionWorld) -> str:
     return "patch-1"
 
 
+def _told_of_the_repository(api: Api, full_name: str) -> None:
+    """The App hears of a new repository before anything happens in it."""
+    headers = {"authorization": f"Bearer {api.app}"}
+    for one in api.ask("GET", "/app/hook/deliveries?per_page=100", expected=200, app=True):
+        if (one["event"], one["action"]) == ("installation_repositories", "added"):
+            found = httpx.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers=headers).json()["request"]["payload"]
+            if full_name in [repository["full_name"] for repository in found["repositories_added"]]:
+                return
+    raise AssertionError("the App was not told")
+
+
 def test_webhooks_about_alerts_follow_githubs_description(world: SessionWorld, description: dict[str, Any]) -> None:
     """Each move of an alert, as GitHub names it."""
     api = Api(world, description)
     world.control("seed-alerts", count=30, repositories=["depot"])
+    _told_of_the_repository(api, "acme/depot")
     repo = "acme/depot"
     path = f"/app/installations/{world.credentials['installation_id']}/access_tokens"
     api.token = api.ask("POST", path, expected=201, app=True, body={})["token"]

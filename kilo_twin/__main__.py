@@ -1,4 +1,4 @@
-"""`python -m kilo_twin serve | open-pull | push | import-repo | act | read`."""
+"""`python -m kilo_twin serve | open-pull | push | import-repo | seed-alerts | change-alerts | scan | merge | read`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,22 @@ def main() -> int:
     imported.add_argument("--path", required=True)
     imported.add_argument("--base", required=True)
     imported.add_argument("--head", required=True)
+    seeded = commands.add_parser("seed-alerts", help="makes repositories with Dependabot alerts")
+    changed = commands.add_parser("change-alerts", help="lets a repository's alerts go on: new ones, fixes, dismissals")
+    for command, count in ((seeded, 3_000), (changed, 10)):
+        command.add_argument("--count", type=int, default=count)
+        command.add_argument("--seed", type=int, default=1)
+    scanned = commands.add_parser("scan", help="lets Dependabot look at a repository's lock file")
+    merged = commands.add_parser("merge", help="merges a pull request")
     read = commands.add_parser("read", help="reads a pull request back over REST")
-    for command in (pushed, read):
+    for command in (pushed, merged, read):
         command.add_argument("--pull", type=int, required=True)
+    for command in (pushed, read):
         command.add_argument("--repo", default="acme/orders")
-    for command in (serve, opened, pushed, imported, read):
+    for command in (scanned, merged):
+        command.add_argument("--repo", default="acme/storefront")
+    changed.add_argument("--repo", default="acme/billing")
+    for command in (serve, opened, pushed, imported, seeded, changed, scanned, merged, read):
         command.add_argument("--home", type=Path, required=True)
         command.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
@@ -57,9 +68,15 @@ def _client(arguments: argparse.Namespace) -> dict[str, Any]:
     base = f"http://localhost:{arguments.port}"
     if arguments.command == "read":
         return read_back(base, credentials, arguments.repo, arguments.pull)
+    repository, number = getattr(arguments, "repo", ""), getattr(arguments, "pull", 0)
+    amount = {name: getattr(arguments, name, 0) for name in ("count", "seed")}
     calls: dict[str, tuple[str, dict[str, Any]]] = {
         "open-pull": ("open-pull", {"kind": getattr(arguments, "kind", "")}),
-        "push": ("push", {"full_name": getattr(arguments, "repo", ""), "number": getattr(arguments, "pull", 0)}),
+        "push": ("push", {"full_name": repository, "number": number}),
+        "seed-alerts": ("seed-alerts", amount),
+        "change-alerts": ("change-alerts", {"repository": repository, **amount}),
+        "scan": ("scan", {"repository": repository}),
+        "merge": ("merge", {"repository": repository, "number": number}),
         "import-repo": (
             "import-repository",
             {name: str(getattr(arguments, name, "")) for name in ("path", "base", "head")},

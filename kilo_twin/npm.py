@@ -6,12 +6,13 @@ Tarballs are made in memory and are the same bytes at every start, so that lock 
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import io
 import json
 import re
+import struct
 import tarfile
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -67,7 +68,14 @@ def tarball(name: str, version: str) -> bytes:
             entry = tarfile.TarInfo(f"package/{path}")
             entry.size = len(text.encode())
             archive.addfile(entry, io.BytesIO(text.encode()))
-    return gzip.compress(packed.getvalue(), mtime=0)
+    return _gzipped(packed.getvalue())
+
+
+def _gzipped(data: bytes) -> bytes:
+    """A gzip file of one stored block (RFC 1951, 1952): a compressor's bytes differ from release to release."""
+    size = len(data)
+    block = struct.pack("<BHH", 1, size, size ^ 0xFFFF) + data
+    return b"\x1f\x8b\x08" + bytes(6) + b"\xff" + block + struct.pack("<LL", zlib.crc32(data), size)
 
 
 def integrity(name: str, version: str) -> str:

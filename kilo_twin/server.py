@@ -60,14 +60,18 @@ class Control:
     def seed_alerts(self, count: int = 3_000, seed: int = 1, repositories: list[str] | None = None) -> dict[str, Any]:
         """Repositories with alerts behind them, and the storefront whose lock file names the registry's packages.
 
-        `count` alerts in all, most in the first repository. ValueError where one has alerts already. Sends nothing.
+        `count` alerts in all, most in the first repository. ValueError where one has alerts already. The App hears of new
+        repositories, not of their alerts, which were there before it listened.
         """
         names = repositories or list(ALERT_REPOSITORIES)
         until = datetime.now(UTC)
         with self.twin.lock:
-            made = []
+            made, new = [], []
             for place, name in enumerate(names):
-                repository = self.twin.repository(f"{ACCOUNT}/{name}") or self.twin.create_repository(name)
+                repository = self.twin.repository(f"{ACCOUNT}/{name}")
+                if repository is None:
+                    repository = self.twin.create_repository(name)
+                    new.append(repository)
                 if self.dependabot.alerts(repository):
                     raise ValueError(f"{repository['full_name']} has alerts already")
                 # Half of what is left, as few repositories have most of the alerts; the last one gets the rest.
@@ -80,7 +84,10 @@ class Control:
                 storefront = self._with_history(STOREFRONT, world_alerts.storefront_history())
                 self.dependabot.add(storefront, world_alerts.storefront_alerts(LOCK_FILE, until))
                 made.append(storefront)
+                new.append(storefront)
             self.dependabot.save()
+        if new:
+            self._listed("added", *new)
         return {"repositories": [self._counted(one) for one in made]}
 
     def _counted(self, repository: dict[str, Any]) -> dict[str, Any]:
@@ -179,10 +186,12 @@ class Control:
         payload = self.webhooks.in_repository(repository, account("grace"), action=action, **told)
         self.webhooks.send("repository", action, payload, repository["id"])
 
-    def _listed(self, action: str, repository: dict[str, Any]) -> None:
-        """Tells the App that a repository came to its installation or left it."""
-        names = {"id": repository["id"], "node_id": "Ug==", "name": repository["name"], "full_name": repository["full_name"]}
-        listed = [names | {"private": False}]
+    def _listed(self, action: str, *repositories: dict[str, Any]) -> None:
+        """Tells the App that repositories came to its installation or left it."""
+        listed = [
+            {"id": one["id"], "node_id": "Ug==", "name": one["name"], "full_name": one["full_name"], "private": False}
+            for one in repositories
+        ]
         self.webhooks.send(
             "installation_repositories",
             action,

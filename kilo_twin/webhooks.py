@@ -51,7 +51,7 @@ class Webhooks:
         self._sender.submit(self.send, event, action, payload, repository_id)
 
     def send(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int | None = None) -> dict[str, Any]:
-        """Records and sends one event."""
+        """Sends one event and records it with its answer."""
         delivery = {
             "id": self.twin.new_id(),
             "guid": str(uuid.uuid4()),
@@ -62,18 +62,22 @@ class Webhooks:
             "repository_id": repository_id,
             "body": json.dumps(payload),
         }
+        self._post(delivery)
         with self.twin.lock:
             self.twin.data["deliveries"].append(delivery)
             del self.twin.data["deliveries"][:-200]
-        return self._post(delivery)
+            self.twin.save()
+        return delivery
 
     def redeliver(self, delivery_id: int) -> dict[str, Any]:
         """Sends a recorded event again, with the same id and body."""
-        delivery = next(one for one in self.twin.data["deliveries"] if one["id"] == delivery_id)
+        delivery: dict[str, Any] = next(one for one in self.twin.data["deliveries"] if one["id"] == delivery_id)
         delivery["redelivery"] = True
-        return self._post(delivery)
+        self._post(delivery)
+        self.twin.save()
+        return delivery
 
-    def _post(self, delivery: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, delivery: dict[str, Any]) -> None:
         body = delivery["body"].encode()
         secret = self.twin.credentials["webhook_secret"].encode()
         started = time.perf_counter()
@@ -94,5 +98,3 @@ class Webhooks:
         except httpx.HTTPError as failure:
             code, status, text = 0, type(failure).__name__, ""
         delivery.update(delivered_at=now(), duration=time.perf_counter() - started, status=status, status_code=code, answer=text)
-        self.twin.save()
-        return delivery

@@ -133,11 +133,9 @@ def _ask(installation: GitHubInstallation, method: str, full_name: str, tail: st
     try:
         with installation.stream(method, path + tail, **more) as response:
             raw = _read(response, MAX_PAGE_BYTES if response.status_code == 200 else MAX_ERROR_BYTES)
-    except (httpx.TimeoutException, TimeoutError):
-        return _failed(full_name, Reason.PROVIDER_UNAVAILABLE, "no answer in time", retryable=True), None
     except httpx.InvalidURL:
         return _failed(full_name, Reason.PAGE_CURSOR_REFUSED, "the next page's parameters are no address", retryable=False), None
-    except httpx.HTTPError as failure:
+    except (httpx.HTTPError, TimeoutError) as failure:
         return _failed(full_name, Reason.PROVIDER_UNAVAILABLE, type(failure).__name__, retryable=True), None
     if response.status_code != 200:
         outcome = _outcome(response, raw or b"", full_name)

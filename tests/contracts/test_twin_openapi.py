@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,105 @@ def test_every_answer_follows_githubs_description(world: SessionWorld, descripti
     api.ask("GET", f"{repo}/commits/{pull['head_sha']}/statuses", expected=200)
     api.ask("GET", "/app/hook/deliveries", expected=200, app=True)
     assert len(api.checked) >= 24
+
+
+def test_answers_about_alerts_follow_githubs_description(world: SessionWorld, description: dict[str, Any]) -> None:
+    """Alerts of every kind that the seed makes, their dismissal, a pull request; and their refusals."""
+    api = Api(world, description)
+    path = f"/app/installations/{world.credentials['installation_id']}/access_tokens"
+    made = world.control("seed-alerts", count=150, repositories=["warehouse"])["repositories"]
+    api.token = api.ask("POST", path, expected=201, app=True, body={"permissions": {"vulnerability_alerts": "write"}})["token"]
+    repo = f"/repos/{made[0]['repository']}"
+    alerts = api.ask("GET", f"{repo}/dependabot/alerts?per_page=100", expected=200)
+    assert len(alerts) == 100 and {one["state"] for one in alerts} == {"open", "fixed", "dismissed", "auto_dismissed"}
+    assert {one["security_vulnerability"]["first_patched_version"] is None for one in alerts} == {True, False}
+    number = next(one["number"] for one in alerts if one["state"] == "open")
+    here = f"{repo}/dependabot/alerts/{number}"
+    api.ask("GET", here, expected=200)
+    api.ask("PATCH", here, expected=422, body={"state": "dismissed"})
+    api.ask(
+        "PATCH", here, expected=422, body={"state": "dismissed", "dismissed_reason": "not_used", "dismissed_comment": "x" * 281}
+    )
+    dismissal = {"state": "dismissed", "dismissed_reason": "not_used", "dismissed_comment": "x" * 280}
+    assert api.ask("PATCH", here, expected=200, body=dismissal)["dismissed_reason"] == "not_used"
+    assert api.ask("PATCH", here, expected=200, body={"state": "open"})["dismissed_at"] is None
+    for wrong in ({"state": "open"}, {"state": "fixed"}, {"assignees": []}, {"state": "dismissed", "dismissed_reason": "no"}, []):
+        api.ask("PATCH", here, expected=422, body=wrong)
+    api.ask("GET", f"{repo}/dependabot/alerts/9999", expected=404)
+    api.ask("GET", f"{repo}/dependabot/alerts?page=1", expected=400)
+    api.ask("GET", f"{repo}/dependabot/alerts?severity=urgent", expected=422)
+    world.control("set-repository", repository=made[0]["repository"], alerts_enabled=False)
+    assert "disabled" in api.ask("GET", f"{repo}/dependabot/alerts", expected=403)["message"]
+    assert "disabled" in api.ask("PATCH", here, expected=403, body=dismissal)["message"]
+    api.ask("GET", f"{repo}/pulls", expected=200, token=_pulls(api, path))
+    shop = "/repos/acme/storefront"
+    wanted = {"title": "t", "body": "b", "head": "acme:main", "base": "main"}
+    api.ask("POST", f"{shop}/pulls", expected=422, token=_pulls(api, path), body=wanted)
+    wanted["head"] = str(_branch(world))
+    opened = api.ask("POST", f"{shop}/pulls", expected=201, token=_pulls(api, path), body=wanted)
+    found = api.ask("GET", f"{shop}/pulls?state=open&head=acme:{wanted['head']}", expected=200, token=_pulls(api, path))
+    assert [one["number"] for one in found] == [opened["number"]]
+    assert api.ask("GET", f"{shop}/pulls?head=acme:other", expected=200, token=_pulls(api, path)) == []
+    world.control("merge", repository="acme/storefront", number=opened["number"])
+    assert api.ask("GET", f"{shop}/pulls/{opened['number']}", expected=200, token=_pulls(api, path))["merged"] is True
+
+
+def _pulls(api: Api, path: str) -> str:
+    return str(api.ask("POST", path, expected=201, app=True, body={"permissions": {"pull_requests": "write"}})["token"])
+
+
+def _branch(world: SessionWorld) -> str:
+    """A branch of the storefront with one commit more than its default branch."""
+    git = ["git", "-C", str(world.twin_home / "git/acme/storefront.git"), "-c", "user.name=a", "-c", "user.email=a@acme.test"]
+    commit = [*git, "commit-tree", "main^{tree}", "-p", "main", "-m", "nothing"]
+    head = subprocess.run(commit, capture_output=True, check=True).stdout.decode().strip()
+    subprocess.run([*git, "update-ref", "refs/heads/patch-1", head], check=True)
+    return "patch-1"
+
+
+def _told_of_the_repository(api: Api, full_name: str) -> None:
+    """The App hears of a new repository before anything happens in it."""
+    headers = {"authorization": f"Bearer {api.app}"}
+    for one in api.ask("GET", "/app/hook/deliveries?per_page=100", expected=200, app=True):
+        if (one["event"], one["action"]) == ("installation_repositories", "added"):
+            found = httpx.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers=headers).json()["request"]["payload"]
+            if full_name in [repository["full_name"] for repository in found["repositories_added"]]:
+                return
+    raise AssertionError("the App was not told")
+
+
+def test_webhooks_about_alerts_follow_githubs_description(world: SessionWorld, description: dict[str, Any]) -> None:
+    """Each move of an alert, as GitHub names it."""
+    api = Api(world, description)
+    world.control("seed-alerts", count=30, repositories=["depot"])
+    _told_of_the_repository(api, "acme/depot")
+    repo = "acme/depot"
+    path = f"/app/installations/{world.credentials['installation_id']}/access_tokens"
+    api.token = api.ask("POST", path, expected=201, app=True, body={})["token"]
+    open_alert = api.ask("GET", f"/repos/{repo}/dependabot/alerts?state=open", expected=200)[0]["number"]
+    moves = ["dismissed", "reopened", "auto_dismissed", "auto_reopened", "fixed", "reintroduced"]
+    for action in moves:
+        more = {"by": "grace", "reason": "not_used", "comment": "c"} if action == "dismissed" else {}
+        world.control("move-alert", repository=repo, number=open_alert, action=action, **more)
+    happened = [one["action"] for one in world.control("change-alerts", repository=repo, count=12)["changes"]]
+    expected = [*moves, *(one for one in happened if one != "severity_raised")]
+    assert "created" in expected
+
+    def sent() -> list[dict[str, Any]]:
+        listed = api.ask("GET", "/app/hook/deliveries?per_page=100", expected=200, app=True)
+        return [one for one in reversed(listed) if one["event"] == "dependabot_alert" and one["repository_id"] == depot]
+
+    depot = api.ask("GET", f"/repos/{repo}", expected=200)["id"]
+    deadline = time.monotonic() + 10
+    while len(sent()) < len(expected):
+        assert time.monotonic() < deadline, "not every webhook was sent"
+        time.sleep(0.05)
+    assert [one["action"] for one in sent()] == expected
+    for one in sent():
+        found = httpx.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers={"authorization": f"Bearer {api.app}"}).json()
+        schema = {"$ref": f"urn:github#/components/schemas/webhook-dependabot-alert-{one['action'].replace('_', '-')}"}
+        problems = list(OAS30Validator(schema, registry=api.registry).iter_errors(found["request"]["payload"]))
+        assert not problems, [f"{'/'.join(map(str, each.absolute_path))}: {each.message[:200]}" for each in problems[:5]]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,13 @@ class Twin:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.api = f"http://localhost:{self.port}/api/v3"
-        command = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(home), "--port", str(self.port)]
+        self.home = home
+        self.start()
+        self.credentials: dict[str, Any] = json.loads((home / "credentials.json").read_text())
+
+    def start(self) -> None:
+        """Starts the process over what is in its home."""
+        command = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(self.home), "--port", str(self.port)]
         self.process = subprocess.Popen([*command, "--webhook-url", "http://localhost:9/nobody"])
         deadline = time.monotonic() + 30
         while True:
@@ -39,7 +45,6 @@ class Twin:
             except httpx.TransportError:
                 assert self.process.poll() is None and time.monotonic() < deadline, "the twin doesn't start"
                 time.sleep(0.05)
-        self.credentials: dict[str, Any] = json.loads((home / "credentials.json").read_text())
 
     @cached_property
     def pull(self) -> dict[str, Any]:

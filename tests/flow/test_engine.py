@@ -555,7 +555,7 @@ REMOVALS: dict[str, tuple[str, str]] = {
     "the order of a subject's effects": ("join heads h on h.id = e.id\n    where h.state = 'pending' and h.not_before <= %(now)s", "join heads h on e.owner_id = %(owner)s\n    where e.not_before <= %(now)s"),
     "the freed place of an ended session": ("update agent_capacity set session_id = null, lease_until = null where", "update agent_capacity set lease_until = null where false and"),
     "the announced ending": ("set announced = true, offer_until = null", "set offer_until = null"),
-    "an offer's time": ("and (w.offer_until is null or w.offer_until <= %(now)s) and o.enabled", "and o.enabled"),
+    "an offer's time": ("and (w.offer_until is null or w.offer_until <= %(now)s)\n", "\n"),
 }  # fmt: skip
 # The bounded form takes those that are found soonest.
 BOUNDED = ("a freed slot", "the stop of an ended item's session", "one live item a subject at the reopening")

@@ -11,6 +11,7 @@ import click
 from kilo_pipelines.cli.main import main
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.services.security.config import SecurityConfig
 from kilo_pipelines.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,7 @@ def test_every_setting_is_documented() -> None:
 
 def test_every_owner_setting_is_documented() -> None:
     assert set(CodeReviewConfig.model_fields) <= _rows("services/code-review.md")
+    assert set(SecurityConfig.model_fields) <= _rows("services/security.md")
 
 
 def test_every_dependency_has_its_reason() -> None:

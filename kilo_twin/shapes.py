@@ -341,7 +341,7 @@ class Shapes:
             "updated_at": MADE,
             "permissions": {
                 "checks": "write",
-                "contents": "read",
+                "contents": "write",
                 "metadata": "read",
                 "pull_requests": "write",
                 "issues": "write",

@@ -44,7 +44,8 @@ class ScriptedAdapter:
     def argv(self) -> list[str]:
         return [python_inside(), "-I", "/opt/agent/scripted_agent.py", self._behaviour]
 
-    def env(self, model: str) -> dict[str, str]:
+    def env(self, model: str, *, writes: bool) -> dict[str, str]:
+        del writes  # nothing but the sandbox holds it back, which is what tests are about
         return {"HOME": HOME, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "AGENT_BASE_URL": BASE_URL, "AGENT_MODEL": model}
 
     def readonly(self) -> dict[Path, str]:

@@ -47,7 +47,6 @@ def environment(request):
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_NO_REPLACE_OBJECTS": "1",
-        "GIT_LITERAL_PATHSPECS": "1",
         "GIT_CONFIG_COUNT": str(len(CONFIG)),
         **pairs,
     }
@@ -57,16 +56,9 @@ class Git:
     def __init__(self, request):
         self.tree, self.env = request["tree"], environment(request)
 
-    def run(self, *args, stdin=b"", accepted=(0,), **streams):
-        given = {} if "stdin" in streams else {"input": stdin}
-        done = subprocess.run(
-            ["git", *args],
-            cwd=self.tree,
-            env=self.env,
-            stderr=subprocess.PIPE,
-            **given,
-            **({"stdout": subprocess.PIPE} | streams),
-        )
+    def run(self, *args, text=b"", source=None, target=subprocess.PIPE, accepted=(0,)):
+        given = {"input": text} if source is None else {"stdin": source}
+        done = subprocess.run(["git", *args], cwd=self.tree, env=self.env, stdout=target, stderr=subprocess.PIPE, **given)
         if done.returncode not in accepted:
             raise Refused("unreadable", f"git {args[0]}: {done.stderr.decode(errors='replace').strip()[-300:]}")
         return done.stdout
@@ -84,7 +76,7 @@ def look_for_repositories(git):
         raise Refused("unreadable", found.stderr.decode(errors="replace").strip()[-300:])
     nested = {one.removeprefix(b"./") for one in found.stdout.split(b"\0") if one}
     if nested:
-        ignored = git.run("check-ignore", "-z", "--stdin", stdin=b"\0".join(nested), accepted=(0, 1)).split(b"\0")
+        ignored = git.run("check-ignore", "-z", "--stdin", text=b"\0".join(nested), accepted=(0, 1)).split(b"\0")
         visible = nested - set(ignored)
         if visible:
             raise Refused("nested", min(visible).decode(errors="backslashreplace")[:200])
@@ -114,15 +106,15 @@ def restore_addresses(git, head, addresses):
         for ours, theirs in addresses.items():
             restored = restored.replace(ours.encode(), theirs.encode())
         if restored != content:
-            made = git.run("hash-object", "-w", "--stdin", stdin=restored).strip()
-            git.run("update-index", "-z", "--index-info", stdin=mode + b" " + made + b"\t" + name + b"\0")
+            made = git.run("hash-object", "-w", "--stdin", text=restored).strip()
+            git.run("update-index", "-z", "--index-info", text=mode + b" " + made + b"\t" + name + b"\0")
 
 
 def finalise(request):
     git, head = Git(request), request["head"]
     git.run("init", "-q", "--template=")
     with open(request["pack"], "rb") as pack:
-        git.run("index-pack", "--stdin", stdin=pack)
+        git.run("index-pack", "--stdin", source=pack)
     git.run("read-tree", head)
     look_for_repositories(git)
     git.run("update-index", "-q", "--refresh", accepted=(0, 1))
@@ -134,7 +126,7 @@ def finalise(request):
     new = git.run("rev-list", "--objects", tree, "--not", f"{head}^{{tree}}")
     ids = b"".join(line.split(b" ", 1)[0] + b"\n" for line in new.splitlines())
     with open(request["target"], "wb") as target:
-        git.run("pack-objects", "-q", "--stdout", stdin=ids, stdout=target)
+        git.run("pack-objects", "-q", "--stdout", text=ids, target=target)
     return {"tree": tree}
 
 

@@ -19,7 +19,8 @@ from kilo_pipelines.core.text import clean
 WRITING_SERVICES = frozenset({"remediation"})
 # A result's key for what the platform pushed. The agent's own result may not have it.
 PUSHED = "pushed"
-_BRANCH = r"^(?!.*(?:\.\.|\.lock(?:/|$)|\./))(?:[a-z0-9][a-z0-9._-]*/){2,}[1-9][0-9]{0,5}$"
+# Names that git takes for a branch on every file system; it refuses what ends with `.lock` itself.
+_BRANCH = r"^(?:[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*/){2,}[1-9][0-9]{0,5}$"
 
 
 class RepositoryRef(BaseModel):

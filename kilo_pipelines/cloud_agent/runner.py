@@ -369,7 +369,7 @@ class _Run:
         if isinstance(answer, dict) and isinstance(answer.get("tree"), str):
             return str(answer["tree"])
         refused = answer.get("refused") if isinstance(answer, dict) else None
-        detail = str(answer["detail"]) if refused and "detail" in answer else error.strip()
+        detail = str(answer["detail"]) if refused and "detail" in answer else "".join(error.strip().splitlines()[-1:])
         raise _EndedError(
             SessionStatus.FAILED, _FINALISED.get(str(refused), Reason.CHANGE_UNREADABLE), one_line(detail[-500:], 300)
         )

@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
 from kilo_pipelines.cloud_agent.adapters import AgentAdapter
 from kilo_pipelines.cloud_agent.install import package_directory
@@ -25,6 +26,7 @@ from kilo_pipelines.cloud_agent.sandbox import Sandbox
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.markers import Marker
+from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts
 from kilo_pipelines.providers.github import GitHubApp
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -45,6 +47,43 @@ class Control:
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.events.append((kind, data))
+
+
+class ChangeResult(BaseModel):
+    """What the agent of a write session answers in tests."""
+
+    nonce: str
+    status: Literal["done", "blocked"]
+    summary: str
+
+
+class ChangeTask:
+    """The smallest half of a write session; `orders` go into the brief, fields of its own would be let through."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self._orders, self._message = task.get("orders", ""), task.get("message", "Update demo\n\nTo 1.0.1.")
+
+    def compose(self, facts: WorkspaceFacts, nonce: str, result_path: str) -> Brief:
+        prompt = (
+            f"Nonce: {nonce}\nResult path: {result_path}\nCommit: {facts.head_sha}\n{self._orders}\n"
+            f"Schema:\n{json.dumps(ChangeResult.model_json_schema())}"
+        )
+        return Brief(parts=[BriefPart(prompt, {})])
+
+    def validate(self, result: object, nonce: str) -> list[str]:
+        try:
+            return [] if ChangeResult.model_validate(result).nonce == nonce else ["nonce"]
+        except ValidationError as failure:
+            return [str(failure)]
+
+    def repair_prompt(self, problems: list[str], nonce: str, result_path: str) -> str:
+        return f"Nonce: {nonce}\nResult path: {result_path}\nSchema:\n{json.dumps(ChangeResult.model_json_schema())}"
+
+    def merge(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        return results[0]
+
+    def commit_message(self, result: dict[str, Any]) -> str | None:
+        return self._message
 
 
 def free_port() -> int:
@@ -126,22 +165,49 @@ class SessionWorld:
             task=task_of(state, {"full_name": state.full_name, "settings": config}, previous_summary=None, previous_head=None),
         )
 
+    def branch_spec(self, pull: dict[str, Any], head: str, service: str = "remediation", **changes: Any) -> SessionSpec:
+        """A session on the head of `main`, without a pull request."""
+        found = self.spec(pull).model_dump()
+        writing = {"writes": True, "branch": f"kilo/{uuid4()}/1"} if service == "remediation" else {}
+        on_branch = {
+            "pull_number": None,
+            "base_ref": "main",
+            "base_sha": head,
+            "head_sha": head,
+            "checkout_ref": "refs/heads/main",
+        }
+        return SessionSpec.model_validate({**found, **on_branch, "service": service, "task": {}, **writing, **changes})
+
+    def token(self, repository_id: int, level: str) -> str:
+        """A token for the contents of one repository."""
+        return self.app.token(self.credentials["installation_id"], [repository_id], {"metadata": "read", "contents": level})
+
     def run(
-        self, spec: SessionSpec, adapter: AgentAdapter, control: Control | None = None, sandbox: Sandbox | None = None
+        self,
+        spec: SessionSpec,
+        adapter: AgentAdapter,
+        control: Control | None = None,
+        sandbox: Sandbox | None = None,
+        registries: dict[str, str] | None = None,
+        task: SessionTask | None = None,
     ) -> SessionOutcome:
         config = RunnerConfig(
             self.home / "repositories",
             self.home / "work",
             control_socket(self.settings),
             lambda: sandbox or Sandbox.find(package_directory()),
+            registries or {},
         )
-
-        def token() -> str:
-            return self.app.token(
-                self.credentials["installation_id"], [spec.repository.external_id], {"metadata": "read", "contents": "read"}
-            )
-
-        return SelfHostedRunner(config, adapter).run(spec, CodeReviewTask(spec.task), control or Control(), token)
+        if task is None:
+            task = CodeReviewTask(spec.task) if spec.service == "code_review" else ChangeTask(spec.task)
+        repository_id = spec.repository.external_id
+        return SelfHostedRunner(config, adapter).run(
+            spec,
+            task,
+            control or Control(),
+            lambda: self.token(repository_id, "read"),
+            lambda: self.token(repository_id, "write"),
+        )
 
     def judge(self, spec: SessionSpec, outcome: SessionOutcome, gate: str = "critical") -> Interpretation:
         """What the platform would conclude of this outcome."""
@@ -151,7 +217,7 @@ class SessionWorld:
             "subject",
             spec.repository.external_id,
             spec.repository.full_name,
-            spec.pull_number,
+            spec.pull_number or 0,
             spec.base_ref,
             spec.head_sha,
             None,

@@ -47,6 +47,8 @@ POLICY_PATH = "REVIEW.md"
 POLICY_CHARS = 10_000  # contract A8.4
 _HEX = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 _ZERO = "0" * 40
+# git's message ids (git-fsck, "fsck messages") that have a reason of their own.
+_OF_FSCK = {"badFilemode": Reason.CHANGE_MODE, "hasDotgit": Reason.CHANGE_NESTED_REPOSITORY}
 _STATUS: dict[str, EntryStatus] = {
     "A": "added",
     "M": "modified",
@@ -224,9 +226,9 @@ def commit_of(bare: Path, ref: str) -> str:
     return _run(bare, "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
 
 
-def _hex(value: str) -> str:
+def _hex(value: str, reason: Reason = Reason.HEAD_MOVED) -> str:
     if not _HEX.match(value):
-        raise GitError(Reason.HEAD_MOVED, "not a commit id")
+        raise GitError(reason, "not an object id")
     return value
 
 
@@ -255,20 +257,20 @@ def read_facts(bare: Path, *, base: str, head: str, policy_commit: str | None) -
     )
 
 
-def _check_size(bare: Path, head: str) -> None:
+def _check_size(bare: Path, head: str, extra: dict[str, str] | None = None, reason: Reason = Reason.REPOSITORY_TOO_LARGE) -> None:
     """Counts entries and bytes before anything is checked out: a tree can name one blob, or one tree, a million times.
 
     The listing is read as it comes and only as far as the caps: ten nested trees list ten thousand million files.
     """
     entries = size = 0
-    with _reading(bare, "ls-tree", "-r", "-z", "--long", head, reason=Reason.FETCH_FAILED) as listing:
+    with _reading(bare, "ls-tree", "-r", "-z", "--long", head, reason=Reason.FETCH_FAILED, extra=extra) as listing:
         for line in _fields(listing):
             entries += 1
             meta = line.split(b"\t", 1)[0].split()
             if len(meta) == 4 and meta[3].isdigit():
                 size += int(meta[3])
             if entries > MAX_TREE_ENTRIES or size > MAX_TREE_BYTES:
-                raise GitError(Reason.REPOSITORY_TOO_LARGE, f"more than {entries} files or {size} bytes")
+                raise GitError(reason, f"more than {entries} files or {size} bytes")
 
 
 def _entries(bare: Path, old: str, new: str) -> list[DiffEntry]:
@@ -391,19 +393,26 @@ class Quarantine:
         GitError: change_pack_refused, change_history (commits or tags in the pack), change_too_large.
         """
         (self.directory / "pack").mkdir(parents=True)
-        self._run(
-            "index-pack",
-            "--strict",
-            "--fsck-objects",
-            f"--max-input-size={MAX_PACK_BYTES}",
-            "--stdin",
-            stdin=pack,
-            # A few kilobytes of deltas can ask for gigabytes.
-            within=("prlimit", f"--data={UNPACK_MEMORY_BYTES}", f"--cpu={UNPACK_CPU_SECONDS}"),
-        )
+        try:
+            self._run(
+                "index-pack",
+                # Odd modes are a remark to git, and a comparison of trees tells only what git makes of them.
+                "--strict=badFilemode=error",
+                "--fsck-objects",
+                f"--max-input-size={MAX_PACK_BYTES}",
+                "--stdin",
+                stdin=pack,
+                # A few kilobytes of deltas can ask for gigabytes.
+                within=("prlimit", f"--data={UNPACK_MEMORY_BYTES}", f"--cpu={UNPACK_CPU_SECONDS}"),
+            )
+        except GitError as failure:
+            reason = next((_OF_FSCK[name] for name in _OF_FSCK if f" {name}:" in failure.detail), failure.reason)
+            raise GitError(reason, failure.detail) from None
         self._check_objects()
-        if self._run("cat-file", "-t", _hex(tree)).strip() != b"tree":
+        if self._run("cat-file", "-t", _hex(tree, Reason.CHANGE_PACK_REFUSED)).strip() != b"tree":
             raise GitError(Reason.CHANGE_PACK_REFUSED, "not a tree")
+        # Before the comparison, which git tells only when it has all of it.
+        _check_size(self.bare, tree, self._joined, Reason.CHANGE_TOO_LARGE)
         found = []
         with _reading(
             self.bare,

@@ -367,7 +367,10 @@ def _packages(mirror: httpx.AsyncClient) -> Callable[[Request], Awaitable[Respon
     async def endpoint(request: Request) -> Response:
         if request.scope["query_string"]:
             return JSONResponse({"error": "query_refused"}, 400)
-        address = httpx.URL("http://mirror").copy_with(raw_path=request.scope["raw_path"])
+        path = request.scope["raw_path"]
+        address = httpx.URL("http://mirror").copy_with(raw_path=path)
+        if address.raw_path != path:  # the client would resolve dots that the mirror must see
+            return JSONResponse({"error": "path_refused"}, 400)
         try:
             answer = await mirror.send(mirror.build_request(request.method, address), stream=True)
         except (httpx.HTTPError, httpx.InvalidURL):

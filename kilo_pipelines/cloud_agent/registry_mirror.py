@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
@@ -126,6 +127,8 @@ class RegistryMirror:
             limits=httpx.Limits(max_connections=CONNECTIONS),
             follow_redirects=False,
             trust_env=False,
+            # A registry's cookie would tie one request to the next.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         )
 
     def application(self) -> Starlette:

@@ -8,32 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
-from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionStatus
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import EvidenceKey, fault_of
 from tests.support.figures import Figures
-from tests.support.git import BareRepository, git
-from tests.support.sessions import ChangeTask, Control, SessionWorld
+from tests.support.git import git
+from tests.support.sessions import ChangeTask, Control, Provider, SessionWorld
 
 EDITED = [("100644", "package-lock.json"), ("100644", "package.json")]
-# The repository holds what the attacks need: a link, a submodule, a program, a directory.
-FILES: dict[str, bytes | tuple[str, bytes] | None] = {
-    "package.json": b'{"name": "demo", "version": "2.0.0", "dependencies": {"leftish": "1.0.0"}}\n',
-    "package-lock.json": b'{"name": "demo", "lockfileVersion": 3, "packages": {"node_modules/leftish": {"version": "1.0.0"}}}\n',
-    ".gitignore": b"node_modules/\n",
-    "link": ("120000", b"package.json"),
-    "lib": ("160000", b"c" * 40),
-    "run.sh": ("100644", b"#!/bin/sh\n"),
-    "src/index.js": b"require('leftish')\n",
-    "docs/notes.md": b"notes\n",
-}
-
 # Hostile where nobody looks: the pushed commit is the honest edit and nothing else.
 WITHOUT_EFFECT = ("edit", "hooks", "config", "alternates", "history", "setuid")
 REFUSED = {
@@ -59,32 +46,7 @@ REFUSED = {
     "claim": Reason.RESULT_INVALID,
 }
 # One of each kind; the full form runs all.
-BOUNDED = ("nothing", "repository", "submodule", "link_moved", "workflow", "files", "pipe", "name", "claim")
-
-
-class Provider:
-    """The twin's repository that the sessions write to."""
-
-    def __init__(self, world: SessionWorld) -> None:
-        self.world = world
-        self.pull = world.control("open-pull", kind="clean")
-        self.server = BareRepository(world.twin_home / "git" / f"{self.pull['repository']}.git")
-        self.head = self.server.commit(FILES, git(self.server.path, "rev-parse", "refs/heads/main"))
-        git(self.server.path, "update-ref", "refs/heads/main", self.head)
-
-    def refs(self) -> dict[str, str]:
-        listed = git(self.server.path, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
-        return dict(line.split() for line in listed)  # type: ignore[misc]
-
-    def change(self, deed: str, control: Control | None = None, **changes: Any) -> tuple[SessionSpec, SessionOutcome]:
-        """A write session of the agent that does this."""
-        spec = self.world.branch_spec(self.pull, self.head, **changes)
-        return spec, self.world.run(spec, ScriptedAdapter(f"write_{deed}"), control)
-
-    def changed(self, commit: str) -> list[tuple[str, str]]:
-        """(mode, path) of what a commit changes."""
-        raw = git(self.server.path, "diff-tree", "-r", "--raw", "--no-renames", f"{commit}^", commit)
-        return [(line.split()[1], line.split("\t")[1]) for line in raw.splitlines()]
+BOUNDED = ("nothing", "repository", "submodule", "link_moved", "huge", "pipe", "name", "claim")
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +62,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "refused" in metafunc.fixturenames:
         metafunc.parametrize("refused", REFUSED if full else BOUNDED)
     if "harmless_deed" in metafunc.fixturenames:
-        metafunc.parametrize("harmless_deed", WITHOUT_EFFECT if full else ("hooks", "config", "history", "setuid"))
+        metafunc.parametrize("harmless_deed", WITHOUT_EFFECT if full else ("hooks", "config", "history"))
 
 
 def test_what_an_agent_does_to_its_own_repository_has_no_say_in_what_is_pushed(
     provider: Provider, harmless_deed: str, figures: Figures
 ) -> None:
     before = provider.refs()
-    spec, outcome = provider.change(harmless_deed)
-    figures(tried=1)
+    control = Control()
+    spec, outcome = provider.change(harmless_deed, control)
+    figures(tried=1, leaked="ghs_" in json.dumps([control.events, outcome.model_dump(mode="json")]))
+    assert "ghs_" not in json.dumps([control.events, outcome.model_dump(mode="json")]), "a token of the push"
     assert outcome.status is SessionStatus.COMPLETED and outcome.result is not None, (outcome.reason, outcome.detail)
     pushed, after = outcome.result[PUSHED], provider.refs()
     assert {name: after[name] for name in after if name not in before} == {f"refs/heads/{spec.branch}": pushed["commit"]}
@@ -208,10 +172,3 @@ def test_a_moved_branch_ends_the_session_before_any_agent_runs(provider: Provide
     parent = git(provider.server.path, "rev-parse", f"{provider.head}^")
     outcome = provider.world.run(provider.world.branch_spec(provider.pull, parent), ScriptedAdapter("write_edit"))
     assert outcome.reason == Reason.HEAD_MOVED
-
-
-def test_secrets_of_the_push_are_in_no_event_and_no_outcome(provider: Provider) -> None:
-    control = Control()
-    _, outcome = provider.change("edit", control)
-    assert "ghs_" not in json.dumps([control.events, outcome.model_dump(mode="json")])
-    assert not list(Path(provider.world.home / "s" / "proxy").glob("r-*"))

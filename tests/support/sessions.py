@@ -18,6 +18,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kilo_pipelines.cloud_agent.adapters import AgentAdapter
+from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.install import package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import Heartbeat, RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
@@ -33,6 +34,7 @@ from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.code_review.launch import task_of
 from kilo_pipelines.services.code_review.outcome import Interpretation, ReviewSubject, SessionEnd, interpret
 from kilo_pipelines.settings import Settings, write_secret
+from tests.support.git import BareRepository, git
 
 
 class Control:
@@ -232,3 +234,41 @@ class SessionWorld:
             process.terminate()
             process.wait(10)
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+# The repository holds what the attacks need: a link, a submodule, a program, a directory.
+FILES: dict[str, bytes | tuple[str, bytes] | None] = {
+    "package.json": b'{"name": "demo", "version": "2.0.0", "dependencies": {"leftish": "1.0.0"}}\n',
+    "package-lock.json": b'{"name": "demo", "lockfileVersion": 3, "packages": {"node_modules/leftish": {"version": "1.0.0"}}}\n',
+    ".gitignore": b"node_modules/\n",
+    "link": ("120000", b"package.json"),
+    "lib": ("160000", b"c" * 40),
+    "run.sh": ("100644", b"#!/bin/sh\n"),
+    "src/index.js": b"require('leftish')\n",
+    "docs/notes.md": b"notes\n",
+}
+
+
+class Provider:
+    """The twin's repository that the sessions write to."""
+
+    def __init__(self, world: SessionWorld) -> None:
+        self.world = world
+        self.pull = world.control("open-pull", kind="clean")
+        self.server = BareRepository(world.twin_home / "git" / f"{self.pull['repository']}.git")
+        self.head = self.server.commit(FILES, git(self.server.path, "rev-parse", "refs/heads/main"))
+        git(self.server.path, "update-ref", "refs/heads/main", self.head)
+
+    def refs(self) -> dict[str, str]:
+        listed = git(self.server.path, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
+        return dict(line.split() for line in listed)  # type: ignore[misc]
+
+    def change(self, deed: str, control: Control | None = None, **changes: Any) -> tuple[SessionSpec, SessionOutcome]:
+        """A write session of the agent that does this."""
+        spec = self.world.branch_spec(self.pull, self.head, **changes)
+        return spec, self.world.run(spec, ScriptedAdapter(f"write_{deed}"), control)
+
+    def changed(self, commit: str) -> list[tuple[str, str]]:
+        """(mode, path) of what a commit changes."""
+        raw = git(self.server.path, "diff-tree", "-r", "--raw", "--no-renames", f"{commit}^", commit)
+        return [(line.split()[1], line.split("\t")[1]) for line in raw.splitlines()]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
+import hashlib
+import io
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,6 +30,27 @@ from tests.support.git import git
 from tests.support.sessions import Control, Provider, SessionWorld
 
 ADDRESS = "http://127.0.0.1:8100"
+VERSIONS = ("1.0.0", "1.0.1")
+
+
+def _package(version: str) -> bytes:
+    """A package that npm accepts."""
+    content, made = json.dumps({"name": "whole", "version": version}).encode(), io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz") as archive:
+        member = tarfile.TarInfo("package/package.json")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return made.getvalue()
+
+
+def _metadata(upstream: Upstream) -> dict[str, Any]:
+    versions = {}
+    for version in VERSIONS:
+        path = f"whole/-/whole-{version}.tgz"
+        digest = base64.b64encode(hashlib.sha512(upstream.tarballs[f"/npm/{path}"]).digest()).decode()
+        dist = {"tarball": upstream.base + path, "integrity": f"sha512-{digest}"}
+        versions[version] = {"name": "whole", "version": version, "dist": dist}
+    return {"name": "whole", "dist-tags": {"latest": VERSIONS[-1]}, "versions": versions}
 
 
 class Upstream(ThreadingHTTPServer):
@@ -34,6 +60,7 @@ class Upstream(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.asked: list[tuple[str, str, dict[str, str]]] = []
         self.base = f"http://127.0.0.1:{self.server_port}/npm/"
+        self.tarballs = {f"/npm/whole/-/whole-{version}.tgz": _package(version) for version in VERSIONS}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -45,7 +72,11 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append((self.command, self.path, dict(self.headers)))
         kind, status, body, more = "application/json", 200, b"{}", {}
-        if self.path == "/npm/leftish":
+        if self.path == "/npm/whole":
+            body = json.dumps(_metadata(self.server)).encode()
+        elif self.path in self.server.tarballs:
+            kind, body = "application/octet-stream", self.server.tarballs[self.path]
+        elif self.path == "/npm/leftish":
             tarball = f"{self.server.base}leftish/-/leftish-1.0.1.tgz"
             body = json.dumps({"name": "leftish", "dist": {"tarball": tarball}, "elsewhere": "http://127.0.0.1:1/x"}).encode()
         elif self.path.endswith(".tgz"):
@@ -168,6 +199,17 @@ def test_a_session_asks_its_registry_through_its_one_socket_and_locks_the_regist
     assert ("packages_asked" in [kind for kind, _ in control.events]) and not list(
         (provider.world.home / "s" / "proxy").glob("r-*")
     )
+
+
+@pytest.mark.skipif(not Path("/usr/bin/npm").exists(), reason="the sandbox sees the machine's npm only below /usr")
+def test_npm_itself_updates_a_lock_file_through_the_mirror(provider: Provider, upstream: Upstream) -> None:
+    orders = "Package: whole\nPatched version: 1.0.1\nManifest: package.json\n"
+    spec = provider.world.branch_spec(provider.pull, provider.head, registries=["npm"], task={"orders": orders})
+    outcome = provider.world.run(spec, ScriptedAdapter(), registries={"npm": upstream.base})
+    assert outcome.result is not None and PUSHED in outcome.result, (outcome.reason, outcome.detail)
+    locked = json.loads(git(provider.server.path, "show", f"{outcome.result[PUSHED]['commit']}:package-lock.json"))
+    entry, published = locked["packages"]["node_modules/whole"], _metadata(upstream)["versions"]["1.0.1"]["dist"]
+    assert (entry["version"], entry["resolved"], entry["integrity"]) == ("1.0.1", published["tarball"], published["integrity"])
 
 
 def test_without_an_allowed_registry_there_is_no_way_to_one(provider: Provider, upstream: Upstream) -> None:

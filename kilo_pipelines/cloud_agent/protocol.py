@@ -19,7 +19,7 @@ from kilo_pipelines.core.text import clean
 WRITING_SERVICES = frozenset({"remediation"})
 # A result's key for what the platform pushed. The agent's own result may not have it.
 PUSHED = "pushed"
-# Names that git takes for a branch on every file system; it refuses what ends with `.lock` itself.
+# Names that git takes for a branch on every file system, but for `.lock` at a segment's end, which it keeps for itself.
 _BRANCH = r"^(?:[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*/){2,}[1-9][0-9]{0,5}$"
 
 
@@ -86,6 +86,8 @@ class SessionSpec(BaseModel):
             raise ValueError("without a pull request base and head are one commit")
         if self.writes and (self.service not in WRITING_SERVICES or self.pull_number is not None or self.branch is None):
             raise ValueError("a write session is of a writing service, on a branch's head, and names the branch that it creates")
+        if ".lock/" in (self.branch or ""):
+            raise ValueError("a segment of a branch's name doesn't end with .lock")
         if not self.writes and (self.branch is not None or self.allow_protected or self.registries):
             raise ValueError("a session that only reads has no branch, no paths to change and no package registries")
         return self

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kilo_pipelines.cloud_agent import git as ours
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionStatus
 from kilo_pipelines.core.reasons import Reason
@@ -172,3 +176,66 @@ def test_a_moved_branch_ends_the_session_before_any_agent_runs(provider: Provide
     parent = git(provider.server.path, "rev-parse", f"{provider.head}^")
     outcome = provider.world.run(provider.world.branch_spec(provider.pull, parent), ScriptedAdapter("write_edit"))
     assert outcome.reason == Reason.HEAD_MOVED
+
+
+class Pushing:
+    """A commit in quarantine, pushed by the courier's process as often as a test likes."""
+
+    def __init__(self, provider: Provider, path: Path) -> None:
+        self.provider, self.spec = provider, provider.world.branch_spec(provider.pull, provider.head)
+        self.bare = path / "bare.git"
+        git(path, "clone", "-q", "--bare", str(provider.server.path), str(self.bare))
+        self.change = ours.Quarantine(self.bare, path / "quarantine")
+        (self.change.directory / "pack").mkdir(parents=True)
+
+    def commit(self, size: int = 10) -> str:
+        """A commit on the head, in quarantine alone; each its own."""
+        at = {"GIT_OBJECT_DIRECTORY": str(self.change.directory), "GIT_ALTERNATE_OBJECT_DIRECTORIES": f"{self.bare}/objects"}
+        blob = git(self.bare, "hash-object", "-w", "--stdin", stdin=os.urandom(size), **at)
+        tree = git(self.bare, "mktree", stdin=f"100644 blob {blob}\ta\n".encode(), **at)
+        return self.change.commit(tree, self.provider.head, "Words\n")
+
+    def push(self, commit: str, branch: str, level: str = "write") -> Reason | None:
+        token = self.provider.world.token(self.spec.repository.external_id, level)
+        request = {
+            "bare": str(self.bare),
+            "clone_url": self.spec.repository.clone_url,
+            "token": token,
+            "push": {"objects": str(self.change.directory), "commit": commit, "branch": branch},
+        }
+        courier = [sys.executable, "-m", "kilo_pipelines.cloud_agent.courier"]
+        done = subprocess.run(courier, input=json.dumps(request).encode(), capture_output=True)
+        assert token not in done.stdout.decode() + done.stderr.decode()
+        answer = json.loads(done.stdout)
+        return Reason(answer["reason"]) if "reason" in answer else None
+
+    def held(self, branch: str) -> str | None:
+        return self.provider.refs().get(f"refs/heads/{branch}")
+
+
+@pytest.fixture
+def pushing(provider: Provider, tmp_path: Path) -> Pushing:
+    return Pushing(provider, tmp_path)
+
+
+def test_a_push_whose_answer_was_lost_is_repeated_without_harm(pushing: Pushing) -> None:
+    commit = pushing.commit(3_000_000)  # more than git sends in one piece
+    assert [pushing.push(commit, "kilo/lost/1") for _ in range(2)] == [None, None]
+    assert pushing.held("kilo/lost/1") == commit
+
+
+def test_a_branch_is_created_once_and_never_moved_forced_or_reset(pushing: Pushing) -> None:
+    first, second = pushing.commit(), pushing.commit()
+    assert (pushing.push(first, "kilo/once/1"), pushing.push(second, "kilo/once/1")) == (None, Reason.BRANCH_TAKEN)
+    # Not even forwards: the head's own child over the head.
+    git(pushing.provider.server.path, "update-ref", "refs/heads/kilo/ahead/1", pushing.provider.head)
+    assert pushing.push(first, "kilo/ahead/1") is Reason.BRANCH_TAKEN
+    assert (pushing.held("kilo/once/1"), pushing.held("kilo/ahead/1")) == (first, pushing.provider.head)
+
+
+def test_a_push_that_the_provider_refuses_says_so(pushing: Pushing) -> None:
+    commit = pushing.commit()
+    git(pushing.provider.server.path, "update-ref", "refs/heads/kilo/file", pushing.provider.head)
+    assert pushing.push(commit, "kilo/reading/1", "read") is Reason.PUSH_FAILED
+    assert pushing.push(commit, "kilo/file/1") is Reason.PUSH_FAILED
+    assert pushing.held("kilo/reading/1") is None and pushing.held("kilo/file/1") is None

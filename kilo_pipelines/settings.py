@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 # The longest name below the socket directory (a session's door to the model proxy) has 30 bytes, and Linux takes 107 in all.
 SOCKETS_BYTES = 75
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class SettingsError(Exception):
@@ -77,6 +80,10 @@ class Settings(BaseSettings):
     )
     session_silence_seconds: float = Field(default=420.0, description="A session without any sign of life ends after this.")
     session_cap_seconds: float = Field(default=1800.0, description="Hard cap of a session.")
+    registries: dict[str, str] = Field(
+        default={},
+        description="Package registries that owners may allow for write sessions: JSON of name and base address.",
+    )
 
     # A redelivery comes within days; a quarter's bodies help to understand a dispute.
     keep_delivery_bodies_days: float = Field(
@@ -90,6 +97,18 @@ class Settings(BaseSettings):
     keep_asset_runs_days: float = Field(
         default=180, gt=0, description="Days that finished runs of assets, with their plots, are kept."
     )
+
+    @field_validator("registries")
+    @classmethod
+    def _plain_addresses(cls, value: dict[str, str]) -> dict[str, str]:
+        """https, or this machine's twin; no credentials, which every session would share; a slash at the end closes the base."""
+        for name, base in value.items():
+            parts = urlsplit(base)
+            plain = not (parts.username or parts.password or parts.query or parts.fragment) and parts.hostname
+            local = parts.scheme == "http" and parts.hostname in LOOPBACK
+            if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}", name) or not plain or not (parts.scheme == "https" or local):
+                raise ValueError(f"registry {name}: an https address without credentials, query or fragment is needed")
+        return {name: f"{base.rstrip('/')}/" for name, base in value.items()}
 
     @field_validator("home", "run_dir")
     @classmethod

@@ -1,7 +1,8 @@
 """A scripted, OpenAI-compatible model. It knows no seed: it reads tool output and applies general rules to it.
 
 Stateless: the next step is decided from the messages of the request alone, so the same request gets the same answer.
-Order of its steps: the diff by git, every changed file by `read`, the result by `write`, a closing sentence.
+Order of its steps: the diff by git, every changed file by `read`, the result by `write`, a closing sentence. A brief that
+names a package, its patched version and the manifest gets the update by npm in place of a review.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ MAX_READS = 20  # files; a real model would tire too
 MAX_CALLS = 40  # tool calls of a conversation, whatever happens
 
 _NUMBERED = re.compile(r"^\s*(\d+)(?:\||:|\t)\s?(.*)$")
+_PACKAGE = re.compile(r"(?:@[a-z0-9._-]+/)?[a-z0-9][a-z0-9._-]*")
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]*")
 _HUNK = re.compile(r"^@@ -\d+(?:,\d+)? \+(\d+)(?:,\d+)? @@")
 
 
@@ -226,12 +230,30 @@ class Conversation:
         unread = [path for path in self.changed_paths()[:MAX_READS] if path not in read]
         if unread and "read" in self.tools and not self._written:
             return [("read", {"filePath": path}) for path in unread[:4]]
+        update = self._update()
+        if update and not self._written and "bash" in self.tools and "bash" not in names:
+            return [("bash", {"command": update, "description": "Updates the package"})]
         if not self._written and "write" in self.tools:
             return [("write", {"filePath": result_path, "content": json.dumps(self.result(), indent=1)})]
         return []
 
+    def _update(self) -> str:
+        """The command that brings the patched version into manifest and lock file; empty when the brief asks for none."""
+        package, version, manifest = (self._field(name) for name in ("Package", "Patched version", "Manifest"))
+        if not (
+            _PACKAGE.fullmatch(package)
+            and _VERSION.fullmatch(version)
+            and manifest.endswith(("package.json", "package-lock.json"))
+        ):
+            return ""
+        directory = shlex.quote(f"./{manifest.rpartition('/')[0]}")
+        return f"cd {directory} && npm install --package-lock-only --ignore-scripts {package}@^{version}"
+
     def result(self) -> dict[str, Any]:
-        """The result out of what the tools showed."""
+        """The result out of what the tools showed; of another shape where the brief's schema asks for one."""
+        schema = self._schema()
+        if schema and "findings" not in schema.get("properties", {}):
+            return self._filled(schema)
         added = self._added_lines()
         findings = []
         for name, arguments, output in self.calls:
@@ -245,6 +267,30 @@ class Conversation:
         count = f"{len(findings)} problem{'s' if len(findings) != 1 else ''}" if findings else "no problems"
         summary = f"Reviewed by a scripted model that knows five classes of defect. It read {files} files and found {count}."
         return {"nonce": self._field("Nonce"), "summary": summary, "findings": findings}
+
+    def _schema(self) -> dict[str, Any]:
+        """The JSON schema that stands in the brief behind `Schema:`."""
+        start = self.brief.find("Schema:\n{")
+        try:
+            found = json.JSONDecoder().raw_decode(self.brief, start + len("Schema:\n"))[0] if start >= 0 else {}
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _filled(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The plainest value of each required field: the first choice, an empty list, one sentence."""
+        plain = {"boolean": False, "integer": 0, "number": 0, "array": [], "object": {}}
+        words = "Done by a scripted model."
+        filled = {}
+        for name in schema.get("required", []):
+            field = schema.get("properties", {}).get(name, {})
+            field = schema.get("$defs", {}).get(str(field.get("$ref", "")).rpartition("/")[2], field)
+            if field.get("type") == "object" and field.get("properties"):
+                filled[name] = self._filled({"$defs": schema.get("$defs", {}), **field})
+            else:
+                choices = [*field.get("enum", []), *([field["const"]] if "const" in field else [])]
+                filled[name] = (choices or [plain.get(field.get("type", ""), words)])[0]
+        return filled | ({"nonce": self._field("Nonce")} if "nonce" in filled else {})
 
     def _added_lines(self) -> dict[str, dict[int, str]]:
         """Added lines by path, from the output of git."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -88,6 +89,7 @@ def decide(settings: Settings, github_app_id: int | None) -> Settings:
         "github_app_id": github_app_id,
         "model_base_url": f"{settings.twin_url}/model/v1" if offline else settings.model_base_url,
         "model": "scripted-reviewer" if offline else settings.model,
+        "registries": json.dumps({"npm": f"{settings.twin_url}/npm/"} if offline else settings.registries),
     }
     setup.write_config(settings, values)
     return Settings()

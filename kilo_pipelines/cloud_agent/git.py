@@ -1,7 +1,8 @@
 """git, with two rules: a token only where no agent can write, and no git of ours in a tree that an agent wrote.
 
 Everything here works on bare repositories of the platform, one per owner and repository id, whose configuration we wrote.
-The environment of every call follows threats rule 2; diffs follow rule 10.
+The environment of every call follows threats rule 2; diffs follow rule 10. What a write session made is read, committed and
+pushed from a `Quarantine` beside the bare repository and never enters it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 from uuid import UUID
 
+from kilo_pipelines.core.changes import MAX_BYTES, MAX_FILES, Change
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import DiffEntry, EntryStatus, WorkspaceFacts
+from kilo_pipelines.settings import LOOPBACK
 
 TIMEOUT_SECONDS = 360  # contract B4: clone and fetch together
 MAX_TREE_ENTRIES = 200_000
@@ -30,10 +34,21 @@ MAX_TREE_BYTES = 2 * 2**30
 # GitHub itself shows no more files of a pull request; each one costs a git process, and a session's parts hold fewer anyway.
 MAX_CHANGES = 3_000
 MAX_ENTRY_TEXT = 1_000_000  # far over what any part may hold; such an entry ends as diff_too_large, not as a full memory
+# A pack of a change that may be pushed is smaller than its contents; trees of the changed directories come on top.
+MAX_PACK_BYTES = MAX_BYTES + 2**23
+# Unpacked: the contents, twice over for trees of very wide directories. A small pack can unpack to any size.
+MAX_UNPACKED_BYTES = 2 * MAX_BYTES
+# For git reading such a pack: eight times the largest honest object, and minutes where seconds are enough.
+UNPACK_MEMORY_BYTES = 8 * MAX_BYTES + 2**26
+UNPACK_CPU_SECONDS = 60
+# `.invalid` belongs to nobody (RFC 2606), so no account of the provider is shown as the author.
+AUTHOR_NAME, AUTHOR_EMAIL = "kilo-pipelines", "agent@kilo-pipelines.invalid"
 POLICY_PATH = "REVIEW.md"
 POLICY_CHARS = 10_000  # contract A8.4
 _HEX = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 _ZERO = "0" * 40
+# git's message ids (git-fsck, "fsck messages") that have a reason of their own.
+_OF_FSCK = {"badFilemode": Reason.CHANGE_MODE, "hasDotgit": Reason.CHANGE_NESTED_REPOSITORY}
 _STATUS: dict[str, EntryStatus] = {
     "A": "added",
     "M": "modified",
@@ -42,7 +57,6 @@ _STATUS: dict[str, EntryStatus] = {
     "C": "copied",
     "T": "type_changed",
 }
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class GitError(Exception):
@@ -102,14 +116,17 @@ def _run(
     stdout: IO[bytes] | int = subprocess.PIPE,
     reason: Reason = Reason.FETCH_FAILED,
     secret: str = "",
+    extra: dict[str, str] | None = None,
+    within: tuple[str, ...] = (),
 ) -> bytes:
+    """Output of git; `extra` goes into its environment, `within` is a program that starts it."""
     try:
         done = subprocess.run(
-            ["git", f"--git-dir={bare}", *args],
+            [*within, "git", f"--git-dir={bare}", *args],
             input=stdin if stdin is not None else b"",
             stdout=stdout,
             stderr=subprocess.PIPE,
-            env=_environment(config=config),
+            env=_environment(extra, config),
             timeout=TIMEOUT_SECONDS,
             check=False,
             cwd="/",
@@ -123,7 +140,7 @@ def _run(
 
 
 @contextmanager
-def _reading(bare: Path, *args: str, reason: Reason) -> Iterator[IO[bytes]]:
+def _reading(bare: Path, *args: str, reason: Reason, extra: dict[str, str] | None = None) -> Iterator[IO[bytes]]:
     """The output of git as it comes, for what may be endless: leaving early ends git, an error of git is a GitError."""
     with (
         tempfile.TemporaryFile() as errors,
@@ -132,7 +149,7 @@ def _reading(bare: Path, *args: str, reason: Reason) -> Iterator[IO[bytes]]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(),
+            env=_environment(extra),
             cwd="/",
         ) as process,
     ):
@@ -168,19 +185,22 @@ def _locked(bare: Path) -> Iterator[None]:
         yield
 
 
-def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[str, str]:
-    """Fetches full refs (local name to remote name) and answers their commits by local name.
-
-    The token travels in the environment of this one git process, scoped to the address; GitError(fetch_failed) otherwise.
-    """
+def _authorised(clone_url: str, token: str, reason: Reason) -> tuple[dict[str, str], str]:
+    """Configuration of one git process with the token, scoped to the address, and what must not stand in any message."""
     parts = urlsplit(clone_url)
-    if parts.scheme != "https" and parts.hostname not in _LOOPBACK:
-        raise GitError(Reason.FETCH_FAILED, "repositories are fetched over https only")
+    if parts.scheme != "https" and parts.hostname not in LOOPBACK:
+        raise GitError(reason, "repositories are reached over https only")
     origin = f"{parts.scheme}://{parts.netloc}/"
     basic = base64.b64encode(f"x-access-token:{token}".encode()).decode()
     config = {f"http.{origin}.extraHeader": f"Authorization: Basic {basic}"}
     if parts.scheme == "http":
         config["protocol.http.allow"] = "always"
+    return config, basic
+
+
+def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[str, str]:
+    """Fetches full refs (local name to remote name) and answers their commits by local name; GitError(fetch_failed)."""
+    config, basic = _authorised(clone_url, token, Reason.FETCH_FAILED)
     with _locked(bare):
         if not (bare / "HEAD").exists():
             _run(bare, "init", "-q", "--bare")
@@ -206,9 +226,9 @@ def commit_of(bare: Path, ref: str) -> str:
     return _run(bare, "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
 
 
-def _hex(value: str) -> str:
+def _hex(value: str, reason: Reason = Reason.HEAD_MOVED) -> str:
     if not _HEX.match(value):
-        raise GitError(Reason.HEAD_MOVED, "not a commit id")
+        raise GitError(reason, "not an object id")
     return value
 
 
@@ -237,23 +257,20 @@ def read_facts(bare: Path, *, base: str, head: str, policy_commit: str | None) -
     )
 
 
-def _check_size(bare: Path, head: str) -> None:
+def _check_size(bare: Path, head: str, extra: dict[str, str] | None = None, reason: Reason = Reason.REPOSITORY_TOO_LARGE) -> None:
     """Counts entries and bytes before anything is checked out: a tree can name one blob, or one tree, a million times.
 
     The listing is read as it comes and only as far as the caps: ten nested trees list ten thousand million files.
     """
     entries = size = 0
-    with _reading(bare, "ls-tree", "-r", "-z", "--long", head, reason=Reason.FETCH_FAILED) as listing:
-        pending = b""
-        while chunk := listing.read(2**16):
-            *lines, pending = (pending + chunk).split(b"\0")
-            entries += len(lines)
-            for line in lines:
-                meta = line.split(b"\t", 1)[0].split()
-                if len(meta) == 4 and meta[3].isdigit():
-                    size += int(meta[3])
+    with _reading(bare, "ls-tree", "-r", "-z", "--long", head, reason=Reason.FETCH_FAILED, extra=extra) as listing:
+        for line in _fields(listing):
+            entries += 1
+            meta = line.split(b"\t", 1)[0].split()
+            if len(meta) == 4 and meta[3].isdigit():
+                size += int(meta[3])
             if entries > MAX_TREE_ENTRIES or size > MAX_TREE_BYTES:
-                raise GitError(Reason.REPOSITORY_TOO_LARGE, f"more than {entries} files or {size} bytes")
+                raise GitError(reason, f"more than {entries} files or {size} bytes")
 
 
 def _entries(bare: Path, old: str, new: str) -> list[DiffEntry]:
@@ -356,3 +373,149 @@ def export_pack(bare: Path, commits: list[str], target: Path) -> None:
     # Into the file, not through our memory: a tree may have 2 GB.
     with target.open("wb") as pack:
         _run(bare, "pack-objects", "-q", "--stdout", stdin=ids, reason=Reason.CHECKOUT_FAILED, stdout=pack)
+
+
+class Quarantine:
+    """The objects of one write session's change: they see the bare repository, the bare repository never sees them.
+
+    `directory` belongs to the platform; no agent can write there. Removing it is the end of a change that isn't pushed.
+    """
+
+    def __init__(self, bare: Path, directory: Path) -> None:
+        self.bare, self.directory = bare, directory
+        self._alone = {"GIT_OBJECT_DIRECTORY": str(directory), "GIT_NO_REPLACE_OBJECTS": "1"}
+        # Quoted: git splits the list at colons.
+        self._joined = self._alone | {"GIT_ALTERNATE_OBJECT_DIRECTORIES": f'"{bare / "objects"}"'}
+
+    def read(self, pack: bytes, tree: str, head: str) -> list[Change]:
+        """Checks a pack from the sandbox and answers how its tree differs from the recorded head's; stops past `MAX_FILES`.
+
+        GitError: change_pack_refused, change_history (commits or tags in the pack), change_too_large.
+        """
+        (self.directory / "pack").mkdir(parents=True)
+        try:
+            self._run(
+                "index-pack",
+                # Odd modes are a remark to git, and a comparison of trees tells only what git makes of them.
+                "--strict=badFilemode=error",
+                "--fsck-objects",
+                f"--max-input-size={MAX_PACK_BYTES}",
+                "--stdin",
+                stdin=pack,
+                # A few kilobytes of deltas can ask for gigabytes.
+                within=("prlimit", f"--data={UNPACK_MEMORY_BYTES}", f"--cpu={UNPACK_CPU_SECONDS}"),
+            )
+        except GitError as failure:
+            reason = next((_OF_FSCK[name] for name in _OF_FSCK if f" {name}:" in failure.detail), failure.reason)
+            raise GitError(reason, failure.detail) from None
+        self._check_objects()
+        if self._run("cat-file", "-t", _hex(tree, Reason.CHANGE_PACK_REFUSED)).strip() != b"tree":
+            raise GitError(Reason.CHANGE_PACK_REFUSED, "not a tree")
+        # Before the comparison, which git tells only when it has all of it.
+        _check_size(self.bare, tree, self._joined, Reason.CHANGE_TOO_LARGE)
+        found = []
+        with _reading(
+            self.bare,
+            "diff-tree",
+            "-r",
+            "-z",
+            "--raw",
+            "--no-renames",
+            "--no-abbrev",
+            f"{_hex(head)}^{{tree}}",
+            tree,
+            reason=Reason.CHANGE_PACK_REFUSED,
+            extra=self._joined,
+        ) as listing:
+            fields = _fields(listing)
+            for meta in islice(fields, MAX_FILES + 1):
+                old_mode, new_mode, _, blob, _ = meta[1:].decode().split()
+                found.append((next(fields).decode(errors="surrogateescape"), old_mode, new_mode, blob))
+        sizes = self._sizes({blob for *_, mode, blob in found if mode != "160000" and blob != _ZERO})
+        return [Change(path, old, new, sizes.get(blob, 0)) for path, old, new, blob in found]
+
+    def commit(self, tree: str, head: str, message: str) -> str:
+        """The one commit of the change: this tree on the recorded head, author, committer and message ours; its id."""
+        who = {
+            f"GIT_{role}_{field}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for field, value in (("NAME", AUTHOR_NAME), ("EMAIL", AUTHOR_EMAIL))
+        }
+        made = self._run("commit-tree", _hex(tree), "-p", _hex(head), "-F", "-", stdin=message.encode(), more=who)
+        return made.decode().strip()
+
+    def push(self, clone_url: str, token: str, commit: str, branch: str) -> None:
+        """Creates `refs/heads/<branch>` at the commit; never moves or forces anything (threats, rule 14).
+
+        Done when the branch holds this commit already: an earlier answer was lost. GitError: branch_taken, push_failed.
+        """
+        config, basic = _authorised(clone_url, token, Reason.PUSH_FAILED)
+        ref = f"refs/heads/{branch}"
+
+        def ask(*args: str) -> bytes:
+            return self._run(*args, config=config, secret=basic, reason=Reason.PUSH_FAILED)
+
+        try:
+            # The lease expects that there is no such branch; the server itself compares once more.
+            ask(
+                "push",
+                "-q",
+                "--no-verify",
+                "--no-follow-tags",
+                "--recurse-submodules=no",
+                f"--force-with-lease={ref}:",
+                "--end-of-options",
+                clone_url,
+                f"{_hex(commit)}:{ref}",
+            )
+        except GitError as failure:
+            held = ask("ls-remote", "--refs", "--end-of-options", clone_url, ref).split()
+            if not held:
+                raise failure from None
+            if held[0].decode() != commit:
+                raise GitError(Reason.BRANCH_TAKEN, f"{branch} holds another commit") from None
+
+    def _check_objects(self) -> None:
+        """Trees and blobs only, and not more of them than a change may have."""
+        unpacked = 0
+        with _reading(
+            self.bare,
+            "cat-file",
+            "--batch-check=%(objecttype) %(objectsize)",
+            "--batch-all-objects",
+            "--unordered",
+            reason=Reason.CHANGE_PACK_REFUSED,
+            extra=self._alone,
+        ) as listing:
+            for line in listing:
+                kind, size = line.split()
+                if kind not in (b"tree", b"blob"):
+                    raise GitError(Reason.CHANGE_HISTORY, f"a {kind.decode()} in the pack")
+                unpacked += int(size)
+                if unpacked > MAX_UNPACKED_BYTES:
+                    raise GitError(Reason.CHANGE_TOO_LARGE, f"more than {MAX_UNPACKED_BYTES} bytes unpacked")
+
+    def _sizes(self, blobs: set[str]) -> dict[str, int]:
+        answer = self._run("cat-file", "--batch-check=%(objectname) %(objectsize)", stdin="\n".join(blobs).encode())
+        return {name: int(size) for name, size in (line.split() for line in answer.decode().splitlines())}
+
+    def _run(
+        self,
+        *args: str,
+        stdin: bytes | None = None,
+        config: dict[str, str] | None = None,
+        secret: str = "",
+        reason: Reason = Reason.CHANGE_PACK_REFUSED,
+        more: dict[str, str] | None = None,
+        within: tuple[str, ...] = (),
+    ) -> bytes:
+        extra = self._joined | (more or {})
+        return _run(self.bare, *args, stdin=stdin, config=config, secret=secret, reason=reason, extra=extra, within=within)
+
+
+def _fields(listing: IO[bytes]) -> Iterator[bytes]:
+    """Fields of a `-z` output as they come."""
+    pending = b""
+    while chunk := listing.read(2**16):
+        *fields, pending = (pending + chunk).split(b"\0")
+        yield from fields

@@ -1,6 +1,7 @@
 """The model proxy: its own process, the only holder of the model key, one unix socket a session (threats, rule 5).
 
-The socket is the session's identity. Control goes over a socket in a 0700 directory. Prompts and answers stay in memory and
+The socket is the session's identity, and its one way out: requests for packages are handed on to the session's registry
+mirror, another process, over another socket and by a client that never had the key. Control goes over a socket in a 0700 directory. Prompts and answers stay in memory and
 in no log.
 """
 
@@ -11,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any
 
 import httpx
 import uvicorn
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -62,6 +64,7 @@ class Registration(BaseModel):
     model: str
     turns: int
     tokens: int
+    mirror: Path | None = Field(default=None, description="socket of the session's registry mirror")
 
 
 class Part(BaseModel):
@@ -82,6 +85,7 @@ class Session:
     server: uvicorn.Server
     task: asyncio.Task[None]
     transcript: Transcript = field(default_factory=Transcript)
+    mirror: httpx.AsyncClient | None = None
     part: Part | None = None
     chain: Any = field(default_factory=hashlib.sha256)
 
@@ -207,9 +211,13 @@ class ModelProxy:
         name = hashlib.sha256(registration.session_id.encode()).hexdigest()[:16]
         path = self._directory / f"m-{name}.sock"
         path.unlink(missing_ok=True)
-        application = Starlette(
-            routes=[Route("/v1/chat/completions", self._completions(registration.session_id), methods=["POST"])]
-        )
+        routes = [Route("/v1/chat/completions", self._completions(registration.session_id), methods=["POST"])]
+        mirror = None
+        if registration.mirror is not None:
+            transport = httpx.AsyncHTTPTransport(uds=str(registration.mirror))
+            mirror = httpx.AsyncClient(transport=transport, timeout=READ_SECONDS, trust_env=False)
+            routes.append(Route("/registry/{path:path}", _packages(mirror), methods=["GET"]))
+        application = Starlette(routes=routes)
         config = uvicorn.Config(
             application, uds=str(path), log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=1
         )
@@ -219,7 +227,7 @@ class ModelProxy:
             if task.done():
                 return JSONResponse({"error": "the session's socket can't be opened"}, 500)
             await asyncio.sleep(0.01)
-        self._sessions[registration.session_id] = Session(registration, path, server, task)
+        self._sessions[registration.session_id] = Session(registration, path, server, task, mirror=mirror)
         return JSONResponse({"socket": str(path)})
 
     async def _next_part(self, request: Request) -> Response:
@@ -247,6 +255,8 @@ class ModelProxy:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(session.task, 3)
             session.socket.unlink(missing_ok=True)
+            if session.mirror is not None:
+                await session.mirror.aclose()
 
     # -- the agent's side --------------------------------------------------------------------------------------------
 
@@ -349,6 +359,27 @@ class ModelProxy:
         for entry_id, text in part.covers.items():
             if entry_id not in transcript.covered and any(text in one for one in texts):
                 transcript.covered[entry_id] = number
+
+
+def _packages(mirror: httpx.AsyncClient) -> Callable[[Request], Awaitable[Response]]:
+    """Hands method and path on to the mirror, nothing else of the request."""
+
+    async def endpoint(request: Request) -> Response:
+        if request.scope["query_string"]:
+            return JSONResponse({"error": "query_refused"}, 400)
+        path = request.scope["raw_path"]
+        address = httpx.URL("http://mirror").copy_with(raw_path=path)
+        if address.raw_path != path:  # the client would resolve dots that the mirror must see
+            return JSONResponse({"error": "path_refused"}, 400)
+        try:
+            answer = await mirror.send(mirror.build_request(request.method, address), stream=True)
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return JSONResponse({"error": "mirror_unreachable"}, 502)
+        kind = answer.headers.get("content-type", "application/octet-stream")
+        closing = BackgroundTask(answer.aclose)
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, {"content-type": kind}, background=closing)
+
+    return endpoint
 
 
 async def _json(request: Request) -> dict[str, Any]:

@@ -7,13 +7,20 @@ brief and result rules) under a `SessionControl` (the engine's lease, interrupt 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.text import clean
+
+# Which services' sessions may write (design, section 7); all others read.
+WRITING_SERVICES = frozenset({"remediation"})
+# A result's key for what the platform pushed. The agent's own result may not have it.
+PUSHED = "pushed"
+# Names that git takes for a branch on every file system, but for `.lock` at a segment's end, which it keeps for itself.
+_BRANCH = r"^(?:[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*/){2,}[1-9][0-9]{0,5}$"
 
 
 class RepositoryRef(BaseModel):
@@ -52,17 +59,38 @@ class SessionSpec(BaseModel):
 
     session_id: UUID
     owner_id: UUID
-    service: Literal["code_review"]
+    service: Literal["code_review", "security_analysis", "remediation"]
     repository: RepositoryRef
-    pull_number: int
+    pull_number: int | None = Field(description="None: a branch's head without a pull request; base and head are one commit")
     base_ref: str
     base_sha: str
     head_sha: str
-    checkout_ref: str = Field(description="provider ref that holds the head, e.g. refs/pull/7/head")
+    checkout_ref: str = Field(description="provider ref that holds the head, e.g. refs/pull/7/head or refs/heads/main")
     agent: Literal["kilo", "scripted"]
     model: str
     limits: SessionLimits = SessionLimits()
     task: dict[str, Any] = Field(default_factory=dict, description="the service's own inputs for its brief (JSON)")
+    writes: bool = Field(default=False, description="the agent's change is checked and pushed as `branch` before the end is told")
+    branch: str | None = Field(
+        default=None, max_length=120, pattern=_BRANCH, description="<prefix>/<item>/<attempt>: created once, never moved"
+    )
+    allow_protected: list[str] = Field(default=[], description="patterns of protected paths that the owner lets through")
+    registries: list[str] = Field(default=[], description="the owner's allow-list among the platform's package registries")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        """A review has a pull request; without one there is nothing between base and head; only some services write."""
+        if self.service == "code_review" and self.pull_number is None:
+            raise ValueError("a review is of a pull request")
+        if self.pull_number is None and self.base_sha != self.head_sha:
+            raise ValueError("without a pull request base and head are one commit")
+        if self.writes and (self.service not in WRITING_SERVICES or self.pull_number is not None or self.branch is None):
+            raise ValueError("a write session is of a writing service, on a branch's head, and names the branch that it creates")
+        if ".lock/" in (self.branch or ""):
+            raise ValueError("a segment of a branch's name doesn't end with .lock")
+        if not self.writes and (self.branch is not None or self.allow_protected or self.registries):
+            raise ValueError("a session that only reads has no branch, no paths to change and no package registries")
+        return self
 
 
 class Heartbeat(StrEnum):
@@ -99,7 +127,10 @@ class SessionOutcome(BaseModel):
     status: SessionStatus
     reason: str | None = None
     detail: str | None = Field(default=None, max_length=2_000, description="one scrubbed sentence for people")
-    result: dict[str, Any] | None = None
+    result: dict[str, Any] | None = Field(
+        default=None,
+        description="the validated result; of a write session with the key `pushed`: {branch, commit, parent, files}",
+    )
     evidence: Evidence | None = None
 
     @field_validator("detail")

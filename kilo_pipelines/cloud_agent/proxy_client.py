@@ -33,9 +33,15 @@ class ProxyClient:
         decoded: dict[str, Any] = answer.json()
         return decoded
 
-    def register(self, *, model: str, turns: int, tokens: int) -> Path:
-        """Opens the session; the path of its one socket."""
-        body = {"session_id": self._session_id, "model": model, "turns": turns, "tokens": tokens}
+    def register(self, *, model: str, turns: int, tokens: int, mirror: Path | None) -> Path:
+        """Opens the session; the path of its one socket. `mirror` is the socket of its registry mirror."""
+        body = {
+            "session_id": self._session_id,
+            "model": model,
+            "turns": turns,
+            "tokens": tokens,
+            "mirror": str(mirror) if mirror else None,
+        }
         return Path(self._ask("POST", "/sessions", body)["socket"])
 
     def next_part(self, nonce: str, covers: dict[str, str]) -> None:

@@ -1,5 +1,7 @@
 """The self-hosted runner: fetch, facts, brief, sandbox, result, evidence; one session from its spec to its outcome.
 
+A write session goes on: the tree is finalised in a second sandbox, its change checked in quarantine, committed and pushed.
+
 Runs in the main thread of its process (bubblewrap's parent-death signal is bound to it) and leaves nothing behind.
 """
 
@@ -14,25 +16,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kilo_pipelines.cloud_agent import git, relay
-from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, REPO, RESULT_PATH, AgentAdapter
-from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionControl, SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.cloud_agent import finalise, git, relay
+from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, RELAY_URL, REPO, RESULT_PATH, AgentAdapter
+from kilo_pipelines.cloud_agent.protocol import PUSHED, Heartbeat, SessionControl, SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.cloud_agent.proxy_client import ProxyClient, ProxyError
+from kilo_pipelines.cloud_agent.registry_mirror import Mirror, MirrorError
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxProcess, SandboxSpec, SandboxUnavailableError, python_inside
 from kilo_pipelines.cloud_agent.transcript import Transcript, bind, canonical
-from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, ResultFileError, Workspace
+from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, PACK_NAME, ResultFileError, Workspace
+from kilo_pipelines.core.changes import MAX_BYTES, MAX_FILES, commit_text, refusal_of
 from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts
+from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts, WriteTask
+from kilo_pipelines.core.text import one_line
 
 WAIT_SECONDS = 0.25  # between two looks at the child and the heartbeat
 CHECKOUT_SECONDS = 120
+FINALISE_SECONDS = 240  # hashes the whole tree, up to 2 GB, and may be the second of its kind on a busy machine
+ANSWER_BYTES = 4_096  # of a program in the sandbox: an object id, or a reason with a path
+FINAL = "/work/final"
 # Silence is measured at the proxy and at the agent's output; asking the proxy more often tells nothing new.
 SILENCE_LOOK_SECONDS = 2.0
 NONCE_BYTES = 16
@@ -50,6 +58,7 @@ class RunnerConfig:
     work_dir: Path
     proxy_socket: Path
     sandbox: Callable[[], Sandbox]
+    registries: dict[str, str] = field(default_factory=dict)  # base address by name, of all package registries
 
 
 class _EndedError(Exception):
@@ -67,15 +76,35 @@ class SelfHostedRunner:
         self._config = config
         self._adapter = adapter
 
-    def run(self, spec: SessionSpec, task: SessionTask, control: SessionControl, token: Callable[[], str]) -> SessionOutcome:
-        """The whole session. `token` mints a read-only repository token for the courier; it is asked once."""
+    def run(
+        self,
+        spec: SessionSpec,
+        task: SessionTask,
+        control: SessionControl,
+        token: Callable[[], str],
+        push_token: Callable[[], str],
+    ) -> SessionOutcome:
+        """The whole session. `token` mints a read-only repository token for the courier, `push_token` one that may write
+        contents; each is asked at most once, the second only when a checked commit is ready. TypeError for a write session
+        whose task can't say a commit's message.
+        """
+        if spec.writes and not isinstance(task, WriteTask):
+            raise TypeError(f"{type(task).__name__} is no WriteTask")
         session = _Run(self._config, self._adapter, spec, task, control)
         try:
-            return session.carry_out(token)
+            return session.carry_out(token, push_token)
         except _EndedError as end:
-            return SessionOutcome(status=end.status, reason=end.reason, detail=end.detail, evidence=session.evidence(None, []))
+            return SessionOutcome(
+                status=end.status, reason=end.reason, detail=end.detail, result=session.result, evidence=session.evidence()
+            )
         except git.GitError as failure:
-            return SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason, detail=failure.detail[:2_000])
+            return SessionOutcome(
+                status=SessionStatus.FAILED,
+                reason=failure.reason,
+                detail=failure.detail[:2_000],
+                result=session.result,
+                evidence=session.evidence() if session.result else None,
+            )
         except (SandboxUnavailableError, ProxyError) as failure:
             reason = Reason.SANDBOX_UNAVAILABLE if isinstance(failure, SandboxUnavailableError) else Reason.MODEL_UNREACHABLE
             return SessionOutcome(status=SessionStatus.FAILED, reason=reason, detail=str(failure)[:2_000])
@@ -101,8 +130,13 @@ class _Run:
         self._transcript = Transcript()
         self._uid: int | None = None
         self._result_path = RESULT_PATH
+        self._mirror: Mirror | None = None
+        self._results: list[dict[str, Any]] = []
+        self._turns: list[int] = []
+        # The merged, validated and bound result, once there is one; a refused change doesn't take it away.
+        self.result: dict[str, Any] | None = None
 
-    def carry_out(self, token: Callable[[], str]) -> SessionOutcome:
+    def carry_out(self, token: Callable[[], str], push_token: Callable[[], str]) -> SessionOutcome:
         sandbox = self._config.sandbox()
         sandbox.require()
         self._result_path = sandbox.seen(RESULT_PATH, self._writable())
@@ -112,7 +146,8 @@ class _Run:
         self._look()
         self._facts = git.read_facts(
             bare,
-            base=commits["refs/kilo/base"],
+            # Without a pull request the work is on the head as it is: there is no change to show.
+            base=commits["refs/kilo/base"] if self._spec.pull_number is not None else self._spec.head_sha,
             head=self._spec.head_sha,
             policy_commit=commits["refs/kilo/default"],
         )
@@ -123,17 +158,27 @@ class _Run:
         if self._brief.refused is not None:
             raise _EndedError(SessionStatus.FAILED, self._brief.refused)
         self._check_out(sandbox, bare)
-        socket = self._proxy.register(model=self._spec.model, turns=self._spec.limits.turns, tokens=self._spec.limits.tokens)
-        results, turns = [], []
+        self._open_mirror()
+        socket = self._proxy.register(
+            model=self._spec.model,
+            turns=self._spec.limits.turns,
+            tokens=self._spec.limits.tokens,
+            mirror=self._mirror.socket if self._mirror else None,
+        )
         for number, part in enumerate(self._brief.parts, 1):
             nonces.append(nonce)
             self._control.event("part_started", {"part": number, "of": len(self._brief.parts), "files": len(part.covers)})
             result, turn = self._converse(sandbox, socket, part, nonce)
-            results.append(result)
-            turns.append(turn)
-        merged = self._task.merge(results)
+            self._results.append(result)
+            self._turns.append(turn)
+        self.result = self._task.merge(self._results)
         self._control.event("result_bound", {"turns": len(self._transcript.turns), "covered": len(self._transcript.covered)})
-        return SessionOutcome(status=SessionStatus.COMPLETED, result=merged, evidence=self.evidence(results, turns))
+        self._close_mirror()
+        if isinstance(self._task, WriteTask) and self._spec.writes:
+            message = self._task.commit_message(self.result)
+            if message is not None:
+                self.result = self.result | {PUSHED: self._push(sandbox, bare, message, push_token)}
+        return SessionOutcome(status=SessionStatus.COMPLETED, result=self.result, evidence=self.evidence())
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -156,8 +201,15 @@ class _Run:
             "refs/kilo/base": f"refs/heads/{spec.base_ref}",
             "refs/kilo/default": f"refs/heads/{spec.repository.default_branch}",
         }
-        request = {"bare": str(bare), "clone_url": spec.repository.clone_url, "token": token(), "refs": refs}
         self._control.event("fetch_started", {"repository": spec.repository.full_name})
+        found: dict[str, str] = self._courier(bare, token(), {"refs": refs}, Reason.FETCH_FAILED)["refs"]
+        if found["refs/kilo/head"] != spec.head_sha:
+            raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the head is another commit by now")
+        return bare, found
+
+    def _courier(self, bare: Path, token: str, errand: dict[str, Any], lost: Reason) -> dict[str, Any]:
+        """One errand in a process that holds a token; ends the session with its reason, or `lost` when there is no answer."""
+        request = {"bare": str(bare), "clone_url": self._spec.repository.clone_url, "token": token, **errand}
         courier = subprocess.Popen(
             [sys.executable, "-m", "kilo_pipelines.cloud_agent.courier"],
             stdin=subprocess.PIPE,
@@ -172,17 +224,15 @@ class _Run:
             while courier.poll() is None:
                 self._look()
                 time.sleep(WAIT_SECONDS / 5)
-            answer = json.loads(courier.stdout.read() or b"{}")
+            answer: dict[str, Any] = json.loads(courier.stdout.read() or b"{}")
         finally:
             courier.stdout.close()
             if courier.poll() is None:
                 courier.kill()
                 courier.wait()
         if "refs" not in answer:
-            raise _EndedError(SessionStatus.FAILED, answer.get("reason", Reason.FETCH_FAILED), answer.get("detail"))
-        if answer["refs"]["refs/kilo/head"] != spec.head_sha:
-            raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the pull request's head is another commit by now")
-        return bare, answer["refs"]
+            raise _EndedError(SessionStatus.FAILED, answer.get("reason", lost), answer.get("detail"))
+        return answer
 
     def _check_out(self, sandbox: Sandbox, bare: Path) -> None:
         """The checkout, inside the sandbox, from a pack."""
@@ -190,7 +240,8 @@ class _Run:
         self._workspace.create(self._uid)
         git.export_pack(bare, [self._facts.head_sha, self._facts.merge_base], self._workspace.inbox / "objects.pack")
         (self._workspace.inbox / "objects.pack").chmod(0o644)
-        process = sandbox.spawn(
+        status, _, error = self._inside(
+            sandbox,
             SandboxSpec(
                 argv=["/bin/sh", "-c", CHECKOUT_SCRIPT],
                 env={
@@ -206,22 +257,122 @@ class _Run:
                 readonly={self._workspace.inbox: "/work/in"},
                 uid=self._uid,
             ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            CHECKOUT_SECONDS,
         )
+        if status != 0:
+            raise _EndedError(SessionStatus.FAILED, Reason.CHECKOUT_FAILED, error.strip()[-500:])
+        self._control.event("checked_out", {"head": self._facts.head_sha[:12]})
+
+    def _inside(self, sandbox: Sandbox, spec: SandboxSpec, seconds: float) -> tuple[int, bytes, str]:
+        """One of our own programs in the sandbox: its exit status, and what it said on stdout and stderr, shortened."""
+        process = sandbox.spawn(spec, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._process = process
-        until = time.monotonic() + CHECKOUT_SECONDS
+        until = time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < until:
             self._look()
             time.sleep(WAIT_SECONDS / 5)
         process.kill()
-        assert process.popen.stderr is not None  # noqa: S101  # asked for above
-        with process.popen.stderr as stderr:
-            error = stderr.read(2_000).decode(errors="replace")
-        if process.popen.returncode != 0:
-            raise _EndedError(SessionStatus.FAILED, Reason.CHECKOUT_FAILED, error.strip()[-500:])
-        self._control.event("checked_out", {"head": self._facts.head_sha[:12]})
+        assert process.popen.stdout is not None and process.popen.stderr is not None  # noqa: S101  # asked for above
+        with process.popen.stdout as stdout, process.popen.stderr as stderr:
+            return process.popen.returncode, stdout.read(ANSWER_BYTES), stderr.read(2_000).decode(errors="replace")
+
+    # -- write sessions ------------------------------------------------------------------------------------------------
+
+    def _registries(self) -> dict[str, str]:
+        """Base addresses of what the owner allows, of which the platform must know each."""
+        unknown = sorted(set(self._spec.registries) - set(self._config.registries))
+        if unknown:
+            raise _EndedError(SessionStatus.FAILED, Reason.REGISTRY_UNKNOWN, ", ".join(unknown)[:200])
+        return {name: self._config.registries[name] for name in self._spec.registries}
+
+    def _open_mirror(self) -> None:
+        registries = self._registries()
+        if not registries:
+            return
+        name = hashlib.sha256(str(self._spec.session_id).encode()).hexdigest()[:16]
+        try:
+            self._mirror = Mirror(self._config.proxy_socket.parent / f"r-{name}.sock", RELAY_URL, registries)
+        except MirrorError as failure:
+            raise _EndedError(SessionStatus.FAILED, Reason.REGISTRY_MIRROR_FAILED, str(failure)) from None
+
+    def _close_mirror(self) -> None:
+        if self._mirror is not None:
+            mirror, self._mirror = self._mirror, None
+            self._control.event("packages_asked", asdict(mirror.close()))
+
+    def _registry_environment(self) -> dict[str, str]:
+        """Where package managers ask; what they would ask besides packages is switched off."""
+        found: dict[str, str] = {}
+        if "npm" in self._spec.registries:
+            found |= {"npm_config_registry": _mirrored("npm")}
+            found |= dict.fromkeys(("npm_config_audit", "npm_config_fund", "npm_config_update_notifier"), "false")
+        if "pypi" in self._spec.registries:
+            found |= {"PIP_INDEX_URL": _mirrored("pypi"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        return found
+
+    def _push(self, sandbox: Sandbox, bare: Path, message: str, push_token: Callable[[], str]) -> dict[str, Any]:
+        """From the dead agent's tree to a new branch; what was pushed. Ends the session with the reason of a refusal."""
+        head, branch = self._spec.head_sha, self._spec.branch
+        assert branch is not None  # noqa: S101  # the spec of a write session has one
+        tree = self._finalise(sandbox)
+        try:
+            pack = self._workspace.read_pack(git.MAX_PACK_BYTES)
+        except ResultFileError as failure:
+            raise _EndedError(SessionStatus.FAILED, Reason.CHANGE_PACK_REFUSED, str(failure)) from None
+        change = git.Quarantine(bare, self._workspace.quarantine)
+        files = change.read(pack or b"", tree, head)
+        refusal = refusal_of(files, self._spec.allow_protected)
+        if refusal is not None:
+            raise _EndedError(SessionStatus.FAILED, refusal.reason, refusal.detail)
+        commit = change.commit(tree, head, commit_text(message))
+        self._control.event("change_accepted", {"files": len(files), "commit": commit[:12]})
+        self._look()
+        errand = {"push": {"objects": str(change.directory), "commit": commit, "branch": branch}}
+        self._courier(bare, push_token(), errand, Reason.PUSH_FAILED)
+        self._control.event("pushed", {"branch": branch, "commit": commit[:12]})
+        return {"branch": branch, "commit": commit, "parent": head, "files": [file.path for file in files]}
+
+    def _finalise(self, sandbox: Sandbox) -> str:
+        """The tree's id as the second sandbox tells it: without a credential, a network or the agent's repository."""
+        self._workspace.create_final(self._uid)
+        request = {
+            "tree": REPO,
+            "pack": "/work/in/objects.pack",
+            "git": f"{FINAL}/git",
+            "target": f"{FINAL}/{PACK_NAME}",
+            "head": self._spec.head_sha,
+            "addresses": {_mirrored(name): base for name, base in self._registries().items()},
+            "files": MAX_FILES,
+            "bytes": MAX_BYTES,
+        }
+        status, said, error = self._inside(
+            sandbox,
+            SandboxSpec(
+                argv=[python_inside(), "-I", "/opt/finalise.py", json.dumps(request)],
+                env={"PATH": "/usr/bin:/bin"},
+                cwd="/work",
+                limits=self._spec.limits,
+                writable={self._workspace.final: FINAL},
+                readonly={
+                    self._workspace.repo: REPO,
+                    self._workspace.inbox: "/work/in",
+                    Path(finalise.__file__): "/opt/finalise.py",
+                },
+                uid=self._uid,
+            ),
+            FINALISE_SECONDS,
+        )
+        try:
+            answer = json.loads(said) if status == 0 else {}
+        except ValueError:
+            answer = {}
+        if isinstance(answer, dict) and isinstance(answer.get("tree"), str):
+            return str(answer["tree"])
+        refused = answer.get("refused") if isinstance(answer, dict) else None
+        detail = str(answer["detail"]) if refused and "detail" in answer else "".join(error.strip().splitlines()[-1:])
+        raise _EndedError(
+            SessionStatus.FAILED, _FINALISED.get(str(refused), Reason.CHANGE_UNREADABLE), one_line(detail[-500:], 300)
+        )
 
     def _writable(self) -> dict[Path, str]:
         return {self._workspace.repo: REPO, self._workspace.out: OUT, self._workspace.home: "/work/home"}
@@ -260,6 +411,8 @@ class _Run:
         except (ValueError, RecursionError):
             return None, ["the result file is not JSON"]
         problems = self._task.validate(decoded, nonce)
+        if isinstance(decoded, dict) and PUSHED in decoded:
+            problems = [*problems, f"{PUSHED}: this field is the platform's"]
         return (decoded, problems) if isinstance(decoded, dict) else (None, problems or ["the result is not an object"])
 
     def _agent(self, sandbox: Sandbox, socket: Path, prompt: str) -> None:
@@ -271,7 +424,7 @@ class _Run:
         argv = [python_inside(), "-I", "/opt/relay.py", str(RELAY_PORT), "/run/model.sock", "--", *self._adapter.argv()]
         spec = SandboxSpec(
             argv=argv,
-            env=self._adapter.env(self._spec.model),
+            env=self._adapter.env(self._spec.model, writes=self._spec.writes) | self._registry_environment(),
             cwd=REPO,
             limits=self._spec.limits,
             writable=self._writable() | {socket: "/run/model.sock"},
@@ -322,8 +475,9 @@ class _Run:
 
     # -- evidence and the end ------------------------------------------------------------------------------------------
 
-    def evidence(self, results: list[dict[str, Any]] | None, turns: list[int]) -> Evidence | None:
+    def evidence(self) -> Evidence | None:
         """The record of what was sent and what the result is bound to; None before the diff was made."""
+        bound = self._results if self.result is not None else []
         if self._facts is None:
             return None
         excluded = self._brief.excluded if self._brief else {}
@@ -337,7 +491,7 @@ class _Run:
             )
             for entry in self._facts.entries
         ]
-        digest = hashlib.sha256(canonical(results).encode()).hexdigest() if results else None
+        digest = hashlib.sha256(canonical(bound).encode()).hexdigest() if bound else None
         return Evidence(
             evidence_class="observed",
             repository_id=self._spec.repository.external_id,
@@ -349,7 +503,7 @@ class _Run:
             turns=len(self._transcript.turns),
             ledger=ledger,
             result_sha256=digest,
-            result_turns=turns,
+            result_turns=self._turns if bound else [],
             agent=self._adapter.name,
             agent_version=self._adapter.version,
             model=self._spec.model,
@@ -364,12 +518,19 @@ class _Run:
         """The tree is dead, the socket closed, the directories gone."""
         if self._process is not None:
             self._process.kill()
+        self._close_mirror()
         with suppress(ProxyError):  # the proxy is gone and its sockets with it
             self._proxy.close()
         self._workspace.remove()
 
 
 _MISSING = "the result file is missing"
+_FINALISED = {"nested": Reason.CHANGE_NESTED_REPOSITORY, "too_large": Reason.CHANGE_TOO_LARGE}
+
+
+def _mirrored(name: str) -> str:
+    """A registry's address inside the sandbox."""
+    return f"{RELAY_URL}/registry/{name}/"
 
 
 def _events(path: Path) -> Iterator[dict[str, object]]:

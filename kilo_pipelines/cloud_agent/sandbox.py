@@ -138,6 +138,9 @@ class Sandbox:
         argv += ["--ro-bind", "/usr", "/usr"]
         for name in ("bin", "sbin", "lib", "lib32", "lib64"):
             argv += self._root_directory(Path("/") / name)
+        # Newer bubblewraps make what they must create 0700: then git and node fail on directories that they can't look into.
+        for parent in ("/etc", "/etc/ssl"):
+            argv += ["--perms", "0755", "--dir", parent]
         for existing in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs"):
             argv += ["--ro-bind-try", existing, existing]
         base = Path(sys.base_prefix)

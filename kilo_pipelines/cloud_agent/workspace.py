@@ -21,8 +21,11 @@ rm -f /work/out/*
 """
 
 
+PACK_NAME = "change.pack"
+
+
 class ResultFileError(Exception):
-    """The result is no file that may be read; the message says why."""
+    """What a sandbox left is no file that may be read; the message says why."""
 
 
 class Workspace:
@@ -34,41 +37,28 @@ class Workspace:
         self.out = self.root / "out"
         self.home = self.root / "home"
         self.inbox = self.root / "in"
+        self.final = self.root / "final"
+        self.quarantine = self.root / "quarantine"
 
     def create(self, uid: int | None) -> None:
         """Fresh directories; with a uid they belong to it, except the inbox."""
         self.remove()
         self.root.mkdir(mode=0o700, parents=True)
         for directory in (self.repo, self.out, self.home):
-            directory.mkdir(mode=0o700)
-            if uid is not None:
-                os.chown(directory, uid, uid)
+            _private(directory, uid)
         self.inbox.mkdir(mode=0o755)
 
-    def read_result(self, limit: int) -> bytes | None:
-        """The result file: None when there is none, ResultFileError when it is anything but a small regular file.
+    def create_final(self, uid: int | None) -> None:
+        """The place of the finalisation's repository and pack: made when the agent is dead, so that it holds nothing of it."""
+        _private(self.final, uid)
 
-        Nothing is followed: the directory is opened first, the name within it, links refused; one link only.
-        """
-        directory = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            try:
-                descriptor = os.open("result.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-            except FileNotFoundError:
-                return None
-            except OSError as failure:
-                raise ResultFileError(f"the result can't be opened: {failure.strerror}") from None
-        finally:
-            os.close(directory)
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-                raise ResultFileError("the result is not a regular file with one link")
-            if found.st_size > limit:
-                raise ResultFileError(f"the result has {found.st_size} bytes, {limit} are allowed")
-            return os.read(descriptor, limit)
-        finally:
-            os.close(descriptor)
+    def read_result(self, limit: int) -> bytes | None:
+        """The result file: None when there is none, ResultFileError when it is anything but a small regular file."""
+        return _read(self.out, "result.json", limit)
+
+    def read_pack(self, limit: int) -> bytes | None:
+        """The finalisation's pack, under the same rules as the result file."""
+        return _read(self.final, PACK_NAME, limit)
 
     def clear_result(self) -> None:
         """Removes a refused result before the repair turn."""
@@ -92,6 +82,35 @@ def sweep(work_dir: Path, live: set[str]) -> int:
                 _remove(path)
                 removed += 1
     return removed
+
+
+def _private(directory: Path, uid: int | None) -> None:
+    directory.mkdir(mode=0o700)
+    if uid is not None:
+        os.chown(directory, uid, uid)
+
+
+def _read(place: Path, name: str, limit: int) -> bytes | None:
+    """Nothing is followed: the directory is opened first, the name within it, links refused; one link only; at most `limit` bytes."""
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        except FileNotFoundError:
+            return None
+        except OSError as failure:
+            raise ResultFileError(f"{name} can't be opened: {failure.strerror}") from None
+    finally:
+        os.close(directory)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise ResultFileError(f"{name} is not a regular file with one link")
+        if found.st_size > limit:
+            raise ResultFileError(f"{name} has {found.st_size} bytes, {limit} are allowed")
+        return os.read(descriptor, limit)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

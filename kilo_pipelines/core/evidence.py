@@ -46,7 +46,7 @@ class Evidence(BaseModel):
 
     evidence_class: Literal["observed", "reported"]
     repository_id: int
-    pull_number: int
+    pull_number: int | None = Field(description="None: the head of a branch, without a pull request and so without a diff")
     base_ref: str
     merge_base: str
     head: str

@@ -88,6 +88,22 @@ class Reason(StrEnum):
     RESULT_INVALID = "result_invalid"
     RESULT_UNBOUND = "result_unbound"
     NO_TURNS = "no_turns"
+    # changes of write sessions
+    NO_CHANGES = "no_changes"
+    CHANGE_UNREADABLE = "change_unreadable"
+    CHANGE_PACK_REFUSED = "change_pack_refused"
+    CHANGE_HISTORY = "change_history"
+    CHANGE_NESTED_REPOSITORY = "change_nested_repository"
+    CHANGE_GITLINK = "change_gitlink"
+    CHANGE_SYMLINK = "change_symlink"
+    CHANGE_MODE = "change_mode"
+    CHANGE_PATH = "change_path"
+    CHANGE_PROTECTED = "change_protected"
+    CHANGE_TOO_LARGE = "change_too_large"
+    BRANCH_TAKEN = "branch_taken"
+    PUSH_FAILED = "push_failed"
+    REGISTRY_UNKNOWN = "registry_unknown"
+    REGISTRY_MIRROR_FAILED = "registry_mirror_failed"
     # verdicts
     REVIEWED = "reviewed"
     GATE_FAILED = "gate_failed"
@@ -211,7 +227,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.DEADLINE_PASSED: ("The item was not finished before its deadline.", "Look at the session, then re-execute."),
     Reason.USER_CANCELLED: ("A person cancelled it.", "Re-execute to review after all."),
     Reason.FETCH_FAILED: ("The repository could not be fetched.", "Check the App's access to contents and the network."),
-    Reason.HEAD_MOVED: ("The pull request's head moved while it was fetched.", "Nothing; the newer push is reviewed."),
+    Reason.HEAD_MOVED: ("The head moved while it was fetched.", "Nothing; the newer push has its own turn."),
     Reason.REPOSITORY_TOO_LARGE: ("The tree is larger than a checkout may be.", "Raise the caps if this is a real repository."),
     Reason.DIFF_TOO_LARGE: ("The diff doesn't fit the parts a review may have.", "Split the pull request or raise `max_parts`."),
     Reason.DIFF_EMPTY: ("There is nothing to review between base and head.", "Nothing."),
@@ -235,6 +251,33 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.RESULT_UNBOUND: ("The result is not what the model wrote.", "Treat the pull request as hostile."),
     Reason.NO_TURNS: ("The model completed no turn.", "Re-execute; look at the model if it happens again."),
+    Reason.NO_CHANGES: ("The agent changed nothing.", "Read its result; re-execute if a change was expected."),
+    Reason.CHANGE_UNREADABLE: (
+        "The tree that the agent left can't be read as a change.",
+        "Look at the detail: unreadable directories and special files do this.",
+    ),
+    Reason.CHANGE_PACK_REFUSED: (
+        "The objects of the change are damaged or more than a change may have.",
+        "Treat the repository as hostile; re-execute.",
+    ),
+    Reason.CHANGE_HISTORY: ("The change brought commits or tags of its own.", "Treat the repository as hostile."),
+    Reason.CHANGE_NESTED_REPOSITORY: (
+        "The change holds a repository within the repository.",
+        "Remove it, or have it ignored by `.gitignore`.",
+    ),
+    Reason.CHANGE_GITLINK: ("The change adds, moves or removes a submodule.", "Change submodules by hand."),
+    Reason.CHANGE_SYMLINK: ("The change adds or moves a symbolic link.", "Make links by hand."),
+    Reason.CHANGE_MODE: ("A file's mode is none that a change may have.", "Treat the repository as hostile."),
+    Reason.CHANGE_PATH: ("A file's name is read differently on other systems.", "Rename the file by hand."),
+    Reason.CHANGE_PROTECTED: (
+        "The change touches a protected path: workflows, owners, hooks, instructions for agents.",
+        "Make that part by hand, or let the path through in the owner's settings.",
+    ),
+    Reason.CHANGE_TOO_LARGE: ("The change has more files or bytes than anybody reads.", "Split the work."),
+    Reason.BRANCH_TAKEN: ("The attempt's branch holds another commit.", "Start a new attempt; look who made the branch."),
+    Reason.PUSH_FAILED: ("The branch could not be pushed.", "Check the App's permission contents:write and branch rules."),
+    Reason.REGISTRY_UNKNOWN: ("A package registry isn't among the platform's.", "Add it to KILO_REGISTRIES."),
+    Reason.REGISTRY_MIRROR_FAILED: ("The mirror of package registries doesn't start.", "Look at memory and the worker's log."),
     Reason.REVIEWED: ("The whole change was reviewed.", "Nothing."),
     Reason.GATE_FAILED: ("The review found what the gate forbids.", "Mend the findings and push."),
     Reason.COVERAGE_GAP: ("A part of the change never reached the model.", "Re-execute."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -75,4 +75,16 @@ class SessionTask(Protocol):
 
     def merge(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         """One result out of the parts' results."""
+        ...
+
+
+@runtime_checkable
+class WriteTask(SessionTask, Protocol):
+    """A service's half of a session whose change is pushed."""
+
+    def commit_message(self, result: dict[str, Any]) -> str | None:
+        """Subject, empty line, body of the commit, out of the merged result; None when the result asks for no push.
+
+        The platform makes it harmless and writes author and committer itself.
+        """
         ...

@@ -62,7 +62,7 @@ class EvidenceKey:
     """What evidence must be of (threats, rule 9)."""
 
     repository_id: int
-    pull_number: int
+    pull_number: int | None
     base_ref: str
     head: str
 

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 from uuid import UUID
 
@@ -9,6 +11,7 @@ from dagster import DagsterExecutionInterruptedError, Nothing, OpExecutionContex
 
 from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.session import SessionTask
 from kilo_pipelines.ops.ids import Ids
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
@@ -18,6 +21,12 @@ from kilo_pipelines.store import SessionClaim, Store
 
 # How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
 INTERRUPT_POLL_SECONDS = 1.0
+
+# Each service's half of a session, made of the session's stored task.
+TASKS: dict[str, Callable[[dict[str, Any]], SessionTask]] = {
+    "code_review": CodeReviewTask,
+    # REGISTER HERE: "security_analysis": SecurityAnalysisTask, "remediation": RemediationTask (a core.session.WriteTask)
+}
 
 
 class LeasedControl:
@@ -92,15 +101,21 @@ def run_agent_session(
         _report(context, platform, cloud_agent, claim, unavailable)
         return
 
-    def token() -> str:
+    def token(mint: Callable[[int, int], str]) -> str:
         item = platform.queue.get(claim.item_id)
         if item is None:
             raise ProviderError(Reason.OWNER_CHANGED, retryable=False)
-        return github.clone_token(item.installation_id, item.repository_id)
+        return mint(item.installation_id, item.repository_id)
 
     with LeasedControl(context, platform, claim, lease_s=lease_s, every_s=cloud_agent.heartbeat_seconds()) as control:
         try:
-            outcome = cloud_agent.runner(spec.agent).run(spec, CodeReviewTask(spec.task), control, token)
+            outcome = cloud_agent.runner(spec.agent).run(
+                spec,
+                TASKS[spec.service](spec.task),
+                control,
+                partial(token, github.clone_token),
+                partial(token, github.push_token),
+            )
         except ProviderError as failure:
             outcome = SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason)
         except DagsterExecutionInterruptedError:

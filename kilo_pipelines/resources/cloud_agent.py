@@ -83,7 +83,9 @@ class CloudAgentResource(ConfigurableResource[None]):
         adapter: AgentAdapter = (
             KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
         )
-        config = RunnerConfig(settings.repos_dir, settings.work_dir, control_socket(settings), lambda: sandbox_of(settings))
+        config = RunnerConfig(
+            settings.repos_dir, settings.work_dir, control_socket(settings), lambda: sandbox_of(settings), settings.registries
+        )
         return SelfHostedRunner(config, adapter)
 
     def agent_ready(self, agent: str) -> bool:

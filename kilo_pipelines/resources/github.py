@@ -64,6 +64,10 @@ class GitHubResource(ConfigurableResource[None]):
         """A read-only token for fetching one repository."""
         return self._app().token(installation_id, [repository_id], {"metadata": "read", "contents": "read"})
 
+    def push_token(self, installation_id: int, repository_id: int) -> str:
+        """A token for creating one branch of one repository; minted when a checked commit is ready, never before."""
+        return self._app().token(installation_id, [repository_id], {"metadata": "read", "contents": "write"})
+
     def launch_costs(self) -> list[Cost]:
         """What launching one review takes from the integration's budget."""
         return [Cost("read", LAUNCH_READS, self._reads())]

@@ -466,7 +466,7 @@ PROOFS: dict[str, tuple[Removal, Attack]] = {
     "links": (_put(text, "_LINK", _never()), partial(_does, name="script link")),
     "invisible characters": (_put(text, "_CONTROL", _never()), partial(_does, name="tag characters")),
     "line separators": (_put(text, "_LINE_ENDS", _never()), partial(_does, name="command behind line separators")),
-    "protected paths": (_put(render, "is_protected", lambda path: False), suggestion_on_a_workflow),
+    "protected paths": (_put(render, "withheld", lambda path: False), suggestion_on_a_workflow),
     "key of markers": (_put(markers.hmac, "new", lambda key, message, how: markers.hashlib.sha256(message)), forged_marker),
     "comments of ours only": (_any_author, comment_of_somebody_else),
 }

@@ -131,6 +131,12 @@ def _spawn(script: str, tmp_path: Path, **limits: Any) -> tuple[int, str]:
     return process.popen.returncode, output.decode()
 
 
+def test_programs_find_the_little_of_etc_that_they_need(tmp_path: Path) -> None:
+    """git and node fail on a configuration that they may not look for; that there is none is fine."""
+    status, output = _spawn("cd /work/out && git init -q . && git status -s && cat /etc/ssl/openssl.cnf", tmp_path)
+    assert status != 0 and "No such file" in output and "ermission denied" not in output
+
+
 def test_file_size_is_bounded(tmp_path: Path) -> None:
     status, _ = _spawn("head -c 20000000 /dev/zero > /work/out/big", tmp_path, file_bytes=1_000_000)
     assert status != 0 and (tmp_path / "out" / "big").stat().st_size <= 1_000_000

@@ -25,9 +25,11 @@ class BareRepository:
     """A bare repository that commits are put into without any work tree."""
 
     def __init__(self, path: Path) -> None:
+        """A new one, or one that exists already."""
         self.path = path
-        path.mkdir(parents=True)
-        git(path, "init", "-q", "--bare", "--initial-branch=main")
+        if not path.exists():
+            path.mkdir(parents=True)
+            git(path, "init", "-q", "--bare", "--initial-branch=main")
 
     def blob(self, content: bytes) -> str:
         return git(self.path, "hash-object", "-w", "--stdin", stdin=content)

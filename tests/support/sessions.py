@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
 from kilo_pipelines.cloud_agent.adapters import AgentAdapter
+from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.install import package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import Heartbeat, RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
@@ -25,12 +27,14 @@ from kilo_pipelines.cloud_agent.sandbox import Sandbox
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.markers import Marker
+from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts
 from kilo_pipelines.providers.github import GitHubApp
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.code_review.launch import task_of
 from kilo_pipelines.services.code_review.outcome import Interpretation, ReviewSubject, SessionEnd, interpret
 from kilo_pipelines.settings import Settings, write_secret
+from tests.support.git import BareRepository, git
 
 
 class Control:
@@ -45,6 +49,43 @@ class Control:
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.events.append((kind, data))
+
+
+class ChangeResult(BaseModel):
+    """What the agent of a write session answers in tests."""
+
+    nonce: str
+    status: Literal["done", "blocked"]
+    summary: str
+
+
+class ChangeTask:
+    """The smallest half of a write session; `orders` go into the brief, fields of its own would be let through."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self._orders, self._message = task.get("orders", ""), task.get("message", "Update demo\n\nTo 1.0.1.")
+
+    def compose(self, facts: WorkspaceFacts, nonce: str, result_path: str) -> Brief:
+        prompt = (
+            f"Nonce: {nonce}\nResult path: {result_path}\nCommit: {facts.head_sha}\n{self._orders}\n"
+            f"Schema:\n{json.dumps(ChangeResult.model_json_schema())}"
+        )
+        return Brief(parts=[BriefPart(prompt, {})])
+
+    def validate(self, result: object, nonce: str) -> list[str]:
+        try:
+            return [] if ChangeResult.model_validate(result).nonce == nonce else ["nonce"]
+        except ValidationError as failure:
+            return [str(failure)]
+
+    def repair_prompt(self, problems: list[str], nonce: str, result_path: str) -> str:
+        return f"Nonce: {nonce}\nResult path: {result_path}\nSchema:\n{json.dumps(ChangeResult.model_json_schema())}"
+
+    def merge(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        return results[0]
+
+    def commit_message(self, result: dict[str, Any]) -> str | None:
+        return self._message
 
 
 def free_port() -> int:
@@ -126,22 +167,49 @@ class SessionWorld:
             task=task_of(state, {"full_name": state.full_name, "settings": config}, previous_summary=None, previous_head=None),
         )
 
+    def branch_spec(self, pull: dict[str, Any], head: str, service: str = "remediation", **changes: Any) -> SessionSpec:
+        """A session on the head of `main`, without a pull request."""
+        found = self.spec(pull).model_dump()
+        writing = {"writes": True, "branch": f"kilo/{uuid4()}/1"} if service == "remediation" else {}
+        on_branch = {
+            "pull_number": None,
+            "base_ref": "main",
+            "base_sha": head,
+            "head_sha": head,
+            "checkout_ref": "refs/heads/main",
+        }
+        return SessionSpec.model_validate({**found, **on_branch, "service": service, "task": {}, **writing, **changes})
+
+    def token(self, repository_id: int, level: str) -> str:
+        """A token for the contents of one repository."""
+        return self.app.token(self.credentials["installation_id"], [repository_id], {"metadata": "read", "contents": level})
+
     def run(
-        self, spec: SessionSpec, adapter: AgentAdapter, control: Control | None = None, sandbox: Sandbox | None = None
+        self,
+        spec: SessionSpec,
+        adapter: AgentAdapter,
+        control: Control | None = None,
+        sandbox: Sandbox | None = None,
+        registries: dict[str, str] | None = None,
+        task: SessionTask | None = None,
     ) -> SessionOutcome:
         config = RunnerConfig(
             self.home / "repositories",
             self.home / "work",
             control_socket(self.settings),
             lambda: sandbox or Sandbox.find(package_directory()),
+            registries or {},
         )
-
-        def token() -> str:
-            return self.app.token(
-                self.credentials["installation_id"], [spec.repository.external_id], {"metadata": "read", "contents": "read"}
-            )
-
-        return SelfHostedRunner(config, adapter).run(spec, CodeReviewTask(spec.task), control or Control(), token)
+        if task is None:
+            task = CodeReviewTask(spec.task) if spec.service == "code_review" else ChangeTask(spec.task)
+        repository_id = spec.repository.external_id
+        return SelfHostedRunner(config, adapter).run(
+            spec,
+            task,
+            control or Control(),
+            lambda: self.token(repository_id, "read"),
+            lambda: self.token(repository_id, "write"),
+        )
 
     def judge(self, spec: SessionSpec, outcome: SessionOutcome, gate: str = "critical") -> Interpretation:
         """What the platform would conclude of this outcome."""
@@ -151,7 +219,7 @@ class SessionWorld:
             "subject",
             spec.repository.external_id,
             spec.repository.full_name,
-            spec.pull_number,
+            spec.pull_number or 0,
             spec.base_ref,
             spec.head_sha,
             None,
@@ -166,3 +234,41 @@ class SessionWorld:
             process.terminate()
             process.wait(10)
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+# The repository holds what the attacks need: a link, a submodule, a program, a directory.
+FILES: dict[str, bytes | tuple[str, bytes] | None] = {
+    "package.json": b'{"name": "demo", "version": "2.0.0", "dependencies": {"leftish": "1.0.0"}}\n',
+    "package-lock.json": b'{"name": "demo", "lockfileVersion": 3, "packages": {"node_modules/leftish": {"version": "1.0.0"}}}\n',
+    ".gitignore": b"node_modules/\n",
+    "link": ("120000", b"package.json"),
+    "lib": ("160000", b"c" * 40),
+    "run.sh": ("100644", b"#!/bin/sh\n"),
+    "src/index.js": b"require('leftish')\n",
+    "docs/notes.md": b"notes\n",
+}
+
+
+class Provider:
+    """The twin's repository that the sessions write to."""
+
+    def __init__(self, world: SessionWorld) -> None:
+        self.world = world
+        self.pull = world.control("open-pull", kind="clean")
+        self.server = BareRepository(world.twin_home / "git" / f"{self.pull['repository']}.git")
+        self.head = self.server.commit(FILES, git(self.server.path, "rev-parse", "refs/heads/main"))
+        git(self.server.path, "update-ref", "refs/heads/main", self.head)
+
+    def refs(self) -> dict[str, str]:
+        listed = git(self.server.path, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
+        return dict(line.split() for line in listed)  # type: ignore[misc]
+
+    def change(self, deed: str, control: Control | None = None, **changes: Any) -> tuple[SessionSpec, SessionOutcome]:
+        """A write session of the agent that does this."""
+        spec = self.world.branch_spec(self.pull, self.head, **changes)
+        return spec, self.world.run(spec, ScriptedAdapter(f"write_{deed}"), control)
+
+    def changed(self, commit: str) -> list[tuple[str, str]]:
+        """(mode, path) of what a commit changes."""
+        raw = git(self.server.path, "diff-tree", "-r", "--raw", "--no-renames", f"{commit}^", commit)
+        return [(line.split()[1], line.split("\t")[1]) for line in raw.splitlines()]

@@ -124,6 +124,10 @@ class Recorder(GitHubResource):
         Held.asked.append(("clone", installation_id, repository_id, None))
         return "token"
 
+    def push_token(self, installation_id: int, repository_id: int) -> str:
+        Held.asked.append(("push", installation_id, repository_id, None))
+        return "push token"
+
     def apply(
         self, installation_id: int, repository_id: int, intent: EffectIntent, before_write: Callable[[], bool]
     ) -> EffectReceipt:
@@ -135,9 +139,11 @@ class Recorder(GitHubResource):
 class Runner:
     """A session that fetches, beats, says something and ends."""
 
-    def run(self, spec: SessionSpec, _task: Any, control: Any, token: Callable[[], str]) -> SessionOutcome:
+    def run(
+        self, spec: SessionSpec, _task: Any, control: Any, token: Callable[[], str], push_token: Callable[[], str]
+    ) -> SessionOutcome:
         Held.asked.append(("spec", 0, spec.repository.external_id, str(spec.owner_id)))
-        assert token() == "token" and control.beat() == "ok"
+        assert (token(), push_token()) == ("token", "push token") and control.beat() == "ok"
         control.event("turn", {"number": 1})
         return SessionOutcome(status=SessionStatus.FAILED, reason=Reason.NO_TURNS)
 

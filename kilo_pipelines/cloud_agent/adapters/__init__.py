@@ -11,7 +11,8 @@ from typing import Protocol
 
 # Fixed inside the sandbox's own network: nobody else is there.
 RELAY_PORT = 8100
-BASE_URL = f"http://127.0.0.1:{RELAY_PORT}/v1"
+RELAY_URL = f"http://127.0.0.1:{RELAY_PORT}"
+BASE_URL = f"{RELAY_URL}/v1"
 REPO, OUT, HOME = "/work/repo", "/work/out", "/work/home"
 RESULT_PATH = f"{OUT}/result.json"
 
@@ -26,8 +27,11 @@ class AgentAdapter(Protocol):
         """The program inside the sandbox; its prompt comes on stdin, its events go to stdout, one JSON object a line."""
         ...
 
-    def env(self, model: str) -> dict[str, str]:
-        """Its environment: no secret but a placeholder key (the proxy knows the session by its socket)."""
+    def env(self, model: str, *, writes: bool) -> dict[str, str]:
+        """Its environment: no secret but a placeholder key (the proxy knows the session by its socket).
+
+        `writes`: it may change the checkout and run programs there.
+        """
         ...
 
     def readonly(self) -> dict[Path, str]:

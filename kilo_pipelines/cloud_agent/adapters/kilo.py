@@ -25,6 +25,10 @@ _PERMISSION: dict[str, Any] = {
 }
 
 
+# A write session edits the checkout and runs its tools, package managers among them; what it may not do the sandbox refuses.
+_WRITE_PERMISSION: dict[str, Any] = {**_PERMISSION, **dict.fromkeys(("write", "edit", "bash"), "allow")}
+
+
 class KiloAdapter:
     """Starts `kilo run` on the prompt from stdin."""
 
@@ -37,7 +41,7 @@ class KiloAdapter:
     def argv(self) -> list[str]:
         return ["/opt/agent/bin/kilo", "run", "--format", "json", "--auto", "--pure"]
 
-    def env(self, model: str) -> dict[str, str]:
+    def env(self, model: str, *, writes: bool) -> dict[str, str]:
         provider = {
             "npm": "@ai-sdk/openai-compatible",
             "name": "proxy",
@@ -53,7 +57,7 @@ class KiloAdapter:
             "snapshot": False,
             "lsp": False,
             "formatter": False,
-            "permission": _PERMISSION,
+            "permission": _WRITE_PERMISSION if writes else _PERMISSION,
         }
         switched_off = (
             "KILO_DISABLE_PROJECT_CONFIG",

@@ -27,6 +27,34 @@ BEHAVIOURS = (
     "no_result",
     "symlink_result",
     "explore",
+    # Of write sessions; what each does is told in `inside/scripted_agent.py`.
+    "write_edit",
+    "write_hooks",
+    "write_config",
+    "write_alternates",
+    "write_history",
+    "write_setuid",
+    "write_staged",
+    "write_nothing",
+    "write_no_repository",
+    "write_repository",
+    "write_repository_file",
+    "write_submodule",
+    "write_link",
+    "write_inner_link",
+    "write_link_moved",
+    "write_link_for_directory",
+    "write_workflow",
+    "write_owners",
+    "write_attributes",
+    "write_files",
+    "write_huge",
+    "write_pipe",
+    "write_unreadable",
+    "write_name",
+    "write_git_name",
+    "write_claim",
+    "write_fetch",
 )
 
 
@@ -44,7 +72,8 @@ class ScriptedAdapter:
     def argv(self) -> list[str]:
         return [python_inside(), "-I", "/opt/agent/scripted_agent.py", self._behaviour]
 
-    def env(self, model: str) -> dict[str, str]:
+    def env(self, model: str, *, writes: bool) -> dict[str, str]:
+        del writes  # nothing but the sandbox holds it back, which is what tests are about
         return {"HOME": HOME, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "AGENT_BASE_URL": BASE_URL, "AGENT_MODEL": model}
 
     def readonly(self) -> dict[Path, str]:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
 from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.protected import is_protected
 from kilo_pipelines.core.reasons import MEANING
 from kilo_pipelines.core.redact import redact
 from kilo_pipelines.core.text import clean, cut, fence, harmless, one_line
@@ -19,36 +20,8 @@ if TYPE_CHECKING:
 BODY_LIMIT = 60_000
 LISTED_ENTRIES = 100
 
-# A suggestion is one click away from being committed: never offered where a commit changes who may do what.
-PROTECTED = (
-    ".github/*",
-    ".gitlab*",
-    ".circleci/*",
-    "Jenkinsfile",
-    "REVIEW.md",
-    "CODEOWNERS",
-    "*/CODEOWNERS",
-    # What agents and editors obey, at any depth.
-    *(
-        pattern
-        for name in ("AGENTS.md", "CLAUDE.md", "GEMINI.md", ".kilo*", ".claude/*", ".cursor/*", ".opencode/*", ".mcp.json")
-        for pattern in (name, f"*/{name}")
-    ),
-    "opencode.json*",
-    "kilo.json*",
-    ".vscode/*",
-    ".devcontainer/*",
-    # What git and package managers run or read without being asked.
-    ".gitattributes",
-    "*/.gitattributes",
-    ".gitmodules",
-    ".husky/*",
-    ".pre-commit-config.yaml",
-    ".envrc",
-    "*.npmrc",
-    "*.lock",
-    "package-lock.json",
-)
+# A suggestion is one click away from being committed: besides what is protected anyway, none on what a package manager writes.
+LOCKS = ("*.lock", "package-lock.json")
 
 _SIGN = {"critical": "🔴", "warning": "🟠", "suggestion": "🔵"}
 
@@ -58,9 +31,9 @@ class _Place(Protocol):
     def path(self) -> str: ...
 
 
-def is_protected(path: str) -> bool:
+def withheld(path: str) -> bool:
     """Whether suggestions are withheld on this path."""
-    return any(fnmatchcase(path, pattern) for pattern in PROTECTED)
+    return is_protected(path) or any(fnmatchcase(path, pattern) for pattern in LOCKS)
 
 
 def inline_comment(finding: Finding, marker: str) -> str:
@@ -73,7 +46,7 @@ def inline_comment(finding: Finding, marker: str) -> str:
     code = clean(finding.suggestion or "").rstrip("\n")
     # Code stands as it is, so code with a marker in it isn't offered: what holds one is ours.
     offered = finding.suggestion is not None and finding.side == "RIGHT" and "<!-- kilo-pipelines:" not in code
-    if offered and not is_protected(finding.path):
+    if offered and not withheld(finding.path):
         mark = fence(code)
         lines += ["", f"{mark}suggestion", code, mark]
     return cut(redact("\n".join(lines)), BODY_LIMIT) + f"\n\n{marker}"

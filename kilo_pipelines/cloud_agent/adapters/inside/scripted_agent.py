@@ -6,6 +6,7 @@ that tests are about; each one is a function below.
 
 import base64
 import glob
+import http.client
 import json
 import os
 import re
@@ -389,9 +390,98 @@ def explore(prompt):
     put(prompt, json.dumps(report))
 
 
+# -- write sessions: what an agent does to the checkout ----------------------------------------------------------------
+
+_EDIT = "sed -i 's/1\\.0\\.0/1.0.1/' package.json package-lock.json\n"
+_RUN = "#!/bin/sh\ntouch /work/final/ran /work/out/ran /work/repo/ran\n"
+# The first ones are honest, or hostile only where nobody looks; each of the others must be refused.
+DEEDS = {
+    "edit": _EDIT,
+    "hooks": _EDIT
+    + f"""mkdir -p .git/hooks
+for name in post-checkout pre-commit post-index-change reference-transaction fsmonitor-watchman pre-push; do
+printf '{_RUN}' > .git/hooks/$name; chmod 777 .git/hooks/$name; done""",
+    "config": _EDIT
+    + f"""printf '{_RUN}' > /work/home/run; chmod 777 /work/home/run
+for name in core.fsmonitor filter.evil.clean filter.evil.process core.sshCommand credential.helper diff.external; do
+git config $name /work/home/run; done
+git config core.worktree /; git config core.hooksPath /work/home; git config include.path /work/home/more
+mkdir -p .git/info; echo '* filter=evil' > .git/info/attributes; echo 'package*.json' > .git/info/exclude""",
+    "alternates": _EDIT + "mkdir -p .git/objects/info; echo /work/home > .git/objects/info/alternates; rm -rf .git/objects/pack",
+    "history": _EDIT
+    + """git config user.name mallory; git config user.email mallory@example.test
+git add -A; git commit -qm 'mine'; git commit -q --amend -m 'amended'
+git tag evil; git update-ref refs/heads/evil HEAD; git checkout -q --orphan other; git commit -qm 'no parent'
+git replace evil HEAD; git rev-parse HEAD > .git/info/grafts; rm -f .git/shallow""",
+    "setuid": "chmod 6755 run.sh; " + _EDIT,
+    "staged": "git update-index --add --cacheinfo 160000,1111111111111111111111111111111111111111,staged",
+    "nothing": "git checkout -q --orphan other; git -c user.name=m -c user.email=m commit -qm x; git update-ref refs/heads/main HEAD",
+    "no_repository": "rm -rf .git; ln -s /work/home .git",
+    "repository": "mkdir -p vendor/x; cd vendor/x; git init -q .; echo 1 > a; git add a; git -c user.name=m -c user.email=m commit -qm m",
+    "repository_file": "mkdir vendor; echo 'gitdir: /work/repo/.git' > vendor/.git",
+    "submodule": "rmdir lib",
+    "link": "ln -s /etc/passwd passwd",
+    "inner_link": "ln -s package.json other.json",
+    "link_moved": "ln -sfn ../../../etc link",
+    "link_for_directory": "rm -rf src; ln -s /work/home src",
+    "workflow": "mkdir -p .github/workflows; echo 'on: push' > .github/workflows/x.yml",
+    "owners": "echo '* @mallory' > docs/CODEOWNERS",
+    "attributes": "echo '* -diff' > .gitattributes",
+    "files": "python3 -c 'for one in range(100_000): open(str(one), \"w\").close()'",
+    "huge": "truncate -s 200M large.bin",
+    "pipe": "rm package.json; mkfifo package.json",
+    "unreadable": "mkdir private; echo 1 > private/a; chmod 000 private",
+    "name": "printf 'x' > \"$(printf 'a\\342\\200\\256b')\"",
+    "git_name": "mkdir GIT~1; echo 1 > GIT~1/config",
+}
+
+
+def deed(name, prompt):
+    """Does it, talks to the model, leaves the result that the model wrote. An attack that fails is no test of anything."""
+    done = subprocess.run(["sh", "-ec", DEEDS[name]], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        sys.exit(f"the deed failed: {done.stderr[-500:]}")
+    converse(prompt)
+
+
+def write_claim(prompt):
+    """Says itself what was pushed, and has the model say so, too."""
+    deed("edit", prompt)
+    with open(field(prompt, "Result path")) as file:
+        written = json.dumps(
+            {**json.load(file), "pushed": {"branch": "main", "commit": "0" * 40, "parent": "0" * 40, "files": []}}
+        )
+    ask([{"role": "user", "content": prompt}, {"role": "user", "content": f"Repeat exactly:\n{written}"}])
+    put(prompt, written)
+
+
+def write_fetch(prompt):
+    """Asks the registry for what the brief names, one path a line, and leaves the answers in the tree."""
+    base = os.environ["npm_config_registry"]
+    with open("fetched.txt", "w") as file:
+        for method, path in re.findall(r"^Ask: (\S+) (\S+)$", prompt, re.MULTILINE):
+            try:
+                address = path if path.startswith("http") else base + path
+                headers = {"authorization": "Bearer canary-of-the-agent", "cookie": "canary-of-the-agent"}
+                request = urllib.request.Request(address, b"canary" if method == "POST" else None, headers, method=method)
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    body = answer.read()
+                    file.write(f"{method} {path} {answer.status} {len(body)} {body[:300].decode(errors='replace')}\n")
+            except (OSError, ValueError, http.client.HTTPException) as failure:
+                said = failure.read().decode() if isinstance(failure, urllib.error.HTTPError) else type(failure).__name__
+                file.write(f"{method} {path} {getattr(failure, 'code', 0)} {said}\n")
+    converse(prompt)
+
+
 if __name__ == "__main__":
     text = sys.stdin.read()
     emit("step_start", part={})
     behaviour = sys.argv[1]
-    converse(text) if behaviour == "honest" else globals()[behaviour](text)
+    name = behaviour.removeprefix("write_")
+    if behaviour == "honest":
+        converse(text)
+    elif name != behaviour and name in DEEDS:
+        deed(name, text)
+    else:
+        globals()[behaviour](text)
     emit("step_finish", part={"reason": "stop"})

@@ -40,29 +40,32 @@ class Search:
     """Looks for canaries in any spelling: as they are, in slices, reversed, in base64 at any offset, in hexadecimal."""
 
     def __init__(self, canaries: dict[str, str]) -> None:
-        self._windows: dict[str, str] = {}
+        # By length: a hexadecimal spelling says half as much a character, and commits' ids in a body are spelled so, too.
+        self._windows: dict[int, dict[str, str]] = {WINDOW: {}, 2 * WINDOW: {}}
         for name, value in canaries.items():
             assert len(value) >= WINDOW, f"{name} is too short to be a canary"
-            for spelling in self._spellings(value):
-                for at in range(len(spelling) - WINDOW + 1):
-                    self._windows[spelling[at : at + WINDOW]] = name
-        # One pass over a text: its windows of this length at the distance at which any longer find shows up, too.
-        self._names = frozenset(self._windows)
+            for spelling, length in self._spellings(value):
+                for at in range(len(spelling) - length + 1):
+                    self._windows[length][spelling[at : at + length]] = name
 
     @staticmethod
-    def _spellings(value: str) -> Iterator[str]:
+    def _spellings(value: str) -> Iterator[tuple[str, int]]:
         for one in (value, value[::-1]):
-            yield one
-            yield one.encode().hex()
+            yield one, WINDOW
+            yield one.encode().hex(), 2 * WINDOW
             for offset in range(3):
                 # What surrounds a canary decides the outer characters: only the inner ones are always the same.
                 code = base64.b64encode(b"\0" * offset + one.encode()).decode().rstrip("=")
-                yield code[2 if offset else 0 : -2][2 if offset else 0 :]
+                yield code[2 if offset else 0 : -2][2 if offset else 0 :], WINDOW
 
     def names_in(self, text: str) -> set[str]:
         """Which canaries a text holds."""
-        places = range(len(text) - WINDOW + 1)
-        return {self._windows[text[at : at + WINDOW]] for at in places if text[at : at + WINDOW] in self._names}
+        return {
+            known[window]
+            for length, known in self._windows.items()
+            for window in (text[at : at + length] for at in range(len(text) - length + 1))
+            if window in known
+        }
 
 
 def texts_of_files(home: Path, without: Iterable[Path]) -> Iterator[tuple[str, str]]:

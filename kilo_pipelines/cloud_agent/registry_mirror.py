@@ -185,8 +185,6 @@ class RegistryMirror:
 
 def _refusal(upstream: httpx.Response) -> RefusedError | None:
     """Only a whole, plain answer is passed on; a redirect would lead somewhere that nobody allowed."""
-    if upstream.is_redirect:
-        return RefusedError(502, "redirect_refused")
     if upstream.status_code != 200:
         return RefusedError(upstream.status_code if upstream.status_code >= 400 else 502, "registry_refused")
     if upstream.headers.get("content-encoding", "identity") != "identity":

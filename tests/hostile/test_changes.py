@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kilo_pipelines.cloud_agent import git as ours
@@ -88,6 +92,9 @@ def test_what_an_agent_does_to_its_own_repository_has_no_say_in_what_is_pushed(
     who = "kilo-pipelines|agent@kilo-pipelines.invalid"
     assert told == f"{provider.head}|{who}|{who}|Update demo\n\nTo 1.0.1."
     assert os.listdir(provider.world.home / "work") == []
+    bare = provider.world.home / "repositories" / str(spec.owner_id) / f"{spec.repository.external_id}.git"
+    ours_all = git(bare, "cat-file", "--batch-all-objects", "--batch-check=%(objectname)").split()
+    assert provider.head in ours_all and pushed["commit"] not in ours_all, "an agent's object in the platform's repository"
 
 
 def test_what_no_change_may_hold_is_refused_with_its_reason_and_nothing_is_pushed(
@@ -114,20 +121,10 @@ def test_the_owner_may_let_a_protected_path_through(provider: Provider) -> None:
     assert outcome.result is not None and outcome.result[PUSHED]["files"] == [".github/workflows/x.yml"]
 
 
-def test_the_agents_objects_never_enter_the_platforms_repository(provider: Provider) -> None:
-    spec, outcome = provider.change("edit")
-    assert outcome.result is not None
-    bare = provider.world.home / "repositories" / str(spec.owner_id) / f"{spec.repository.external_id}.git"
-    listed = git(bare, "cat-file", "--batch-all-objects", "--batch-check=%(objectname)").split()
-    assert provider.head in listed and outcome.result[PUSHED]["commit"] not in listed
-
-
 def test_a_branch_that_exists_is_neither_moved_nor_taken_over(provider: Provider) -> None:
-    spec, first = provider.change("edit")
-    held = provider.refs()[f"refs/heads/{spec.branch}"]
-    _, second = provider.change("setuid", branch=spec.branch)
-    assert (first.status, second.reason) == (SessionStatus.COMPLETED, Reason.BRANCH_TAKEN)
-    assert provider.refs()[f"refs/heads/{spec.branch}"] == held
+    git(provider.server.path, "update-ref", "refs/heads/kilo/held/1", provider.head)
+    _, outcome = provider.change("edit", branch="kilo/held/1")
+    assert outcome.reason == Reason.BRANCH_TAKEN and provider.refs()["refs/heads/kilo/held/1"] == provider.head
 
 
 class Blocked(ChangeTask):
@@ -154,11 +151,13 @@ def test_a_commits_message_is_harmless_whatever_the_result_says(provider: Provid
 
 
 def test_a_session_on_a_branchs_head_reads_without_a_pull_request_and_proves_no_review(provider: Provider) -> None:
-    spec = provider.world.branch_spec(provider.pull, provider.head, "security_analysis")
+    # A head that differs from its base: without a pull request nothing is compared all the same.
+    head, ref = provider.pull["head_sha"], f"refs/pull/{provider.pull['number']}/head"
+    spec = provider.world.branch_spec(provider.pull, head, "security_analysis", checkout_ref=ref)
     outcome = provider.world.run(spec, ScriptedAdapter())
     assert outcome.status is SessionStatus.COMPLETED and outcome.evidence is not None, (outcome.reason, outcome.detail)
     found = outcome.evidence
-    assert (found.pull_number, found.ledger, found.merge_base, found.head) == (None, [], provider.head, provider.head)
+    assert (found.pull_number, found.ledger, found.merge_base, found.head) == (None, [], head, head)
     key = EvidenceKey(found.repository_id, None, found.base_ref, found.head)
     assert fault_of(found, key, accept_reported=True) is Reason.DIFF_EMPTY
     of_a_review = EvidenceKey(found.repository_id, 7, found.base_ref, found.head)
@@ -195,11 +194,11 @@ class Pushing:
         tree = git(self.bare, "mktree", stdin=f"100644 blob {blob}\ta\n".encode(), **at)
         return self.change.commit(tree, self.provider.head, "Words\n")
 
-    def push(self, commit: str, branch: str, level: str = "write") -> Reason | None:
+    def push(self, commit: str, branch: str, level: str = "write", port: int | None = None) -> Reason | None:
         token = self.provider.world.token(self.spec.repository.external_id, level)
         request = {
             "bare": str(self.bare),
-            "clone_url": self.spec.repository.clone_url,
+            "clone_url": re.sub(r":\d+/", f":{port}/" if port else r"\g<0>", self.spec.repository.clone_url),
             "token": token,
             "push": {"objects": str(self.change.directory), "commit": commit, "branch": branch},
         }
@@ -218,10 +217,48 @@ def pushing(provider: Provider, tmp_path: Path) -> Pushing:
     return Pushing(provider, tmp_path)
 
 
-def test_a_push_whose_answer_was_lost_is_repeated_without_harm(pushing: Pushing) -> None:
+class Cut(BaseHTTPRequestHandler):
+    """Hands on to the twin, and hangs up instead of telling how a push ended."""
+
+    twin: int
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        kept = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in ("host", "content-length", "accept-encoding")
+        }
+        answer = httpx.request(self.command, f"http://localhost:{self.twin}{self.path}", headers=kept, content=body)
+        if self.path.endswith("/git-receive-pack"):
+            return
+        self.send_response(answer.status_code)
+        self.send_header("content-type", answer.headers["content-type"])
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_POST = do_GET  # names of http.server
+
+    def log_message(self, *_args: object) -> None:
+        """Quiet."""
+
+
+def test_a_push_whose_answer_is_lost_has_happened(pushing: Pushing) -> None:
+    commit = pushing.commit()
+    server = ThreadingHTTPServer(("localhost", 0), type("CutHere", (Cut,), {"twin": pushing.provider.world.port}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert pushing.push(commit, "kilo/cut/1", port=server.server_port) is None
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert pushing.held("kilo/cut/1") == commit
+
+
+def test_a_push_is_repeated_without_harm(pushing: Pushing) -> None:
     commit = pushing.commit(3_000_000)  # more than git sends in one piece
-    assert [pushing.push(commit, "kilo/lost/1") for _ in range(2)] == [None, None]
-    assert pushing.held("kilo/lost/1") == commit
+    assert [pushing.push(commit, "kilo/again/1") for _ in range(2)] == [None, None]
+    assert pushing.held("kilo/again/1") == commit
 
 
 def test_a_branch_is_created_once_and_never_moved_forced_or_reset(pushing: Pushing) -> None:

@@ -82,7 +82,7 @@ class Answers(BaseHTTPRequestHandler):
         elif self.path.endswith(".tgz"):
             kind, body = "application/octet-stream", b"\0bytes of " + self.server.base.encode()
         elif self.path == "/npm/moved":
-            status, more = 302, {"location": "http://127.0.0.1:1/other"}
+            status, more = 302, {"location": "/elsewhere"}
         elif self.path == "/npm/pressed":
             body, more = gzip.compress(b"{}"), {"content-encoding": "gzip"}
         elif self.path == "/npm/missing":
@@ -226,7 +226,7 @@ def test_a_registry_that_the_platform_doesnt_know_ends_the_session_before_its_ag
     assert outcome.reason == Reason.REGISTRY_UNKNOWN
 
 
-def test_only_plain_whole_answers_come_through(mirror: httpx.Client) -> None:
+def test_only_plain_whole_answers_come_through(mirror: httpx.Client, upstream: Upstream) -> None:
     asked = {path: mirror.get(f"/registry/npm/{path}") for path in ("leftish", "moved", "pressed", "missing", "a//b")}
     assert {path: answer.status_code for path, answer in asked.items()} == {
         "leftish": 200,
@@ -237,6 +237,7 @@ def test_only_plain_whole_answers_come_through(mirror: httpx.Client) -> None:
     }
     assert asked["leftish"].json()["dist"]["tarball"] == f"{ADDRESS}/registry/npm/leftish/-/leftish-1.0.1.tgz"
     assert "set-cookie" not in asked["leftish"].headers and "location" not in asked["moved"].headers
+    assert "/elsewhere" not in [path for _, path, _ in upstream.asked]
     assert mirror.get("/registry/other/leftish").status_code == 404 and mirror.get("/leftish").status_code == 404
 
 

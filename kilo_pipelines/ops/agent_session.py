@@ -25,7 +25,6 @@ INTERRUPT_POLL_SECONDS = 1.0
 # Each service's half of a session, made of the session's stored task.
 TASKS: dict[str, Callable[[dict[str, Any]], SessionTask]] = {
     "code_review": CodeReviewTask,
-    # REGISTER HERE: "security_analysis": SecurityAnalysisTask, "remediation": RemediationTask (a core.session.WriteTask)
 }
 
 

@@ -37,6 +37,7 @@ NO_STEP = {
     "store.queue.Queue.gauges",
     "store.queue.Queue.get",
     "store.queue.Queue.items",
+    "store.queue.Queue.open",
     "store.queue.Queue.pause_reason",
     "store.queue.Queue.run_failed",
     "store.queue.Queue.run_lost",
@@ -192,7 +193,12 @@ def _deadline(engine: Engine) -> tuple[dict[str, Any], str]:
     (engine.home / "behaviour").write_text("endless")
     pull, _ = _review(engine)
     engine.until(lambda: any(one["state"] == "running" for one in engine.store.queue.items(state="live")))
-    engine.until(lambda: engine.session_state() == "running")
+
+    def runs() -> bool:
+        (engine.home / "behaviour").write_text("endless")  # a killed worker took its order with it
+        return engine.session_state() == "running"
+
+    engine.until(runs)
     engine.clock.advance(timedelta(hours=12))
     engine.until(lambda: engine.quiet())
     engine.clock.advance(timedelta(days=1))

@@ -274,6 +274,7 @@ def test_an_owners_key_sees_its_owner_only(world: IngressWorld) -> None:
 def _review(world: IngressWorld) -> str:
     """A waiting review of the owner, admitted from a stored delivery."""
     details = {
+        "repository_id": REPOSITORY,
         "full_name": "octo/demo",
         "pull_number": 7,
         "title": "Add a cache",

@@ -7,6 +7,7 @@ must be led to by some operation. That no statement moves a state without asking
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -172,6 +173,8 @@ ITEM_STATES: dict[str, Callable[[World], Case]] = {
     "failed": _settled("failed"),
     "cancelled": _settled("cancelled"),
 }
+# Of admissions: a subject that has a live item is not opened again.
+_pulls = itertools.count(7_000)
 # A waiting item fails by age only where its owner set `expire_after` (invariant 4), which no service offers yet.
 NOT_BUILT = {("waiting", "failed")}
 
@@ -391,7 +394,7 @@ def _fail(case: Case, times: int) -> None:
 
 
 DELIVERY_OPERATIONS: dict[str, Callable[[Case], object]] = {
-    "open": lambda case: case.world.store.inbox.admit_next(lambda tx: tx.open(case.world.new_item(7_000)) and None, 50),
+    "open": lambda case: case.world.store.inbox.admit_next(lambda tx: tx.open(case.world.new_item(next(_pulls))) and None, 50),
     "skip": lambda case: case.world.store.inbox.admit_next(lambda tx: tx.skip("event_unknown"), 50),
     "decide twice": lambda case: case.world.store.inbox.admit_next(_twice, 50),
     "fail once": lambda case: _fail(case, 1),

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, policy_of
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of
 from kilo_pipelines.store import FindingRow, StaleRevisionError, Store
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool)
         for change in changes:
             name, _, value = change.partition("=")
             wanted[name] = json.loads(value)
-        config = SecurityConfig.model_validate(wanted)
+        before = SecurityConfig.model_validate(setting.config) if setting else None
+        config = activated(before, SecurityConfig.model_validate(wanted), datetime.now(UTC))
     except ValidationError as failure:
         end(plain, "; ".join(f"{'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in failure.errors()), 2)
     except ValueError:

@@ -28,10 +28,14 @@ class SessionState(StrEnum):
 
 FINAL = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED})
 
+# Services of work items whose settings stand under another service's name; every other service has its own.
+SETTINGS_OF = dict.fromkeys(("security_analysis", "dismissal", "remediation", "notice"), "security_agent")
+
 # A new attempt (re-execute) leads from an end back to `waiting`; `completed` only when a person forces it.
 TRANSITIONS: dict[WorkState, frozenset[WorkState]] = {
     WorkState.WAITING: frozenset({WorkState.STARTING, WorkState.CANCELLED, WorkState.FAILED}),
-    WorkState.STARTING: frozenset({WorkState.WAITING, WorkState.RUNNING, WorkState.CANCELLED, WorkState.FAILED}),
+    # Straight to completed: work that needs no session (a dismissal, a notice, an alert that its metadata settles).
+    WorkState.STARTING: frozenset({WorkState.WAITING, WorkState.RUNNING, *FINAL}),
     # Back to waiting: the retry policy opens the next attempt (core/retry.py).
     WorkState.RUNNING: frozenset({WorkState.WAITING, *FINAL}),
     WorkState.COMPLETED: frozenset({WorkState.WAITING}),

@@ -11,6 +11,7 @@ from kilo_pipelines import tags
 from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
+from kilo_pipelines.ops.items import settle_quietly
 from kilo_pipelines.ops.security_sync import sync_owners
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
@@ -81,6 +82,15 @@ def security_sync() -> None:
     sync_owners()
 
 
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH},
+    description="Notes the ends of dismissals and notices that were cancelled or given up.",
+)
+def settle_quiet_items() -> None:
+    settle_quietly()
+
+
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
-    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention, security_sync]
+    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention, security_sync, settle_quiet_items]

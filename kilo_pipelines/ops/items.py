@@ -3,13 +3,16 @@
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from dagster import MetadataValue, OpExecutionContext
+from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines import tags
 from kilo_pipelines.core import retry
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
+from kilo_pipelines.ops.effects import TRANSPORT_RETRY
+from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.resources.github import ProviderError
+from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import Claimed, Store
 
 
@@ -49,3 +52,16 @@ def provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, f
     else:
         store.queue.conclude(claim, WorkState.FAILED, failure.reason)
     say(context, claim.item_id, failure.reason)
+
+
+@op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Notes the ends of items that nobody outside has to be told of.")
+def settle_quietly(context: OpExecutionContext, config: Ids, store: StoreResource) -> None:
+    def settle(item_id: UUID) -> None:
+        with store.get().settlements.open(item_id) as tx:
+            if tx is None or WorkState(tx.item.state) not in FINAL or tx.item.announced:
+                say(context, item_id, Reason.MOVED_ON)
+                return
+            tx.announce({"conclusion": tx.item.state, "reason": tx.item.reason}, None, [])
+        say(context, item_id, tx.item.reason or tx.item.state)
+
+    each(context, config.ids, settle)

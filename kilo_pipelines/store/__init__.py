@@ -6,6 +6,7 @@ Holds: every SQL statement. Does not belong here: rules that need no database (c
 from __future__ import annotations
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store.analyses import Analyses
 from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
@@ -20,6 +21,7 @@ from kilo_pipelines.store.queue import Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
 from kilo_pipelines.store.retention import Ages, Retention
 from kilo_pipelines.store.rows import (
+    AnalysisRow,
     Claimed,
     ClaimedEffect,
     DeliveryRow,
@@ -56,6 +58,7 @@ __all__ = [
     "AdmissionTx",
     "Ages",
     "AmbiguousInstallationError",
+    "AnalysisRow",
     "Budgets",
     "Change",
     "Cipher",
@@ -112,4 +115,5 @@ class Store:
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)
+        self.analyses = Analyses(self.database)
         self.listener = self.database.listener

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.work import FINAL, TRANSITIONS, WorkState
+from kilo_pipelines.core.work import FINAL, SETTINGS_OF, WorkState
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
@@ -33,7 +33,13 @@ ITEMS_A_RUN = 25
 OUTSTANDING_CAP = 4 * 3 * ITEMS_A_RUN
 
 # The table of each service's own row of an item; all have the columns item_id, verdict and evidence.
-SERVICE_TABLES = {"code_review": "reviews"}
+SERVICE_TABLES = {
+    "code_review": "reviews",
+    "security_analysis": "finding_analyses",
+    "dismissal": "dismissals",
+    "remediation": "remediations",
+    "notice": "notices",
+}
 
 
 def owner_of_item(database: Database, item_id: UUID) -> UUID | None:
@@ -350,7 +356,7 @@ class Queue:
                 connection,
                 "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
                 " (i.suspended_at is not null or i.disconnected_at is not null) as cut_off, (r.removed_at is not null) as removed,"
-                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = w.service and c.action_required is not null)"
+                " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = :settings and c.action_required is not null)"
                 " as action_required"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
@@ -359,6 +365,7 @@ class Queue:
                 owner=owner_id,
                 item=item_id,
                 service=service,
+                settings=SETTINGS_OF.get(service, service),
             )
             if item is None:
                 return Refused(Reason.MOVED_ON, "unknown")
@@ -518,9 +525,9 @@ class Queue:
     def conclude(self, claim: Claimed, state: str, reason: str) -> bool:
         """Ends a claimed item before any session was made; its ending is announced by a settle run.
 
-        ValueError for an end that a claim alone doesn't lead to: what no session worked on isn't completed.
+        ValueError for an end that a claim alone doesn't lead to: what was done is said by `complete`.
         """
-        if WorkState(state) not in TRANSITIONS[WorkState.STARTING] & FINAL:
+        if WorkState(state) not in FINAL - {WorkState.COMPLETED}:
             raise ValueError(f"a claimed item doesn't end as {state}")
         with self._database.owner(claim.owner_id) as connection:
             return end_item(
@@ -534,6 +541,33 @@ class Queue:
                 guard="and state = 'starting' and fence = :fence",
                 fence=claim.fence,
             )
+
+    def complete(
+        self, claim: Claimed, reason: str, *, details: Mapping[str, Any], effects: list[EffectIntent], actor: str | None = None
+    ) -> bool:
+        """Ends a claimed item whose work needed no session: done, with columns of its own row and its effects, in one transaction.
+
+        False for a late writer: nothing was changed. With an `actor` it is an audit event.
+        """
+        now = self._clock.now()
+        with self._database.owner(claim.owner_id) as connection:
+            done = end_item(
+                connection,
+                owner_id=claim.owner_id,
+                item_id=claim.item_id,
+                state=WorkState.COMPLETED,
+                reason=reason,
+                now=now,
+                announced=True,
+                guard="and state = 'starting' and fence = :fence",
+                fence=claim.fence,
+            )
+            if done:
+                set_details(connection, claim.owner_id, claim.item_id, claim.service, details)
+                intend(connection, claim.owner_id, claim.item_id, effects, now)
+                if actor is not None:
+                    audit(connection, claim.owner_id, actor, f"{claim.service}.done", str(claim.item_id), {"reason": reason}, now)
+        return done
 
     def cancel(self, item_id: UUID | str, *, reason: str, actor: str) -> bool:
         """Cancels a live item whatever its state; False when it was over (or unknown) already."""

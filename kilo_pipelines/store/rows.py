@@ -330,3 +330,23 @@ class SyncTarget:
     repository_id: int
     full_name: str
     installation_id: int
+
+
+@dataclass(frozen=True)
+class AnalysisRow:
+    """One analysis of a finding with its item's state. `snapshot`, `triage` and `deep`: services/security/analysis.py."""
+
+    item_id: UUID
+    finding_id: UUID
+    state: str
+    reason: str | None
+    origin: str
+    requested_by: str
+    mode: str
+    snapshot: dict[str, Any] | None
+    triage: dict[str, Any] | None
+    deep: dict[str, Any] | None
+    commit_sha: str | None
+    completed_at: datetime | None
+    created_at: datetime
+    ended_at: datetime | None

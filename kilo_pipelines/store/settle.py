@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
+from kilo_pipelines.core.work import SETTINGS_OF
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
 from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item, set_details
 from kilo_pipelines.store.rows import ItemRow, SessionRow
@@ -165,7 +166,7 @@ class SettleTx:
             " case when action_required ->> 'reason' = :reason then action_required ->> 'detected_at' else cast(:now as text) end,"
             " 'last_seen_at', cast(:now as text), 'item', cast(:item as text)), updated_at = now() where owner_id = :owner and service = :service",
             owner=self.item.owner_id,
-            service=self.item.service,
+            service=SETTINGS_OF.get(self.item.service, self.item.service),
             reason=reason,
             now=self._now.isoformat(),
             item=str(self.item.id),
@@ -175,7 +176,7 @@ class SettleTx:
             self.item.owner_id,
             "platform",
             "service.action_required",
-            self.item.service,
+            SETTINGS_OF.get(self.item.service, self.item.service),
             {"reason": reason, "item": str(self.item.id)},
             self._now,
         )

@@ -151,6 +151,7 @@ ITEM_OPERATIONS: dict[str, Callable[[Case], object]] = {
     "release": lambda case: case.world.store.queue.release(_claimed(case), not_before=case.world.clock.now(), reason="x"),
     "launch": _launch,
     "conclude as completed": lambda case: case.world.store.queue.conclude(_claimed(case), "completed", "x"),
+    "complete": lambda case: case.world.store.queue.complete(_claimed(case), "x", details={}, effects=[]),
     "conclude as failed": lambda case: case.world.store.queue.conclude(_claimed(case), "failed", "x"),
     "conclude as cancelled": lambda case: case.world.store.queue.conclude(_claimed(case), "cancelled", "x"),
     "settle as completed": lambda case: _conclude(case, "completed"),

@@ -13,7 +13,7 @@ from psycopg import sql
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.store import Claimed, SessionClaim
+from kilo_pipelines.store import Claimed, NewItem, SessionClaim
 from tests.conftest import Database
 from tests.support.alerts import alert
 from tests.support.catalogue import owner_tables
@@ -28,6 +28,7 @@ class Corner(World):
     def __init__(self, database: Database, repository: int, canary: str) -> None:
         super().__init__(database.store, database.clock, repository=repository)
         self.canary = canary
+        self.opened: dict[str, UUID] = {}
         config = CodeReviewConfig().model_dump(mode="json")
         database.store.owners.put_config(
             self.owner.id, "code_review", config, enabled=True, expected_revision=0, actor=f"{canary}-actor"
@@ -60,25 +61,49 @@ class Corner(World):
         self.waiting = self.item(3)
         self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
         assert isinstance(self.claim(self.item(4)), Claimed)
-        self._findings()
+        self.findings()
+        # They wait for ever: what their claims do is another test's.
+        admin.execute(
+            "update work_items set not_before = now() + interval '9 years' where owner_id = %s and service <> 'code_review'",
+            (self.owner.id,),
+        )
         admin.execute(
             "insert into people (owner_id, id, login, role) values (%s, %s, %s, 'owner')",
             (self.owner.id, uuid4(), f"{self.canary}-login"),
         )
 
-    def _findings(self) -> None:
+    def findings(self) -> None:
         """Alerts of the same numbers, one of them set aside, after a sync that stopped at a page."""
         self.store.owners.put_config(self.owner.id, SERVICE, {}, enabled=True, expected_revision=0, actor=f"{self.canary}-actor")
         policy = policy_for(self.store, self.owner.id, SecurityConfig(), actor=f"{self.canary}-actor")
         taker = AlertTaker(self.owner.id, self.repository, policy, first_sync=True)
         raw = [alert(number, **{"security_advisory.summary": f"{self.canary}-advisory"}) for number in range(1, 4)]
         good, bad = taker.sort([*raw, alert(4, state="none")])
-        findings = self.store.findings
-        findings.begin_sync(self.owner.id, self.repository)
-        findings.quarantine(
+        stored = self.store.findings
+        stored.begin_sync(self.owner.id, self.repository)
+        stored.quarantine(
             self.owner.id, self.repository, [(number, reason, f"{self.canary}-{detail}") for number, reason, detail in bad]
         )
-        findings.apply_page(self.owner.id, self.repository, SOURCE, good, taker.decide, cursor=f"{self.canary}-page")
+        stored.apply_page(self.owner.id, self.repository, SOURCE, good, taker.decide, cursor=f"{self.canary}-page")
+        self._security_work(stored.of_repository(self.owner.id, self.repository, open_or_superseded=False)[0].id)
+
+    def _security_work(self, finding: UUID) -> None:
+        """One waiting item of each kind of the Security Agent's work."""
+        common = {"finding_id": str(finding), "origin": "manual", "requested_by": f"{self.canary}-actor"}
+        analysis = self._open("security_analysis", finding, {**common, "mode": "auto"})
+        self._open("dismissal", finding, {**common, "reason": "not_used", "analysis_id": str(analysis)})
+        more = {"analysis_id": str(analysis), "fingerprint": self.canary, "findings": [str(finding)]}
+        self._open("remediation", finding, {**common, **more})
+        self._open("notice", finding, {"finding_id": str(finding), "kind": "new_finding"})
+
+    def _open(self, service: str, finding: UUID, details: dict[str, Any]) -> UUID:
+        item = NewItem(
+            service=service, subject_key=f"finding:{finding}", repository_id=self.repository, priority=0, details=details
+        )
+        opened = self.store.queue.open(self.owner.id, item, actor=f"{self.canary}-actor")
+        assert opened is not None
+        self.opened[service] = opened
+        return opened
 
     def marks(self) -> list[str]:
         """What must not be found outside this owner: its canary and ids that name it alone."""

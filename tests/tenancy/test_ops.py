@@ -43,6 +43,7 @@ from kilo_pipelines.jobs import (
     retention,
     security_sync,
     settle_code_review,
+    settle_quiet_items,
 )
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
@@ -250,6 +251,18 @@ def _settle(stage: Stage) -> None:
     assert checks and checks[-1]["status"] == "completed" and checks[-1]["head_sha"] == HEAD
 
 
+def _quietly(stage: Stage) -> None:
+    """B's dismissal that was cancelled is told of; A's of the same finding still waits."""
+    stage.b.findings()
+    item = stage.b.opened["dismissal"]
+    assert stage.database.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
+    stage.run(settle_quiet_items, "settle_quietly", [item])
+    told = stage.database.store.queue.get(item)
+    assert told is not None and told.announced
+    states = stage.admin.execute("select state from work_items where id = %s", (stage.a.opened["dismissal"],)).fetchall()
+    assert states == [("waiting",)]
+
+
 def _outbox(stage: Stage) -> None:
     item = stage.b.finished(1, "success")
     stage.run(outbox, "apply_waiting_effects", [item])
@@ -421,6 +434,7 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op launch_reviews": _launch,
     "op run_agent_session": _session,
     "op settle_reviews": _settle,
+    "op settle_quietly": _quietly,
     "op apply_effects": _launch,
     "op apply_waiting_effects": _outbox,
     "asset review_outcomes": _outcomes_asset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -9,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kilo_pipelines.services.security.sla import SlaPolicy
 
 SERVICE = "security_agent"
+
+# What a threshold lets through: severities of its rank or a lower one (contract 7.3). An unknown severity is as low as low.
+RANKS = {"critical": 0, "high": 1, "medium": 2, "low": 3}
+Threshold = Literal["critical", "high", "medium", "all"]
 
 Days = Annotated[int, Field(ge=1, le=365)]
 
@@ -48,6 +53,47 @@ class SecurityConfig(BaseModel):
     repository_selection_mode: Literal["all", "selected"] = Field(default="all", description="Which repositories are synced.")
     selected_repository_ids: list[int] = Field(default=[], description="Numeric ids of the selected repositories; none is none.")
 
+    analysis_mode: Literal["auto", "shallow", "deep"] = Field(
+        default="auto",
+        description="Shallow: the alert's metadata alone. Deep: a session in the repository. Auto: the first decides about the second.",
+    )
+    triage_model: str | None = Field(
+        default=None, max_length=200, description="Model of the shallow analysis; none is KILO_MODEL."
+    )
+    analysis_model: str | None = Field(
+        default=None, max_length=200, description="Model of the deep analysis; none is KILO_MODEL."
+    )
+    auto_analysis_enabled: bool = Field(default=False, description="Analyse findings without being asked.")
+    auto_analysis_min_severity: Threshold = Field(default="high", description="Only these and worse.")
+    auto_analysis_include_existing: bool = Field(default=False, description="Also findings from before it was switched on.")
+    auto_analysis_enabled_at: datetime | None = Field(
+        default=None, description="When automatic analysis was switched on; kept by the platform."
+    )
+
+    auto_dismiss_enabled: bool = Field(default=False, description="Dismiss what the analysis says can be dismissed.")
+    auto_dismiss_confidence: Literal["high", "medium", "low"] = Field(
+        default="high", description="How sure a shallow analysis has to be."
+    )
+
+    remediation_model: str | None = Field(default=None, max_length=200, description="Model of remediations; none is KILO_MODEL.")
+    auto_remediation_enabled: bool = Field(
+        default=False, description="Open pull requests for what the analysis says can be fixed."
+    )
+    auto_remediation_min_severity: Threshold = Field(default="high", description="Only these and worse.")
+    auto_remediation_include_existing: bool = Field(
+        default=False, description="Also findings analysed before it was switched on."
+    )
+    auto_remediation_require_approval: bool = Field(default=True, description="A person starts each one after all.")
+    auto_remediation_enabled_at: datetime | None = Field(
+        default=None, description="When automatic remediation was switched on; kept by the platform."
+    )
+    remediation_registries: list[str] = Field(
+        default=[], description="Package registries that a remediation may read, among those of KILO_REGISTRIES."
+    )
+    remediation_allow_protected: list[str] = Field(
+        default=[], description="Patterns of protected paths that a remediation may change."
+    )
+
     @model_validator(mode="after")
     def _preset_or_days(self) -> Self:
         if (self.sla_preset == "custom") != (self.sla_days is not None):
@@ -64,6 +110,25 @@ def policy_of(config: SecurityConfig) -> SlaPolicy:
         overrides={key: value.model_dump() for key, value in config.sla_repository_overrides.items()},
         pause_while_ignored=config.sla_pause_while_ignored,
     )
+
+
+def activated(before: SecurityConfig | None, wanted: SecurityConfig, now: datetime) -> SecurityConfig:
+    """What is stored of wanted settings: the moments of switching on are the platform's, not the writer's (contract 4).
+
+    Off to on stamps `now`; what stays on keeps its moment, and gets one when it has none.
+    """
+    moments: dict[str, datetime | None] = {}
+    for name in ("auto_analysis", "auto_remediation"):
+        was_on = before is not None and getattr(before, f"{name}_enabled")
+        since = getattr(before, f"{name}_enabled_at") if before is not None else None
+        on = getattr(wanted, f"{name}_enabled")
+        moments[f"{name}_enabled_at"] = (since or now if was_on else now) if on else since
+    return wanted.model_copy(update=moments)
+
+
+def reaches(severity: str, threshold: Threshold) -> bool:
+    """Whether a severity is the threshold's or worse (contract 7.3); an unknown one only passes `all`."""
+    return RANKS.get(severity, RANKS["low"]) <= RANKS.get(threshold, RANKS["low"])
 
 
 def selects(config: SecurityConfig, repository_id: int) -> bool:

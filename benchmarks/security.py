@@ -27,7 +27,7 @@ from benchmarks.results import Machine, Row, database_conditions, keep_raw
 from kilo_pipelines.assets.security import compliance_table, recompute
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
-from kilo_pipelines.schedules import sync_requests
+from kilo_pipelines.schedules import owner_chunks
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.services.security.sla import SlaPolicy
 from kilo_pipelines.settings import write_secret
@@ -86,7 +86,7 @@ def run(*, quick: bool = False) -> list[Row]:
         Row("sla_1000000_mb", steady["mb"], 300.0, common | million | {"baseline": "the goal; whole process, imports included"}),
         Row(
             "sync_1000_owners_runs",
-            float(len(sync_requests([str(UUID(int=number)) for number in range(1_000)], "now"))),
+            float(len(owner_chunks("security_sync", "sync_owners", [str(UUID(int=number)) for number in range(1_000)], "now"))),
             1_000.0,
             common | {"samples": {"owners": 1_000}, "baseline": "one run an owner"},
         ),

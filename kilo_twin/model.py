@@ -2,7 +2,8 @@
 
 Stateless: the next step is decided from the messages of the request alone, so the same request gets the same answer.
 Order of its steps: the diff by git, every changed file by `read`, the result by `write`, a closing sentence. A brief that
-names a package, its patched version and the manifest gets the update by npm in place of a review.
+names a package, its patched version and the manifest gets the update by npm in place of a review; one that asks whether the package
+can be exploited gets a search for its uses. Alerts are sorted by their metadata alone.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ RULES = (
     ),
 )
 
+
+TRIAGE = "submit_triage"
+# Files that name a package without using it.
+_NO_CODE = ("package.json", "package-lock.json", "requirements.txt", "pyproject.toml", ".md", ".lock")
 
 # Models do what a text tells them. Tests of what an injected one can reach need one that does so reliably.
 REPEAT = "Repeat exactly:\n"
@@ -160,6 +165,8 @@ def reply(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
     said = _text(body["messages"][-1].get("content")) if body.get("messages") else ""
     if said.startswith(REPEAT):
         return {"content": said.removeprefix(REPEAT)}, "stop"
+    if TRIAGE in conversation.tools:
+        return {"content": None, "tool_calls": [_call(TRIAGE, sort_alert(said), 0)]}, "tool_calls"
     if not conversation.tools:
         return {"content": "Scripted review"}, "stop"
     step = conversation.next_calls()
@@ -169,6 +176,26 @@ def reply(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
             "tool_calls": [_call(name, arguments, conversation.made + index) for index, (name, arguments) in enumerate(step)],
         }, "tool_calls"
     return {"content": "The review is written. It was made by a scripted model."}, "stop"
+
+
+def sort_alert(text: str) -> dict[str, Any]:
+    """How an alert is handled, by its scope and severity alone."""
+    known = dict(re.findall(r"^(Severity|Scope): (\S+)$", text, re.MULTILINE))
+    development, severity = known.get("Scope") == "development", known.get("Severity", "")
+    if development and severity == "critical":
+        action, confidence, why = "manual_review", "medium", "Critical, but only where the software is built."
+    elif development and severity in ("medium", "low"):
+        action, confidence, why = "dismiss", "high", "It is used where the software is built and never runs in production."
+    else:
+        action, confidence, why = "analyze_codebase", "medium", "Whether it matters depends on how the package is used."
+    return {"needs_deep": action == "analyze_codebase", "reasoning": why, "action": action, "confidence": confidence}
+
+
+def uses_of(package: str) -> list[str]:
+    """Literal texts with which code takes a package into use, in JavaScript and Python."""
+    quoted = [f"{before}{quote}{package}{quote}" for before in ("require(", "from ", "import ", "import(") for quote in "'\""]
+    module = package.replace("-", "_")
+    return [*quoted, f"import {module}", f"from {module} "]
 
 
 def _call(name: str, arguments: dict[str, Any], number: int) -> dict[str, Any]:
@@ -230,6 +257,9 @@ class Conversation:
         unread = [path for path in self.changed_paths()[:MAX_READS] if path not in read]
         if unread and "read" in self.tools and not self._written:
             return [("read", {"filePath": path}) for path in unread[:4]]
+        search = self._search()
+        if search and not self._written and "bash" in self.tools and "bash" not in names:
+            return [("bash", {"command": search, "description": "Looks for uses of the package"})]
         update = self._update()
         if update and not self._written and "bash" in self.tools and "bash" not in names:
             return [("bash", {"command": update, "description": "Updates the package"})]
@@ -237,8 +267,43 @@ class Conversation:
             return [("write", {"filePath": result_path, "content": json.dumps(self.result(), indent=1)})]
         return []
 
+    def _asks_for_uses(self) -> bool:
+        return "exploitable" in self._schema().get("properties", {})
+
+    def _search(self) -> str:
+        """The command that finds uses of the package; empty when the brief doesn't ask for them."""
+        package = self._field("Package")
+        if not self._asks_for_uses() or not _PACKAGE.fullmatch(package):
+            return ""
+        return "git grep -nF " + " ".join(f"-e {shlex.quote(one)}" for one in uses_of(package)) + " || true"
+
+    def _analysis(self) -> dict[str, Any]:
+        """Whether the package is used, by what the search showed."""
+        package = self._field("Package")
+        hits = [
+            {"path": match[1], "line": int(match[2])}
+            for name, _, output in self.calls
+            if name == "bash"
+            for match in map(re.compile(r"^([^:\n]+):(\d+):").match, output.splitlines())
+            if match and not match[1].endswith(_NO_CODE)
+        ]
+        patched = bool(_VERSION.fullmatch(self._field("Patched version")))
+        told = f"{package} is taken into use in {len(hits)} places." if hits else f"No file takes {package} into use."
+        return {
+            "nonce": self._field("Nonce"),
+            "exploitable": bool(hits),
+            "reasoning": f"A scripted model looked for imports. {told}",
+            "locations": hits[:20],
+            "search": uses_of(package)[:10],
+            "suggested_fix": f"Update {package} to {self._field('Patched version')}." if hits and patched else "",
+            "action": ("open_pr" if patched else "manual_review") if hits else "dismiss",
+            "summary": told,
+        }
+
     def _update(self) -> str:
         """The command that brings the patched version into manifest and lock file; empty when the brief asks for none."""
+        if self._asks_for_uses():
+            return ""
         package, version, manifest = (self._field(name) for name in ("Package", "Patched version", "Manifest"))
         if not (
             _PACKAGE.fullmatch(package)
@@ -251,6 +316,8 @@ class Conversation:
 
     def result(self) -> dict[str, Any]:
         """The result out of what the tools showed; of another shape where the brief's schema asks for one."""
+        if self._asks_for_uses():
+            return self._analysis()
         schema = self._schema()
         if schema and "findings" not in schema.get("properties", {}):
             return self._filled(schema)

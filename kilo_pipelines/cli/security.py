@@ -15,7 +15,7 @@ from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of
-from kilo_pipelines.store import FindingRow, StaleRevisionError, Store
+from kilo_pipelines.store import AnalysisRow, FindingRow, StaleRevisionError, Store
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ def _the_owner(store: Store, owner: UUID | None, plain: bool) -> UUID:
     return known[0].id
 
 
-def _finding(store: Store, finding: UUID, plain: bool) -> FindingRow:
+def finding_of(store: Store, finding: UUID, plain: bool) -> FindingRow:
+    """The finding that a command names; ends the command when there is none."""
     owner = store.findings.owner_of(finding)
     row = store.findings.get(owner, finding) if owner else None
     if row is None:
@@ -81,22 +82,31 @@ def _line(one: dict[str, Any]) -> str:
 def security_show(finding: UUID, plain: bool) -> None:
     """Shows one finding: what the source says, what was decided here, its deadline and its history."""
     _, store = open_store(plain)
-    row = _finding(store, finding, plain)
+    row = finding_of(store, finding, plain)
     history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
     state = _state(store, row, datetime.now(UTC))
     answer = {
         **vars(row),
         "sla": {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)},
         "history": [vars(one) for one in history],
+        "analyses": [vars(one) for one in store.analyses.of_finding(row.owner_id, row.id)],
     }
 
     def text() -> str:
         lines = [f"{row.severity} {row.status}  {row.package_name} ({row.package_ecosystem}) in {row.manifest_path}", row.title]
         lines += [f"{name}: {value}" for name, value in _facts(row) if value]
+        lines += [_analysis_line(one) for one in store.analyses.of_finding(row.owner_id, row.id)]
         lines += [sla.explain(state), *(f"  {one.at:%Y-%m-%d %H:%M} {one.kind} {one.severity or ''}" for one in history)]
         return "\n".join(lines)
 
     show(plain, answer, text)
+
+
+def _analysis_line(one: AnalysisRow) -> str:
+    found = one.deep or one.triage or {}
+    told = f": {found['action']}" if one.completed_at else ""
+    how = "deep" if one.deep else "shallow" if one.completed_at else one.mode
+    return f"analysis {one.item_id} {how} {one.state}{f' ({one.reason})' if one.reason else ''}{told}"
 
 
 def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
@@ -217,7 +227,7 @@ def security_sla() -> None:
 def security_sla_explain(finding: UUID, at: datetime | None, plain: bool) -> None:
     """Says how a finding's deadline came to be, now or at any past moment under the policy of that time."""
     _, store = open_store(plain)
-    row = _finding(store, finding, plain)
+    row = finding_of(store, finding, plain)
     state = _state(store, row, at.replace(tzinfo=UTC) if at else datetime.now(UTC))
     show(plain, {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)}, lambda: sla.explain(state))
 

@@ -35,6 +35,7 @@ from kilo_pipelines.settings import Settings, private_dir
 log = logging.getLogger(__name__)
 
 BODY_BYTES = 16 * 2**20
+ANSWER_BYTES = 2**20
 # Longer answers are no review; the owner's budget ends them anyway.
 MAX_TOKENS = 32_000
 CONNECT_SECONDS = 10
@@ -74,6 +75,18 @@ class Part(BaseModel):
 
     nonce: str
     covers: dict[str, str]
+
+
+class Question(BaseModel):
+    """One structured question of the platform itself: the model answers by calling the one tool, and nothing else is read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: list[dict[str, str]]
+    tool: dict[str, Any]
+    seconds: float
+    max_tokens: int
 
 
 @dataclass
@@ -192,6 +205,7 @@ class ModelProxy:
         return Starlette(
             routes=[
                 Route("/health", self._health, methods=["GET"]),
+                Route("/questions", self._question, methods=["POST"]),
                 Route("/sessions", self._register, methods=["POST"]),
                 Route("/sessions/{session}/part", self._next_part, methods=["POST"]),
                 Route("/sessions/{session}", self._evidence, methods=["GET"]),
@@ -229,6 +243,36 @@ class ModelProxy:
             await asyncio.sleep(0.01)
         self._sessions[registration.session_id] = Session(registration, path, server, task, mirror=mirror)
         return JSONResponse({"socket": str(path)})
+
+    async def _question(self, request: Request) -> Response:
+        """Asks once; `arguments` of the tool's call as the model wrote them, or the reason why there are none."""
+        question = Question.model_validate(await request.json())
+        body = {
+            "model": question.model,
+            "messages": question.messages,
+            "tools": [{"type": "function", "function": question.tool}],
+            "tool_choice": {"type": "function", "function": {"name": question.tool["name"]}},
+            "max_tokens": question.max_tokens,
+        }
+        try:
+            async with asyncio.timeout(question.seconds):
+                upstream = await self._client.send(self._client.build_request("POST", self._url, json=body), stream=True)
+                try:
+                    content = await _bounded(upstream)
+                finally:
+                    await upstream.aclose()
+        except (httpx.HTTPError, TimeoutError) as failure:
+            log.warning("the model doesn't answer a question: %s", type(failure).__name__)
+            return JSONResponse({"reason": Reason.MODEL_UNREACHABLE})
+        if upstream.status_code != 200:
+            log.warning("the model answers a question with HTTP %s", upstream.status_code)
+            return JSONResponse({"reason": _refusal(upstream.status_code)})
+        answer = Answer()
+        with suppress(ValueError):
+            answer.take(json.loads(content))
+        return JSONResponse(
+            {"arguments": answer.arguments.get(0), "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
+        )
 
     async def _next_part(self, request: Request) -> Response:
         session = self._sessions.get(request.path_params["session"])
@@ -297,9 +341,8 @@ class ModelProxy:
         if upstream.status_code != 200:
             await upstream.aclose()
             log.warning("the model answers HTTP %s", upstream.status_code)
-            # A wrong key or a redirect is our operator's matter; retrying can't help.
-            passing = upstream.status_code in (408, 429, 500, 502, 503, 504)
-            session.transcript.last_failure = Reason.MODEL_UNREACHABLE if passing else Reason.MODEL_REFUSED
+            session.transcript.last_failure = _refusal(upstream.status_code)
+            passing = session.transcript.last_failure is Reason.MODEL_UNREACHABLE
             raise RefusedError(upstream.status_code if passing else 402, "model_refused")
         if body.get("stream"):
             return StreamingResponse(self._pass_on(session, body, upstream), media_type="text/event-stream")
@@ -359,6 +402,23 @@ class ModelProxy:
         for entry_id, text in part.covers.items():
             if entry_id not in transcript.covered and any(text in one for one in texts):
                 transcript.covered[entry_id] = number
+
+
+def _refusal(status: int) -> Reason:
+    """What a status other than 200 means: it may pass, somebody has to pay, or (wrong key, redirect) our operator has to act."""
+    if status in (408, 429, 500, 502, 503, 504):
+        return Reason.MODEL_UNREACHABLE
+    return Reason.INSUFFICIENT_CREDITS if status == 402 else Reason.MODEL_REFUSED
+
+
+async def _bounded(answer: httpx.Response) -> bytes:
+    """The body; a longer one than any answer to a question is cut, which makes it no JSON."""
+    content = bytearray()
+    async for chunk in answer.aiter_bytes():
+        content += chunk
+        if len(content) > ANSWER_BYTES:
+            break
+    return bytes(content[:ANSWER_BYTES])
 
 
 def _packages(mirror: httpx.AsyncClient) -> Callable[[Request], Awaitable[Response]]:

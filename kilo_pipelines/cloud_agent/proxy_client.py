@@ -16,6 +16,20 @@ class ProxyError(Exception):
     """The model proxy doesn't answer."""
 
 
+def ask(socket: Path, question: dict[str, Any]) -> dict[str, Any]:
+    """One structured question (`model_proxy.Question`): `arguments` of the tool's call as text or None, or a `reason`.
+
+    Raises ProxyError when the proxy itself doesn't answer.
+    """
+    transport = httpx.HTTPTransport(uds=str(socket))
+    with httpx.Client(transport=transport, base_url="http://proxy", timeout=question["seconds"] + TIMEOUT_SECONDS) as client:
+        try:
+            decoded: dict[str, Any] = client.post("/questions", json=question).raise_for_status().json()
+        except httpx.HTTPError as failure:
+            raise ProxyError(f"the model proxy doesn't answer: {type(failure).__name__}") from None
+    return decoded
+
+
 class ProxyClient:
     """One session at the proxy."""
 

@@ -16,3 +16,14 @@ def review_pools(kind: str, plan: str) -> dict[str, int]:
     if kind == "organization":
         return {"code_review": ORGANIZATION_REVIEWS}
     return {"code_review": FUNDED_PERSON_REVIEWS if plan == "funded" else PERSON_REVIEWS}
+
+
+# Analyses at once, and those of them that nobody asked for (contract 8.3).
+ANALYSES = 3
+AUTOMATIC_ANALYSES = 2
+
+
+def analysis_pools(*, automatic: bool) -> dict[str, int]:
+    """The pools that an analysis takes a slot from: whoever asked for it by hand always finds one more than the automatic ones take."""
+    pools = {"security_analysis": ANALYSES}
+    return pools | {"security_analysis.automatic": AUTOMATIC_ANALYSES} if automatic else pools

@@ -52,6 +52,15 @@ class Reason(StrEnum):
     ACTION_REQUIRED = "action_required"
     # the Security Agent's syncs
     SECURITY_DISABLED = "security_disabled"
+    INSUFFICIENT_CREDITS = "insufficient_credits"
+    FINDING_UNKNOWN = "finding_unknown"
+    FINDING_NOT_OPEN = "finding_not_open"
+    ROLE_NOT_ALLOWED = "role_not_allowed"
+    ANALYSIS_NOT_WANTED = "analysis_not_wanted"
+    ANALYSIS_ACTIVE = "analysis_active"
+    ANALYSIS_LOOP = "analysis_loop"
+    ANALYSED = "analysed"
+    TRIAGE_UNUSABLE = "triage_unusable"
     NO_REPOSITORIES = "no_repositories"
     ALERT_MALFORMED = "alert_malformed"
     SYNC_OUT_OF_TIME = "sync_out_of_time"
@@ -216,6 +225,27 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.SYNC_OUT_OF_TIME: (
         "The owner's share of the run was used up.",
         "Nothing; the next sync goes on with what was left.",
+    ),
+    Reason.INSUFFICIENT_CREDITS: (
+        "The model's provider wants to be paid first.",
+        "Add credit there; the owner's service waits and goes on by itself.",
+    ),
+    Reason.FINDING_UNKNOWN: ("There is no such finding of this owner.", "Look at `kilo-pipelines security findings`."),
+    Reason.FINDING_NOT_OPEN: ("The finding is fixed or ignored.", "Nothing; reopen it at its source to have it looked at."),
+    Reason.ROLE_NOT_ALLOWED: ("The acting person's role doesn't allow this.", "Ask an owner of the organization."),
+    Reason.ANALYSIS_NOT_WANTED: (
+        "The finding is not due to automatic analysis any more.",
+        "Nothing; start an analysis by hand to have one after all.",
+    ),
+    Reason.ANALYSIS_ACTIVE: ("The finding is being analysed.", "Wait for it, or start it over with `--restart`."),
+    Reason.ANALYSIS_LOOP: (
+        "The finding came back more often than it is analysed again by itself.",
+        "Look why it is reopened, then start an analysis by hand.",
+    ),
+    Reason.ANALYSED: ("The finding was analysed.", "Nothing."),
+    Reason.TRIAGE_UNUSABLE: (
+        "The model's answer about the metadata can't be used.",
+        "Nothing; the repository decides. Look at the model if it happens again.",
     ),
     Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
     Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),

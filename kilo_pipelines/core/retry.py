@@ -59,6 +59,7 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.PROVIDER_REFUSED: FailureClass.ACTION_REQUIRED,
     Reason.PERMISSION_MISSING: FailureClass.ACTION_REQUIRED,
     Reason.MODEL_REFUSED: FailureClass.OPERATOR,
+    Reason.INSUFFICIENT_CREDITS: FailureClass.OPERATOR,
     Reason.GITHUB_APP_MISSING: FailureClass.OPERATOR,
     Reason.SANDBOX_UNAVAILABLE: FailureClass.OPERATOR,
     Reason.AGENT_UNAVAILABLE: FailureClass.OPERATOR,
@@ -135,3 +136,22 @@ def launch_wait(reason: Reason, tries: int, retry_after: timedelta | None) -> ti
     if reason is Reason.PROVIDER_REFUSED and tries + 1 >= REFUSED_TRIES:
         return None
     return retry_after or min(LAUNCH_WAIT_CAP, LAUNCH_WAIT * 2 ** min(tries, 10))
+
+
+# Without credit at the model's provider the owner's service waits as a whole: half an hour first, then twice as long each time up
+# to a day; after the fifth time in a row a person has to act (contract 8.4 has a flat half hour, weakness 21).
+BLOCKING = frozenset({Reason.INSUFFICIENT_CREDITS})
+BLOCK = timedelta(minutes=30)
+BLOCK_CAP = timedelta(hours=24)
+BLOCKS_UNTIL_A_PERSON_ACTS = 5
+
+
+def block(times: int) -> timedelta | None:
+    """How long an owner's service is blocked for the time `times` in a row (from 1); None: until a person acts."""
+    if times > BLOCKS_UNTIL_A_PERSON_ACTS:
+        return None
+    return min(BLOCK_CAP, BLOCK * (1 << (times - 1)))
+
+
+# Launches of one item that a model's or provider's failure sent back to wait (contract 8.4).
+MAX_LAUNCH_TRIES = 5

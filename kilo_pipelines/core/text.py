@@ -66,3 +66,14 @@ def fence(text: str) -> str:
     """A code fence that the text can't close: longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     return "`" * max(3, longest + 1)
+
+
+def plain_line(text: str) -> str:
+    """A name from outside on one line of a brief, at most 300 characters."""
+    return " ".join(clean(text).split())[:300]
+
+
+def as_data(text: str, nonce: str) -> str:
+    """A fence that the text can't close, marked as data with the nonce that the text can't know."""
+    mark = fence(text)
+    return f"{mark} DATA {nonce}\n{text}\n{mark}"

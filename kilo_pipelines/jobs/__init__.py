@@ -12,6 +12,7 @@ from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.items import settle_quietly
+from kilo_pipelines.ops.security_analysis import launch_analyses, settle_analyses, sweep_analyses
 from kilo_pipelines.ops.security_sync import sync_owners
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
@@ -84,6 +85,33 @@ def security_sync() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "security_analysis"},
+    description="Claims waiting analyses: the alert's metadata first, a session in the repository where that doesn't settle it.",
+)
+def security_analysis() -> None:
+    launch_analyses()
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "security_analysis"},
+    description="Turns an ended session into the analysis of its finding.",
+)
+def settle_security_analysis() -> None:
+    settle_analyses()
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="Opens the analyses that are due and ends the waiting ones that aren't any more.",
+)
+def security_sweep() -> None:
+    sweep_analyses()
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
     description="Notes the ends of dismissals and notices that were cancelled or given up.",
 )
@@ -93,4 +121,16 @@ def settle_quiet_items() -> None:
 
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
-    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention, security_sync, settle_quiet_items]
+    return [
+        code_review,
+        settle_code_review,
+        agent_session,
+        outbox,
+        audit_seal,
+        retention,
+        security_sync,
+        security_analysis,
+        settle_security_analysis,
+        security_sweep,
+        settle_quiet_items,
+    ]

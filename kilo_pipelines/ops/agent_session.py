@@ -17,6 +17,7 @@ from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
+from kilo_pipelines.services.security.brief import AnalysisTask
 from kilo_pipelines.store import SessionClaim, Store
 
 # How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
@@ -25,6 +26,7 @@ INTERRUPT_POLL_SECONDS = 1.0
 # Each service's half of a session, made of the session's stored task.
 TASKS: dict[str, Callable[[dict[str, Any]], SessionTask]] = {
     "code_review": CodeReviewTask,
+    "security_analysis": AnalysisTask,
 }
 
 

@@ -12,6 +12,7 @@ from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionCon
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
+from kilo_pipelines.ops.security_analysis import queue_analyses
 from kilo_pipelines.ops.tables import table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -58,6 +59,7 @@ class OwnerSync:
     rows_written: int = 0
     quarantined: int = 0
     superseded: int = 0
+    analyses: int = 0
 
     def add(self, page: PageCount) -> None:
         """Counts a page."""
@@ -220,6 +222,7 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
             done.complete = False
             log.warning(f"{target.full_name}: {outcome}")
     done.outcome = "synced" if done.complete else "partly"
+    done.analyses = queue_analyses(store, owner_id, config)
     return done
 
 

@@ -95,6 +95,17 @@ def _pull_state(repository: Repository, pull: PullRequest) -> PullState:
 
 
 @dataclass(frozen=True)
+class BranchHead:
+    """The head of a repository's default branch."""
+
+    repository_id: int
+    full_name: str
+    clone_url: str
+    default_branch: str
+    head_sha: str
+
+
+@dataclass(frozen=True)
 class ExistingReviewComment:
     """An inline comment that stands on a pull request."""
 
@@ -286,6 +297,13 @@ class GitHubInstallation:
         repository = self.repository(full_name)
         with self.errors():
             return repository.get_pull(number)
+
+    def default_branch(self, full_name: str) -> BranchHead:
+        """The default branch as it is now. Raises ProviderError; `provider_not_found` for an empty repository."""
+        repository = self.repository(full_name)
+        with self.errors():
+            head = repository.get_branch(repository.default_branch).commit.sha
+        return BranchHead(repository.id, repository.full_name, repository.clone_url, repository.default_branch, head)
 
     def pull(self, full_name: str, number: int) -> PullState:
         """The pull request's present state."""

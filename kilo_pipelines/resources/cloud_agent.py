@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -14,12 +15,22 @@ from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
+from kilo_pipelines.cloud_agent.proxy_client import ProxyError, ask
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
-from kilo_pipelines.providers.github import PullState
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.providers.github import BranchHead, PullState
 from kilo_pipelines.settings import Settings
 
 CALLBACK_SECONDS = 10  # contract A9
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
+    """The arguments with which a model called the tool, as text; None when it didn't, with a `reason` when it wasn't heard at all."""
+
+    arguments: str | None
+    reason: Reason | None
 
 
 def sandbox_of(settings: Settings) -> Sandbox:
@@ -53,8 +64,7 @@ class CloudAgentResource(ConfigurableResource[None]):
 
     def spec(self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any]) -> dict[str, Any]:
         """What a session works on."""
-        settings = Settings()
-        spec = SessionSpec(
+        return self._spec(
             session_id=session_id,
             owner_id=owner_id,
             service="code_review",
@@ -70,12 +80,62 @@ class CloudAgentResource(ConfigurableResource[None]):
             base_sha=pull.base_sha,
             head_sha=pull.head_sha,
             checkout_ref=f"refs/pull/{pull.number}/head",
-            agent=settings.agent,
-            model=settings.model,
-            limits=SessionLimits(silence_s=settings.session_silence_seconds, hard_cap_s=settings.session_cap_seconds),
             task=task,
         )
-        return spec.model_dump(mode="json")
+
+    def branch_spec(
+        self,
+        session_id: UUID,
+        owner_id: UUID,
+        service: str,
+        at: BranchHead,
+        task: dict[str, Any],
+        *,
+        model: str | None,
+        **write: Any,
+    ) -> dict[str, Any]:
+        """What a session on a branch's head works on; `write` is what a write session may do (`SessionSpec`), none reads only."""
+        return self._spec(
+            session_id=session_id,
+            owner_id=owner_id,
+            service=service,
+            repository=RepositoryRef(
+                provider="github",
+                external_id=at.repository_id,
+                full_name=at.full_name,
+                clone_url=at.clone_url,
+                default_branch=at.default_branch,
+            ),
+            pull_number=None,
+            base_ref=at.default_branch,
+            base_sha=at.head_sha,
+            head_sha=at.head_sha,
+            checkout_ref=f"refs/heads/{at.default_branch}",
+            task=task,
+            **({"model": model} if model is not None else {}),
+            **write,
+        )
+
+    @staticmethod
+    def _spec(**values: Any) -> dict[str, Any]:
+        settings = Settings()
+        limits = SessionLimits(silence_s=settings.session_silence_seconds, hard_cap_s=settings.session_cap_seconds)
+        return SessionSpec(**{"agent": settings.agent, "model": settings.model, "limits": limits, **values}).model_dump(
+            mode="json"
+        )
+
+    def ask(self, question: dict[str, Any], *, model: str | None, seconds: float, max_tokens: int) -> ModelAnswer:
+        """Asks a model one structured question (`messages`, `tool`) through the model proxy, which alone holds the key.
+
+        Without an answer there is a reason: `model_unreachable` may pass, `insufficient_credits` and `model_refused` need somebody.
+        """
+        settings = Settings()
+        whole = {**question, "model": model or settings.model, "seconds": seconds, "max_tokens": max_tokens}
+        try:
+            answer = ask(control_socket(settings), whole)
+        except ProxyError:
+            return ModelAnswer(None, Reason.MODEL_UNREACHABLE)
+        return ModelAnswer(answer.get("arguments"), Reason(answer["reason"]) if "reason" in answer else None)
 
     def runner(self, agent: str) -> SelfHostedRunner:
         """A runner for one agent program."""

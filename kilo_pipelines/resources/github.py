@@ -13,13 +13,13 @@ from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_alerts, github_effects
-from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation, ProviderError
+from kilo_pipelines.providers.github import BranchHead, GitHubApp, GitHubInstallation, ProviderError
 from kilo_pipelines.providers.github_alerts import AlertPage
 from kilo_pipelines.providers.github_effects import LostLeaseError
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cost
 
-__all__ = ["AlertPage", "GitHubResource", "LostLeaseError", "ProviderError"]
+__all__ = ["AlertPage", "BranchHead", "GitHubResource", "LostLeaseError", "ProviderError"]
 
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
@@ -52,6 +52,10 @@ class GitHubResource(ConfigurableResource[None]):
     def reader(self, installation_id: int, repository_id: int) -> GitHubInstallation:
         """A client that may read one repository."""
         return self._app().installation(installation_id, [repository_id], READ)
+
+    def default_branch(self, installation_id: int, repository_id: int, full_name: str) -> BranchHead:
+        """The head of a repository's default branch now; raises ProviderError."""
+        return self.reader(installation_id, repository_id).default_branch(full_name)
 
     def alerts(
         self, installation_id: int, repository_id: int, full_name: str, *, etag: str | None, after: str | None

@@ -16,7 +16,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import audit_seal, retention, security_sync
+from kilo_pipelines.jobs import audit_seal, retention, security_sweep, security_sync
 from kilo_pipelines.partitions import OWNERS, OWNERS_NAME
 from kilo_pipelines.resources.store import StoreResource
 
@@ -93,13 +93,13 @@ SYNC_CRON = "0 */6 * * *"
 LEAST_OWNERS, MOST_OWNERS, RUNS_OF_A_SYNC = 50, 200, 20
 
 
-def sync_requests(owners: list[str], moment: str) -> list[RunRequest]:
-    """Runs for these owners, in chunks."""
+def owner_chunks(job_name: str, op_name: str, owners: list[str], moment: str) -> list[RunRequest]:
+    """Runs of a job for these owners, in chunks."""
     size = min(MOST_OWNERS, max(LEAST_OWNERS, -(-len(owners) // RUNS_OF_A_SYNC)))
     return [
         RunRequest(
-            run_key=f"security_sync:{moment}:{start}",
-            run_config={"ops": {"sync_owners": {"config": {"ids": owners[start : start + size]}}}},
+            run_key=f"{job_name}:{moment}:{start}",
+            run_config={"ops": {op_name: {"config": {"ids": owners[start : start + size]}}}},
         )
         for start in range(0, len(owners), size)
     ]
@@ -116,7 +116,24 @@ def security_syncs(context: ScheduleEvaluationContext, store: StoreResource) -> 
     if not owners:
         return SkipReason("no owner has the Security Agent on")
     context.instance.add_dynamic_partitions(OWNERS_NAME, owners)
-    return sync_requests(owners, context.scheduled_execution_time.isoformat())
+    return owner_chunks(security_sync.name, "sync_owners", owners, context.scheduled_execution_time.isoformat())
+
+
+# The design's stale-analysis clean-up.
+SWEEP_CRON = "*/15 * * * *"
+
+
+@schedule(
+    cron_schedule=SWEEP_CRON,
+    job=security_sweep,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Brings the queue of automatic analyses in line with findings and settings.",
+)
+def security_sweeps(context: ScheduleEvaluationContext, store: StoreResource) -> list[RunRequest] | SkipReason:
+    owners = [str(owner) for owner in store.get().analyses.owners()]
+    if not owners:
+        return SkipReason("no owner has automatic analysis on, and none waits")
+    return owner_chunks(security_sweep.name, "sweep_analyses", owners, context.scheduled_execution_time.isoformat())
 
 
 # After the syncs have ended, and once more in between for what webhooks brought.
@@ -149,4 +166,4 @@ recompute_sla = define_asset_job(
 
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes, reconcilers, seals, sweeps, security_syncs, posture]
+    return [outcomes, reconcilers, seals, sweeps, security_syncs, security_sweeps, posture]

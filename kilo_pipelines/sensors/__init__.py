@@ -20,7 +20,15 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import agent_session, code_review, outbox, settle_code_review, settle_quiet_items
+from kilo_pipelines.jobs import (
+    agent_session,
+    code_review,
+    outbox,
+    security_analysis,
+    settle_code_review,
+    settle_quiet_items,
+    settle_security_analysis,
+)
 from kilo_pipelines.ops.admission import admit
 from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.store import StoreResource
@@ -37,10 +45,23 @@ RECOVERY_INTERVAL_SECONDS = 5
 # The sensor daemon looks at a sensor this often at most (a constant of Dagster).
 DAGSTER_LOOP_SECONDS = 5.0
 
+# What the shards may start.
+SERVICE_JOBS = [
+    code_review,
+    settle_code_review,
+    security_analysis,
+    settle_security_analysis,
+    agent_session,
+    settle_quiet_items,
+    outbox,
+]
 _JOB_OF = {
     ("start", "code_review"): code_review.name,
     ("settle", "code_review"): settle_code_review.name,
     ("session", "code_review"): agent_session.name,
+    ("start", "security_analysis"): security_analysis.name,
+    ("settle", "security_analysis"): settle_security_analysis.name,
+    ("session", "security_analysis"): agent_session.name,
     ("settle", "dismissal"): settle_quiet_items.name,
     ("settle", "notice"): settle_quiet_items.name,
 }
@@ -48,6 +69,8 @@ _OP_OF = {
     code_review.name: "launch_reviews",
     settle_code_review.name: "settle_reviews",
     agent_session.name: "run_agent_session",
+    security_analysis.name: "launch_analyses",
+    settle_security_analysis.name: "settle_analyses",
     settle_quiet_items.name: "settle_quietly",
     outbox.name: "apply_waiting_effects",
 }
@@ -122,7 +145,7 @@ def wait_for_work(store: Store, seconds: float, turns: Turns) -> list[RunRequest
 def _shard(number: int, turns: Turns) -> SensorDefinition:
     @sensor(
         name=f"work_{number:02d}",
-        jobs=[code_review, settle_code_review, agent_session, settle_quiet_items, outbox],
+        jobs=SERVICE_JOBS,
         minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
         default_status=DefaultSensorStatus.RUNNING,
         description="Waits for deliveries, callbacks and waiting items; admits and offers them.",

@@ -11,7 +11,7 @@ from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
-from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, PageCount
+from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, PageCount, noted
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
@@ -92,6 +92,7 @@ __all__ = [
     "Store",
     "SyncRow",
     "SyncTarget",
+    "noted",
 ]
 
 
@@ -115,5 +116,5 @@ class Store:
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)
-        self.analyses = Analyses(self.database)
+        self.analyses = Analyses(self.database, clock)
         self.listener = self.database.listener

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from uuid import UUID
 
-from kilo_pipelines.store.database import Database, rows
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.database import Database, notify, rows
+from kilo_pipelines.store.queue import audit
 from kilo_pipelines.store.rows import AnalysisRow
+
+# Items opened in one transaction: each holds its subject's lock until the commit, and the lock table has room for thousands.
+BATCH = 200
+# How often a finding that comes back is analysed again by itself (contract 7.3).
+MAX_REOPENED = 2
 
 _COLUMNS = ", ".join(
     f"{'w' if name in ('state', 'reason', 'created_at', 'ended_at') else 'a'}.{name}" for name in AnalysisRow.__dataclass_fields__
@@ -16,8 +25,9 @@ _COLUMNS = ", ".join(
 class Analyses:
     """Analyses of all owners, each in its owner's scope."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
+        self._clock = clock
 
     def of_finding(self, owner_id: UUID, finding_id: UUID) -> list[AnalysisRow]:
         """Every analysis of a finding, newest first."""
@@ -43,3 +53,120 @@ class Analyses:
                 findings=list(finding_ids),
             )
         return {row["finding_id"]: AnalysisRow(**row) for row in found}
+
+    def owners(self) -> list[UUID]:
+        """Owners whose analyses a sweep looks at, in the order of their ids."""
+        with self._database.system() as connection:
+            return [row["owner_id"] for row in rows(connection, system.ANALYSING_OWNERS.sql)]
+
+    def candidates(
+        self, owner_id: UUID, severities: Sequence[str], seen_since: datetime | None, *, limit: int
+    ) -> dict[str, list[UUID]]:
+        """Open findings that automatic analysis is due to, by why: `automatic` (never analysed), `reopened` (came back since), `looping`.
+
+        `seen_since`: only findings that were first seen then or later; None is all. The worst first.
+        """
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select f.id, case when a.analyses is null then 'automatic' when a.reopened < :most then 'reopened' else 'looping' end as origin"
+                " from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id and r.removed_at is null"
+                " left join lateral (select count(*) as analyses, count(*) filter (where x.origin = 'reopened') as reopened,"
+                "   max(w.created_at) as newest, bool_or(w.ended_at is null) as live from finding_analyses x"
+                "   join work_items w on w.owner_id = x.owner_id and w.id = x.item_id"
+                "   where x.owner_id = f.owner_id and x.finding_id = f.id having count(*) > 0) a on true"
+                " where f.owner_id = :owner and finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = any(:severities)"
+                " and (cast(:since as timestamptz) is null or f.first_seen_at >= :since) and not coalesce(a.live, false)"
+                " and (a.analyses is null or exists (select 1 from finding_events e where e.owner_id = f.owner_id and e.finding_id = f.id"
+                "   and e.kind = 'reopened' and e.recorded_at > a.newest))"
+                " order by array_position(array['critical', 'high', 'medium', 'low'], f.severity), f.detected_at, f.id limit :limit",
+                owner=owner_id,
+                severities=list(severities),
+                since=seen_since,
+                most=MAX_REOPENED,
+                limit=limit,
+            )
+        by_origin: dict[str, list[UUID]] = {}
+        for row in found:
+            by_origin.setdefault(row["origin"], []).append(row["id"])
+        return by_origin
+
+    def open(self, owner_id: UUID, finding_ids: Sequence[UUID], *, origin: str, mode: str, actor: str) -> list[UUID]:
+        """Waiting items for those of these findings that are open and have no live analysis; the opened items' ids.
+
+        What a person asked for goes first, then the worse before the better, each in the order of its asking (contract 8.3).
+        """
+        opened: list[UUID] = []
+        for start in range(0, len(finding_ids), BATCH):
+            opened += self._open(owner_id, finding_ids[start : start + BATCH], origin, mode, actor)
+        return opened
+
+    def _open(self, owner_id: UUID, finding_ids: Sequence[UUID], origin: str, mode: str, actor: str) -> list[UUID]:
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            # As `queue.lock_subject` locks one: whoever opens analyses of these findings does so one after the other.
+            rows(
+                connection,
+                "select pg_advisory_xact_lock(hashtextextended(:prefix || x.id, 0)) from (select unnest(cast(:ids as text[])) as id order by 1) x",
+                prefix=f"{owner_id}:security_analysis:finding:",
+                ids=[str(one) for one in finding_ids],
+            )
+            found = rows(
+                connection,
+                """
+with wanted as (
+    select f.id, f.repository_id, f.severity, 'finding:' || f.id as subject, gen_random_uuid() as item from findings f
+    where f.owner_id = :owner and f.id = any(:ids) and finding_status(f.upstream_state, f.disposition) = 'open'
+      and not exists (select 1 from work_items w where w.owner_id = f.owner_id and w.service = 'security_analysis'
+        and w.subject_key = 'finding:' || f.id and w.ended_at is null)
+), items as (
+    insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)
+    select :owner, item, 'security_analysis', subject, repository_id,
+        case when :origin = 'manual' then 100 else 40 - 10 * coalesce(array_position(array['critical', 'high', 'medium'], severity), 4) end,
+        :now, :now, :now from wanted returning id
+)
+insert into finding_analyses (owner_id, item_id, finding_id, origin, requested_by, mode)
+select :owner, w.item, w.id, :origin, :actor, :mode from wanted w returning item_id
+""",
+                owner=owner_id,
+                ids=list(finding_ids),
+                origin=origin,
+                mode=mode,
+                actor=actor,
+                now=now,
+            )
+            opened = [row["item_id"] for row in found]
+            if opened:
+                audit(
+                    connection,
+                    owner_id,
+                    actor,
+                    "security.analysis.queued",
+                    str(owner_id),
+                    {"origin": origin, "items": len(opened)},
+                    now,
+                )
+                notify(connection, f"item:{opened[0]}")
+        return opened
+
+    def waiting_automatic(self, owner_id: UUID) -> dict[UUID, UUID]:
+        """Waiting analyses that nobody asked for: item by finding."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select a.finding_id, a.item_id from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id"
+                " where a.owner_id = :owner and a.origin <> 'manual' and w.state = 'waiting'",
+                owner=owner_id,
+            )
+        return {row["finding_id"]: row["item_id"] for row in found}
+
+    def completed_since(self, owner_id: UUID, since: timedelta) -> list[UUID]:
+        """Findings whose analysis completed within this time, newest first."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select finding_id from finding_analyses where owner_id = :owner and completed_at >= :since order by completed_at desc",
+                owner=owner_id,
+                since=self._clock.now() - since,
+            )
+        return list(dict.fromkeys(row["finding_id"] for row in found))

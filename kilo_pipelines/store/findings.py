@@ -567,6 +567,14 @@ def read_finding(connection: Connection, owner_id: UUID, finding_id: UUID, *, lo
     return FindingRow(**row) if row else None
 
 
+def noted(
+    owner_id: UUID, finding_id: UUID, events: Sequence[NewFindingEvent], *, actor: str, now: datetime
+) -> Callable[[Connection], None]:
+    """Adds steps of one finding in a transaction of the queue's: what became of an analysis or a remediation of it."""
+    records = [{"finding_id": finding_id, **asdict(event)} for event in events]
+    return lambda connection: _write_events(connection, owner_id, records, actor, now)
+
+
 def _write_events(connection: Connection, owner_id: UUID, events: list[dict[str, Any]], actor: str, now: datetime) -> None:
     """History and audit in one statement; an event whose key is there already adds nothing to either."""
     if not events:

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, text
 
+from kilo_pipelines.core import retry
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
@@ -193,6 +194,23 @@ def end_item(
     free_slots(connection, owner_id, item_id)
     notify(connection, f"item:{item_id}")
     return True
+
+
+def require_action(connection: Connection, owner_id: UUID, service: str, reason: str, item_id: UUID, now: datetime) -> None:
+    """Switches the owner's service off until a person acts (contract A13): the first moment stays, the last one moves."""
+    settings = SETTINGS_OF.get(service, service)
+    changed(
+        connection,
+        "update service_configs set action_required = jsonb_build_object('reason', cast(:reason as text), 'detected_at',"
+        " case when action_required ->> 'reason' = :reason then action_required ->> 'detected_at' else cast(:now as text) end,"
+        " 'last_seen_at', cast(:now as text), 'item', cast(:item as text)), updated_at = now() where owner_id = :owner and service = :service",
+        owner=owner_id,
+        service=settings,
+        reason=reason,
+        now=now.isoformat(),
+        item=str(item_id),
+    )
+    audit(connection, owner_id, "platform", "service.action_required", settings, {"reason": reason, "item": str(item_id)}, now)
 
 
 def _no_longer_wanted(item: Any) -> tuple[str, Reason] | None:
@@ -381,6 +399,16 @@ class Queue:
                 held = Reason.KILL_SWITCH if blocked["kind"] == "kill" else Reason.PAUSED
                 self._put_back(connection, owner_id, item_id, held, now + timedelta(seconds=BLOCKED_SECONDS))
                 return Refused(held, "waiting")
+            held_until = one(
+                connection,
+                "select reason, blocked_until from service_blocks where owner_id = :owner and service = :settings and blocked_until > :now",
+                owner=owner_id,
+                settings=SETTINGS_OF.get(service, service),
+                now=now,
+            )
+            if held_until is not None:
+                self._put_back(connection, owner_id, item_id, held_until["reason"], held_until["blocked_until"])
+                return Refused(held_until["reason"], "waiting")
             ending = _no_longer_wanted(item)
             if ending is not None:
                 state, reason = ending
@@ -512,6 +540,45 @@ class Queue:
             notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
 
+    def block_service(self, owner_id: UUID, service: str, reason: str, item_id: UUID) -> datetime | None:
+        """Lets an owner's service wait, longer each time in a row (`core.retry.block`): until when; None when a person has to act now."""
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "insert into service_blocks (owner_id, service, reason, times, blocked_until) values (:owner, :service, :reason, 1, :now)"
+                " on conflict (owner_id, service) do update set reason = excluded.reason,"
+                # Whoever meets the same shortage meanwhile adds nothing to it.
+                " times = service_blocks.times + (service_blocks.blocked_until <= :now)::int returning times",
+                owner=owner_id,
+                service=SETTINGS_OF.get(service, service),
+                reason=reason,
+                now=now,
+            )
+            assert row is not None  # noqa: S101  # upserts return their row
+            wait = retry.block(row["times"])
+            if wait is None:
+                require_action(connection, owner_id, service, reason, item_id, now)
+                return None
+            changed(
+                connection,
+                "update service_blocks set blocked_until = greatest(blocked_until, :until) where owner_id = :owner and service = :service",
+                owner=owner_id,
+                service=SETTINGS_OF.get(service, service),
+                until=now + wait,
+            )
+        return now + wait
+
+    def unblock_service(self, owner_id: UUID, service: str) -> None:
+        """The owner's service was served again: the next shortage begins with the shortest wait."""
+        with self._database.owner(owner_id) as connection:
+            changed(
+                connection,
+                "delete from service_blocks where owner_id = :owner and service = :service",
+                owner=owner_id,
+                service=SETTINGS_OF.get(service, service),
+            )
+
     def open(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:
         """Opens an item by hand or by a rule; None when its subject has a live one already."""
         now = self._clock.now()
@@ -542,12 +609,34 @@ class Queue:
                 fence=claim.fence,
             )
 
+    def keep(self, claim: Claimed, details: Mapping[str, Any]) -> bool:
+        """Writes columns of a claimed item's own row, so that a later claim need not find them out again; False for a late writer."""
+        with self._database.owner(claim.owner_id) as connection:
+            held = one(
+                connection,
+                "select 1 from work_items where owner_id = :owner and id = :item and state = 'starting' and fence = :fence for update",
+                owner=claim.owner_id,
+                item=claim.item_id,
+                fence=claim.fence,
+            )
+            if held is None:
+                count_late_write(connection, "keep")
+                return False
+            set_details(connection, claim.owner_id, claim.item_id, claim.service, details)
+        return True
+
     def complete(
-        self, claim: Claimed, reason: str, *, details: Mapping[str, Any], effects: list[EffectIntent], actor: str | None = None
+        self,
+        claim: Claimed,
+        reason: str,
+        *,
+        details: Mapping[str, Any],
+        effects: list[EffectIntent],
+        also: Callable[[Connection], None] | None = None,
     ) -> bool:
         """Ends a claimed item whose work needed no session: done, with columns of its own row and its effects, in one transaction.
 
-        False for a late writer: nothing was changed. With an `actor` it is an audit event.
+        `also` writes what belongs to it in the same transaction. False for a late writer: nothing was changed.
         """
         now = self._clock.now()
         with self._database.owner(claim.owner_id) as connection:
@@ -565,8 +654,8 @@ class Queue:
             if done:
                 set_details(connection, claim.owner_id, claim.item_id, claim.service, details)
                 intend(connection, claim.owner_id, claim.item_id, effects, now)
-                if actor is not None:
-                    audit(connection, claim.owner_id, actor, f"{claim.service}.done", str(claim.item_id), {"reason": reason}, now)
+                if also is not None:
+                    also(connection)
         return done
 
     def cancel(self, item_id: UUID | str, *, reason: str, actor: str) -> bool:

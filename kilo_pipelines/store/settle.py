@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,9 +12,8 @@ from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
-from kilo_pipelines.core.work import SETTINGS_OF
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
-from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item, set_details
+from kilo_pipelines.store.queue import audit, end_item, free_slots, intend, owner_of_item, read_item, require_action, set_details
 from kilo_pipelines.store.rows import ItemRow, SessionRow
 from kilo_pipelines.store.sessions import session_row
 
@@ -100,9 +99,20 @@ class SettleTx:
         return found is not None
 
     def conclude(
-        self, *, state: str, reason: str, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]
+        self,
+        *,
+        state: str,
+        reason: str,
+        verdict: dict[str, Any],
+        evidence: dict[str, Any] | None,
+        effects: list[EffectIntent],
+        details: Mapping[str, Any] | None = None,
+        also: Callable[[Connection], None] | None = None,
     ) -> bool:
-        """Ends a running item with its verdict and effects; guarded by state and session. False: it moved on meanwhile."""
+        """Ends a running item with its verdict and effects; guarded by state and session. False: it moved on meanwhile.
+
+        `details` are more columns of the service's own row, `also` writes what belongs to it in the same transaction.
+        """
         ended = end_item(
             self._connection,
             owner_id=self.item.owner_id,
@@ -115,8 +125,10 @@ class SettleTx:
             session=self.item.session_id,
         )
         if ended:
-            self._keep(verdict, evidence)
+            self._keep(verdict, evidence, details)
             intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
+            if also is not None:
+                also(self._connection)
         return ended
 
     def retry(self, reason: str, wait: timedelta) -> bool:
@@ -159,27 +171,8 @@ class SettleTx:
         return True
 
     def disable_service(self, reason: str) -> None:
-        """Switches the owner's service off until a person acts (contract A13): the first moment stays, the last one moves."""
-        changed(
-            self._connection,
-            "update service_configs set action_required = jsonb_build_object('reason', cast(:reason as text), 'detected_at',"
-            " case when action_required ->> 'reason' = :reason then action_required ->> 'detected_at' else cast(:now as text) end,"
-            " 'last_seen_at', cast(:now as text), 'item', cast(:item as text)), updated_at = now() where owner_id = :owner and service = :service",
-            owner=self.item.owner_id,
-            service=SETTINGS_OF.get(self.item.service, self.item.service),
-            reason=reason,
-            now=self._now.isoformat(),
-            item=str(self.item.id),
-        )
-        audit(
-            self._connection,
-            self.item.owner_id,
-            "platform",
-            "service.action_required",
-            SETTINGS_OF.get(self.item.service, self.item.service),
-            {"reason": reason, "item": str(self.item.id)},
-            self._now,
-        )
+        """Switches the owner's service off until a person acts."""
+        require_action(self._connection, self.item.owner_id, self.item.service, reason, self.item.id, self._now)
 
     def announce(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]) -> bool:
         """Intends the effects of an item that ended without them (superseded, cancelled, reaped). False: announced or live again."""
@@ -198,11 +191,11 @@ class SettleTx:
         intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
         return True
 
-    def _keep(self, verdict: dict[str, Any], evidence: dict[str, Any] | None) -> None:
+    def _keep(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, details: Mapping[str, Any] | None = None) -> None:
         set_details(
             self._connection,
             self.item.owner_id,
             self.item.id,
             self.item.service,
-            {"verdict": verdict, "evidence": evidence},
+            {**(details or {}), "verdict": verdict, "evidence": evidence},
         )

@@ -416,6 +416,13 @@ SECURITY_OWNERS = SystemStatement(
     " and c.action_required is null and o.enabled and coalesce((c.config ->> 'auto_sync_enabled')::boolean, true) order by c.owner_id",
     "one schedule syncs every owner whose Security Agent is on",
 )
+ANALYSING_OWNERS = SystemStatement(
+    "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
+    " and c.action_required is null and o.enabled and (coalesce((c.config ->> 'auto_analysis_enabled')::boolean, false) or exists ("
+    " select 1 from work_items w where w.owner_id = c.owner_id and w.service = 'security_analysis' and w.state = 'waiting'))"
+    " order by c.owner_id",
+    "one schedule keeps the analyses of every owner in line",
+)
 FINDING_OWNER = SystemStatement(
     "select min(owner_id::text)::uuid as owner_id from findings where id = :id having count(*) = 1",
     "a command names a finding; whose it is is the question",

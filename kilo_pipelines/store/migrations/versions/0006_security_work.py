@@ -1,5 +1,7 @@
 """Security Agent: analyses, dismissals, remediations and notices as work items of the engine.
 
+A service that an owner can't be served with for a while (no credit at the model's provider) is blocked until a moment, longer each time.
+
 Each row hangs on its work item. A finding has as many as were opened for it; what holds at present is the newest that completed.
 """
 
@@ -90,9 +92,18 @@ create table notices (
     foreign key (owner_id, finding_id) references findings (owner_id, id)
 );
 create index notices_of_finding on notices (owner_id, finding_id, kind);
+
+create table service_blocks (
+    owner_id uuid not null references owners (id),
+    service text not null,
+    reason text not null,
+    times integer not null,
+    blocked_until timestamptz not null,
+    primary key (owner_id, service)
+);
 """
 
-TABLE_NAMES = ("finding_analyses", "dismissals", "remediations", "notices")
+TABLE_NAMES = ("finding_analyses", "dismissals", "remediations", "notices", "service_blocks")
 SCOPE = "nullif(current_setting('kilo.owner_id', true), '')::uuid"
 
 
@@ -109,6 +120,7 @@ def upgrade() -> None:
         op.execute(f"create policy system_access on {table} as permissive to kilo_system using (true) with check (true)")
         op.execute(f"grant select, insert, update on {table} to kilo_app")
         op.execute(f"grant select on {table} to kilo_system")
+    op.execute("grant delete on service_blocks to kilo_app")
 
 
 def downgrade() -> None:

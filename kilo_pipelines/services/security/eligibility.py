@@ -1,0 +1,39 @@
+"""Who is analysed: what automatic analysis is due to, and what a person may ask for (contract 2, 7.3, 10.4)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.services.security.config import RANKS, SecurityConfig, reaches
+
+Role = Literal["owner", "member", "viewer"]
+# Everybody who works here may have a finding analysed; who only looks may not (contract 2).
+MAY_ANALYSE: frozenset[Role] = frozenset({"owner", "member"})
+
+
+def severities(config: SecurityConfig) -> list[str]:
+    """Severities that automatic analysis is due to; none while it is off or nobody knows since when it is on."""
+    if not config.auto_analysis_enabled or config.auto_analysis_enabled_at is None:
+        return []
+    return [one for one in RANKS if reaches(one, config.auto_analysis_min_severity)]
+
+
+def automatic(config: SecurityConfig, finding_status: str, severity: str) -> Reason | None:
+    """Why a waiting automatic analysis isn't started after all; None when it is. Asked again at the claim."""
+    if finding_status != "open":
+        return Reason.FINDING_NOT_OPEN
+    return None if severity in severities(config) else Reason.ANALYSIS_NOT_WANTED
+
+
+def by_person(role: Role, finding_status: str) -> Reason | None:
+    """Why a person's analysis isn't started; its severity and the automatic switch don't matter."""
+    if role not in MAY_ANALYSE:
+        return Reason.ROLE_NOT_ALLOWED
+    return None if finding_status == "open" else Reason.FINDING_NOT_OPEN
+
+
+def goes_deep(mode: str, config: SecurityConfig, needs_deep: bool) -> bool:
+    """Whether the repository is read: a mode that was asked for wins over the owner's (contract 9)."""
+    wanted = config.analysis_mode if mode == "auto" else mode
+    return wanted == "deep" or (wanted == "auto" and needs_deep)

@@ -14,7 +14,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,8 @@ _NO_CODE = ("package.json", "package-lock.json", "requirements.txt", "pyproject.
 REPEAT = "Repeat exactly:\n"
 
 
-def routes(api_key: str) -> list[Route]:
-    """The model's routes under /model/v1; a wrong key is 401."""
+def routes(api_key: str, fault_of: Callable[[str, str], dict[str, Any] | None]) -> list[Route]:
+    """The model's routes under /model/v1; a wrong key is 401. A fault has a status, or is an answer that calls no tool."""
 
     def refused(request: Request) -> Response | None:
         if secrets.compare_digest(request.headers.get("authorization", ""), f"Bearer {api_key}"):
@@ -110,7 +110,10 @@ def routes(api_key: str) -> list[Route]:
         if answer:
             return answer
         body = await request.json()
-        message, finish = reply(body)
+        fault = fault_of(request.method, request.url.path)
+        if fault is not None and "status" in fault:
+            return JSONResponse({"error": {"message": "twin: as told", "type": "server_error"}}, fault["status"])
+        message, finish = ({"content": "I would rather not say."}, "stop") if fault is not None else reply(body)
         usage = _usage(body, message)
         if body.get("stream"):
             return StreamingResponse(_stream(body, message, finish, usage), media_type="text/event-stream")

@@ -166,6 +166,7 @@ class Rest:
             ("PATCH", repo + "/issues/comments/{comment:int}", self.update_comment),
             ("GET", repo + "/issues/{number:int}/reactions", self.list_reactions),
             ("POST", repo + "/issues/{number:int}/reactions", self.create_reaction),
+            ("GET", repo + "/commits/heads/{ref:path}", self.get_commit),
             ("GET", repo + "/commits/{ref}", self.get_commit),
             ("GET", repo + "/commits/{ref}/check-runs", self.list_check_runs),
             ("POST", repo + "/check-runs", self.create_check_run),
@@ -195,7 +196,7 @@ class Rest:
                     body = json.loads(raw)
                 except ValueError:
                     return _error(ApiError(400, "Problems parsing JSON"))
-            fault = self._fault(request)
+            fault = self.twin.fault_of(request.method, request.url.path)
             if fault and fault["kind"] == "error":
                 return _error(ApiError(fault["status"], fault.get("message", "twin: fault"), fault.get("headers")))
             if fault and fault["kind"] == "raw":  # any body
@@ -228,13 +229,6 @@ class Rest:
     def _later(self, handler: Callable[[Request, dict[str, Any]], Response], request: Request, body: dict[str, Any]) -> None:
         with suppress(ApiError), self.twin.lock:
             handler(request, body)
-
-    def _fault(self, request: Request) -> dict[str, Any] | None:
-        for fault in self.twin.faults:
-            if fault["left"] > 0 and fault["method"] == request.method and fault["path"] in request.url.path:
-                fault["left"] -= 1
-                return fault
-        return None
 
     def _page(self, request: Request, found: list[Any], wrap: str | None = None) -> JSONResponse:
         size = min(100, int(request.query_params.get("per_page", "30")))

@@ -397,7 +397,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             Route("/health", health),
             Route("/_twin/{call}", act, methods=["POST"]),
             *rest.routes(),
-            *model.routes(twin.credentials["model_api_key"]),
+            *model.routes(twin.credentials["model_api_key"], twin.fault_of),
             *npm.routes(twin.base_url),
             Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
             Route("/{owner}/{repo}/pull/{number:int}", page),

@@ -56,6 +56,14 @@ class Twin:
         self.tokens: dict[str, dict[str, Any]] = {}
         self.faults: list[dict[str, Any]] = []
 
+    def fault_of(self, method: str, path: str) -> dict[str, Any] | None:
+        """The fault that this call meets, used up by it; None when it goes well."""
+        for fault in self.faults:
+            if fault["left"] > 0 and fault["method"] == method and fault["path"] in path:
+                fault["left"] -= 1
+                return fault
+        return None
+
     @staticmethod
     def _empty() -> dict[str, Any]:
         return {"next_id": 1000, "repositories": {}, "deliveries": [], "seeded": {}}

@@ -302,7 +302,7 @@ class GitHubInstallation:
         """The default branch as it is now. Raises ProviderError; `provider_not_found` for an empty repository."""
         repository = self.repository(full_name)
         with self.errors():
-            head = repository.get_branch(repository.default_branch).commit.sha
+            head = repository.get_commit(f"heads/{repository.default_branch}").sha
         return BranchHead(repository.id, repository.full_name, repository.clone_url, repository.default_branch, head)
 
     def pull(self, full_name: str, number: int) -> PullState:

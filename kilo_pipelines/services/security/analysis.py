@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 # The finding's facts that an analysis speaks of (contract 3.1). Not among them: its state and when the source touched it last, which a
 # dismissal and its end change without a word about the vulnerability.
@@ -35,7 +35,7 @@ class Triage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    needs_deep: bool
+    needs_deep: StrictBool
     reasoning: str = Field(max_length=4_000)
     action: Literal["dismiss", "analyze_codebase", "manual_review"]
     confidence: Literal["high", "medium", "low"]
@@ -63,7 +63,7 @@ class DeepAnalysis(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    exploitable: bool | Literal["unknown"]
+    exploitable: StrictBool | Literal["unknown"]
     reasoning: str = Field(max_length=8_000)
     locations: list[Location] = Field(default=[], max_length=200)
     search: list[str] = Field(

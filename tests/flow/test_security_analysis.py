@@ -1,0 +1,200 @@
+"""Analyses end to end: the platform's own runs, the twin's model behind the model proxy, a real sandbox on a real checkout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+from dagster import DagsterInstance
+from sqlalchemy import text
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ops.security_analysis import analyse
+from kilo_pipelines.services.security import triage
+from kilo_pipelines.store import AnalysisRow, FindingRow
+from tests.conftest import Database
+from tests.support.security import Dispatcher, Owner, Storefront, syncing, with_model
+from tests.support.twin import Twin
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
+    # Sockets have short names: the home of pytest's own making would be too long for them.
+    with syncing(tmp_path_factory.mktemp("a")) as running, with_model(running):
+        yield running
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
+    with DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as found:
+        yield found
+
+
+@pytest.fixture
+def desk(database: Database, instance: DagsterInstance) -> Dispatcher:
+    return Dispatcher(database, instance)
+
+
+def _only(owner: Owner, finding: FindingRow) -> AnalysisRow:
+    (found,) = owner.store.analyses.of_finding(owner.id, finding.id)
+    return found
+
+
+def _asked(owner: Owner, finding: FindingRow, **more: bool) -> UUID:
+    item = analyse(owner.store, finding, role="owner", actor="test", **more)
+    assert isinstance(item, UUID), item
+    return item
+
+
+def test_reading_the_repository_tells_a_package_that_is_reached_from_one_that_nobody_imports(
+    database: Database, twin: Twin, desk: Dispatcher
+) -> None:
+    shop = Storefront(database, twin)
+    shop.sync()
+    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    for one in (reached, unused):
+        _asked(shop, one)
+    desk.work(shop.id)
+    found = _only(shop, reached)
+    assert (found.state, found.reason) == ("completed", Reason.ANALYSED), found
+    assert found.deep and found.deep["exploitable"] is True and found.deep["action"] == "open_pr"
+    assert [one["path"] for one in found.deep["locations"]] == ["src/search.js"]
+    other = _only(shop, unused)
+    assert other.deep and other.deep["exploitable"] is False and other.deep["action"] == "dismiss"
+    assert found.commit_sha and found.commit_sha == other.commit_sha
+    assert {"security_analysis", "agent_session", "settle_security_analysis"} <= set(desk.runs)
+    assert [one["deep"]["exploitable"] for one in shop.audited("security.finding.analysis_completed")] == [True, False]
+
+
+def test_an_alert_that_its_metadata_settle_takes_no_session(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    owner = Owner(database, twin, 1, 120)
+    owner.sync()
+    tool = next(one for one in owner.findings(status="open", dependency_scope="development") if one.severity in ("medium", "low"))
+    _asked(owner, tool)
+    desk.work(owner.id)
+    found = _only(owner, tool)
+    assert (found.state, found.deep) == ("completed", None)
+    assert found.triage and (found.triage["action"], found.triage["confidence"]) == ("dismiss", "high")
+    assert "agent_session" not in desk.runs
+    assert owner.store.analyses.latest(owner.id, [tool.id])[tool.id].item_id == found.item_id
+
+
+def test_automatic_analysis_takes_what_came_after_it_was_switched_on_worst_first_and_two_at_once(
+    database: Database, twin: Twin, desk: Dispatcher
+) -> None:
+    owner = Owner(database, twin, 1, 60, analysis_mode="shallow")
+    owner.sync()
+    database.clock.advance(timedelta(seconds=5))
+    owner.configure(auto_analysis_enabled=True, auto_analysis_min_severity="high")
+    assert owner.sync().analyses == 0, "what was there before is left alone"
+    owner.configure(auto_analysis_include_existing=True)
+    opened = owner.sync().analyses
+    due = [one for one in owner.findings(status="open") if one.severity in ("critical", "high")]
+    assert opened == len(due) > 3
+    assert owner.sync().analyses == 0, "a second sweep opens nothing twice"
+    offers = [one for one in owner.store.queue.offers(50) if one.owner_id == owner.id and one.kind == "start"]
+    first = owner.store.queue.get(offers[0].ids[0])
+    assert first is not None and owner.findings(id=UUID(first.details["finding_id"]))[0].severity == due_worst(due)
+    for _ in due:  # who found both slots taken is offered again after half a minute
+        database.clock.advance(timedelta(seconds=31))
+        desk.work(owner.id)
+    assert {one.state for one in owner.items("security_analysis")} == {"completed"}
+
+
+def due_worst(due: list[FindingRow]) -> str:
+    return "critical" if any(one.severity == "critical" for one in due) else "high"
+
+
+def test_what_is_fixed_while_it_waits_is_not_analysed(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    owner = Owner(database, twin, 1, 40, auto_analysis_include_existing=True)
+    owner.configure(auto_analysis_enabled=True, auto_analysis_min_severity="all")
+    owner.sync()
+    one = owner.findings(status="open")[0]
+    twin.control("move-alert", repository=owner.names[0], number=int(one.source_id), action="fixed")
+    owner.sync()
+    assert (_only(owner, one).state, _only(owner, one).reason) == ("cancelled", Reason.FINDING_NOT_OPEN)
+
+
+def test_a_finding_that_keeps_coming_back_is_analysed_again_twice_and_no_more(
+    database: Database, twin: Twin, desk: Dispatcher
+) -> None:
+    owner = Owner(database, twin, 1, 30, auto_analysis_include_existing=True, analysis_mode="shallow")
+    owner.configure(auto_analysis_enabled=True, auto_analysis_min_severity="all")
+    owner.sync()
+    desk.work(owner.id)
+    one = owner.findings(status="open")[0]
+    for _ in range(3):
+        for action in ("fixed", "reintroduced"):
+            twin.control("move-alert", repository=owner.names[0], number=int(one.source_id), action=action)
+            owner.sync()
+            # The twin tells whole seconds, and two changes within one are one.
+            time.sleep(1.05)
+            database.clock.advance(timedelta(seconds=5))
+        desk.work(owner.id)
+    origins = [row.origin for row in owner.store.analyses.of_finding(owner.id, one.id)]
+    assert sorted(origins) == ["automatic", "reopened", "reopened"]
+
+
+def test_a_person_goes_before_what_nobody_asked_for_and_only_once(database: Database, twin: Twin) -> None:
+    owner = Owner(database, twin, 1, 30, auto_analysis_include_existing=True)
+    owner.configure(auto_analysis_enabled=True, auto_analysis_min_severity="all")
+    owner.sync()
+    last = owner.findings(status="open", severity="low")[0]
+    item = _asked(owner, last)
+    assert analyse(owner.store, last, role="member", actor="test") is Reason.ANALYSIS_ACTIVE
+    assert analyse(owner.store, last, role="viewer", actor="test") is Reason.ROLE_NOT_ALLOWED
+    waiting = [one for one in owner.store.analyses.of_finding(owner.id, last.id) if one.ended_at is None]
+    assert [one.item_id for one in waiting] == [item]
+    first = next(one for one in owner.store.queue.offers(50) if one.owner_id == owner.id and one.kind == "start")
+    assert item in first.ids
+
+
+@pytest.mark.parametrize(("status", "reason"), [(402, Reason.INSUFFICIENT_CREDITS), (503, Reason.MODEL_UNREACHABLE)])
+def test_a_model_that_doesnt_answer_lets_the_item_wait_without_a_slot(
+    database: Database, twin: Twin, desk: Dispatcher, status: int, reason: Reason
+) -> None:
+    owner = Owner(database, twin, 1, 40, analysis_mode="shallow")
+    owner.sync()
+    one, other = owner.findings(status="open")[:2]
+    twin.fault("POST", "/chat/completions", status=status)
+    item = _asked(owner, one)
+    desk.once(owner.id)
+    found = owner.store.queue.get(item)
+    assert found is not None and (found.state, found.reason) == ("waiting", reason)
+    with owner.store.database.owner(owner.id) as connection:
+        held = connection.execute(text("select count(*) from owner_slots where item_id is not null")).scalar()
+    assert held == 0
+    _asked(owner, other)
+    desk.work(owner.id)
+    blocked = _only(owner, other).state == "waiting"
+    assert blocked == (status == 402), "without credit the whole service waits"
+    database.clock.advance(timedelta(minutes=31))
+    desk.work(owner.id)
+    assert {row.state for row in (_only(owner, one), _only(owner, other))} == {"completed"}
+
+
+def test_an_answer_that_is_none_by_the_schema_is_said_to_be_a_fallback(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    owner = Owner(database, twin, 1, 30, analysis_mode="shallow")
+    owner.sync()
+    one = owner.findings(status="open")[0]
+    twin.fault("POST", "/chat/completions", "no_tool")
+    _asked(owner, one)
+    desk.work(owner.id)
+    found = _only(owner, one)
+    assert found.state == "completed" and found.triage == triage.fallback().model_dump(mode="json")
+
+
+def test_two_owners_of_one_repository_have_analyses_of_their_own(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    mine, theirs = Owner(database, twin, 1, 30, analysis_mode="shallow"), Owner(database, twin, 1, 1)
+    mine.sync()
+    theirs.connect(int(mine.repositories[0]["repository_id"]), mine.names[0])
+    theirs.sync()
+    one = mine.findings(status="open")[0]
+    _asked(mine, one)
+    desk.work(mine.id)
+    assert _only(mine, one).state == "completed"
+    assert theirs.items("security_analysis") == []
+    assert theirs.store.analyses.of_finding(theirs.id, one.id) == []

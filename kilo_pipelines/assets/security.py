@@ -285,4 +285,6 @@ def security_checks() -> list[AssetChecksDefinition]:
         _check(finding_sla, "overdue", "Open findings past their deadline."),
         _check(security_findings, "unsynced", "Repositories of owners with the Security Agent that were not read for a day."),
         _check(security_findings, "orphaned", "Open findings of repositories that left their owner's installation."),
+        _check(security_findings, "unanalysed", "Findings that are due to automatic analysis and had none within a day."),
+        _check(security_findings, "stale_running", "Analyses, dismissals and remediations under way for more than two hours."),
     ]

@@ -52,6 +52,8 @@ class Reason(StrEnum):
     ACTION_REQUIRED = "action_required"
     # the Security Agent's syncs
     SECURITY_DISABLED = "security_disabled"
+    ALERT_OUTDATED = "alert_outdated"
+    NOT_SYNCED_YET = "not_synced_yet"
     INSUFFICIENT_CREDITS = "insufficient_credits"
     FINDING_UNKNOWN = "finding_unknown"
     FINDING_NOT_OPEN = "finding_not_open"
@@ -247,6 +249,8 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "The model's answer about the metadata can't be used.",
         "Nothing; the repository decides. Look at the model if it happens again.",
     ),
+    Reason.ALERT_OUTDATED: ("A later state of the alert is known.", "Nothing; events come late and in any order."),
+    Reason.NOT_SYNCED_YET: ("The owner's alerts were never read.", "Nothing; the first sync brings this one too."),
     Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
     Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),
     Reason.NO_CAPACITY: ("The host runs as many sessions as it can.", "Wait, raise KILO_AGENTS_MAX, or add a host."),

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
+# Events that a service admits; everything else is stored as settled.
+_ADMITTED = {"pull_request", "dependabot_alert"}
 _LIFECYCLE = frozenset({"installation", "installation_repositories"})
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
@@ -193,7 +195,7 @@ async def _signed(
         return answer(200, "ignored", Reason.INTEGRATION_SUSPENDED)
     if not shape_matches(event, payload):
         return answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
-    skip = None if event == "pull_request" else Reason.LIFECYCLE_APPLIED if event in _LIFECYCLE else Reason.EVENT_UNKNOWN
+    skip = None if event in _ADMITTED else Reason.LIFECYCLE_APPLIED if event in _LIFECYCLE else Reason.EVENT_UNKNOWN
     action = payload.get("action")
     new = NewDelivery(
         owner_id=integration.owner_id,

@@ -4,20 +4,56 @@ from pydantic import ValidationError
 
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.code_review import admission as code_review
 from kilo_pipelines.services.code_review import outcome
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.code_review.events import PullRequestEvent
+from kilo_pipelines.services.security import admission as security
+from kilo_pipelines.services.security.alerts import BadAlert
+from kilo_pipelines.services.security.config import SERVICE as SECURITY
+from kilo_pipelines.services.security.sla import SlaPolicy
 from kilo_pipelines.store import AdmissionTx, NewItem
 
 SERVICE = "code_review"
 
 
 def admit(tx: AdmissionTx, marker: Marker) -> None:
-    """Decides one delivery inside its transaction: skip with a reason, or open an item and supersede older ones."""
-    if tx.delivery.event != "pull_request":
+    """Decides one delivery inside its transaction: skip with a reason, or take what it brings."""
+    if tx.delivery.event == "pull_request":
+        _pull_request(tx, marker)
+    elif tx.delivery.event == "dependabot_alert":
+        _alert(tx)
+    else:
         tx.skip(Reason.EVENT_UNKNOWN)
+
+
+def _alert(tx: AdmissionTx) -> None:
+    """The alert's new state, when it is one; what can't be taken waits for the sync, which quarantines it."""
+    repository_id = int(tx.delivery.payload["repository"]["id"])
+    policy = tx.sla_policy()
+    skip = security.refusal(
+        tx.config(SECURITY),
+        repository_id,
+        repository_known=tx.repository(repository_id) is not None,
+        synced=policy is not None,
+    )
+    if skip is not None or policy is None:
+        tx.skip(skip or Reason.NOT_SYNCED_YET)
         return
+    facts = security.alert_of(tx.delivery.payload)
+    if isinstance(facts, BadAlert):
+        tx.skip(Reason.ALERT_MALFORMED)
+    elif security.is_outdated(facts, tx.alert_known_at(repository_id, SOURCE, facts.source_id)):
+        tx.skip(Reason.ALERT_OUTDATED)
+    else:
+        taker = AlertTaker(tx.delivery.owner_id, repository_id, SlaPolicy.of_stored(*policy), first_sync=False)
+        good, _ = taker.sort([tx.delivery.payload["alert"]])
+        tx.take_alerts(repository_id, SOURCE, good, taker.decide)
+
+
+def _pull_request(tx: AdmissionTx, marker: Marker) -> None:
+    """Opens a review and supersedes older ones, or says why not."""
     try:
         event = PullRequestEvent.model_validate(tx.delivery.payload)
     except ValidationError:

@@ -14,7 +14,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.items import Log, provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -274,7 +274,7 @@ def _end(tx: SettleTx, state: WorkState, reason: Reason, evidence: dict[str, Any
     return reason
 
 
-def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig) -> int:
+def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig, log: Log) -> int:
     """Brings the queue of automatic analyses in line with settings and findings; how many were opened.
 
     What is due and was never analysed is opened, what came back is opened again (at most twice), and what waits without being due
@@ -290,6 +290,8 @@ def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig) -> int:
         return 0
     since = None if config.auto_analysis_include_existing else config.auto_analysis_enabled_at
     due = store.analyses.candidates(owner_id, severities, since, limit=SWEPT)
+    for finding_id in due.get("looping", []):
+        log.warning(f"finding {finding_id}: {Reason.ANALYSIS_LOOP}")
     return sum(
         len(store.analyses.open(owner_id, due.get(origin, []), origin=origin, mode="auto", actor="platform"))
         for origin in ("automatic", "reopened")
@@ -329,7 +331,7 @@ def sweep_analyses(context: OpExecutionContext, config: Ids, store: StoreResourc
         if setting is None or not setting.enabled:
             context.log.info(f"owner {owner_id}: {Reason.SECURITY_DISABLED}")
             return
-        opened = queue_analyses(platform, owner_id, SecurityConfig.model_validate(setting.config))
+        opened = queue_analyses(platform, owner_id, SecurityConfig.model_validate(setting.config), context.log)
         context.log.info(f"owner {owner_id}: {opened} analyses opened")
 
     each(context, config.ids, sweep)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, TableMetadataValue, op
@@ -12,6 +12,7 @@ from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionCon
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
+from kilo_pipelines.ops.items import Log
 from kilo_pipelines.ops.security_analysis import queue_analyses
 from kilo_pipelines.ops.tables import table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
@@ -36,13 +37,6 @@ MAX_PAGES = 1_000
 # What a security lead looks at first; the whole list is `kilo-pipelines security findings`.
 SHOWN = 20
 SEVERITIES = ("critical", "high", "medium", "low")
-
-
-class Log(Protocol):
-    """Where a sync tells what it did."""
-
-    def info(self, msg: object, /) -> None: ...
-    def warning(self, msg: object, /) -> None: ...
 
 
 @dataclass
@@ -222,7 +216,7 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
             done.complete = False
             log.warning(f"{target.full_name}: {outcome}")
     done.outcome = "synced" if done.complete else "partly"
-    done.analyses = queue_analyses(store, owner_id, config)
+    done.analyses = queue_analyses(store, owner_id, config, log)
     return done
 
 

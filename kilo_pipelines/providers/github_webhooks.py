@@ -122,6 +122,15 @@ class PullRequestShape(_Shape):
     label: _Label | None = None
 
 
+class DependabotAlertShape(_Shape):
+    """`dependabot_alert`: whose alert it is; the alert itself is checked field by field by the Security Agent."""
+
+    action: Action
+    alert: dict[str, Any]
+    repository: RepositoryLabel
+    installation: _InstallationId
+
+
 class InstallationShape(_Shape):
     """`installation`: a full installation object, which no other event carries except `installation_repositories`."""
 
@@ -148,6 +157,7 @@ class PingShape(_Shape):
 
 SHAPES: dict[str, type[_Shape]] = {
     "pull_request": PullRequestShape,
+    "dependabot_alert": DependabotAlertShape,
     "installation": InstallationShape,
     "installation_repositories": InstallationRepositoriesShape,
     "ping": PingShape,
@@ -161,6 +171,10 @@ def event_of_shape(payload: Mapping[str, Any]) -> str | None:
     """Which of our events a body is by its own look, None for any other (the event header is outside the signature)."""
     if "pull_request" in payload and "number" in payload and not any(name in payload for name in _NOT_PULL_REQUEST):
         return "pull_request"
+    alert = payload.get("alert")
+    # Alerts of code and secret scanning have neither.
+    if isinstance(alert, dict) and "security_advisory" in alert and "dependency" in alert:
+        return "dependabot_alert"
     if "repositories_added" in payload or "repositories_removed" in payload:
         return "installation_repositories"
     installation = payload.get("installation")

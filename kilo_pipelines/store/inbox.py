@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -279,6 +279,29 @@ class AdmissionTx:
     def intend(self, item_id: UUID, effects: list[EffectIntent]) -> None:
         """Effects of the admission itself, committed with it."""
         intend(self._connection, self.delivery.owner_id, item_id, effects, self._now)
+
+    def sla_policy(self) -> tuple[int, dict[str, Any]] | None:
+        """The owner's newest SLA policy: version and content; None before its first sync."""
+        row = one(
+            self._connection,
+            "select version, policy from sla_policies where owner_id = :owner order by version desc limit 1",
+            owner=self.delivery.owner_id,
+        )
+        return (row["version"], row["policy"]) if row else None
+
+    def alert_known_at(self, repository_id: int, source: str, source_id: str) -> datetime | None:
+        """When the source touched the alert last, as far as it is known; its repository's findings are locked until commit."""
+        lock_subject(self._connection, self.delivery.owner_id, "findings", str(repository_id))
+        row = one(
+            self._connection,
+            "select source_updated_at from findings where owner_id = :owner and repository_id = :repository and source = :source"
+            " and source_id = :id",
+            owner=self.delivery.owner_id,
+            repository=repository_id,
+            source=source,
+            id=source_id,
+        )
+        return row["source_updated_at"] if row else None
 
     def take_alerts(self, repository_id: int, source: str, alerts: Sequence[Alert], decide: Decide) -> None:
         """Brings findings up to what the delivery says of their alerts; the delivery is admitted with it."""

@@ -409,6 +409,26 @@ SECURITY_CHECKS = {
         " where finding_status(f.upstream_state, f.disposition) = 'open' and r.removed_at is not null group by o.name, r.full_name order by findings desc limit :limit",
         "open findings of repositories that left their owner's installation",
     ),
+    "unanalysed": SystemStatement(
+        "select o.name as owner, f.id as finding, f.severity, f.package_name, f.first_seen_at from service_configs c"
+        " join owners o on o.id = c.owner_id and o.enabled join findings f on f.owner_id = c.owner_id"
+        " where c.service = 'security_agent' and c.enabled and (c.config ->> 'auto_analysis_enabled')::boolean"
+        " and finding_status(f.upstream_state, f.disposition) = 'open'"
+        " and array_position(array['critical', 'high', 'medium', 'low'], f.severity) <= coalesce("
+        "   array_position(array['critical', 'high', 'medium', 'all'], c.config ->> 'auto_analysis_min_severity'), 2)"
+        " and (coalesce((c.config ->> 'auto_analysis_include_existing')::boolean, false)"
+        "   or f.first_seen_at >= (c.config ->> 'auto_analysis_enabled_at')::timestamptz)"
+        " and greatest(f.first_seen_at, (c.config ->> 'auto_analysis_enabled_at')::timestamptz) < :now - interval '24 hours'"
+        " and not exists (select 1 from finding_analyses a where a.owner_id = f.owner_id and a.finding_id = f.id and a.completed_at is not null)"
+        " order by array_position(array['critical', 'high', 'medium', 'low'], f.severity), f.first_seen_at limit :limit",
+        "open findings that are due to automatic analysis and had none within a day",
+    ),
+    "stale_running": SystemStatement(
+        "select o.name as owner, w.service, w.id as item, w.state, w.reason, w.updated_at from work_items w join owners o on o.id = w.owner_id"
+        " where w.service in ('security_analysis', 'dismissal', 'remediation', 'notice') and w.state in ('starting', 'running')"
+        " and w.updated_at < :now - interval '2 hours' order by w.updated_at limit :limit",
+        "the Security Agent's work that has been under way for more than two hours (contract 8.6)",
+    ),
 }
 
 SECURITY_OWNERS = SystemStatement(

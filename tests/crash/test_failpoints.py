@@ -20,6 +20,7 @@ from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store.sessions import QUEUE_SECONDS
 from tests.conftest import Database
+from tests.crash.test_security_work import ENGINE_STEPS
 from tests.support.engine import Engine
 from tests.support.figures import Figures
 
@@ -50,8 +51,9 @@ NO_STEP = {
     "store.sessions.Sessions.events",
     "store.sessions.Sessions.get",
 }
-# Rooms of the store that people and events of the installation use, not the engine's way of an item; syncs: test_security_sync.py.
-NOT_THE_ENGINE = ("store.owners.", "store.audit.", "store.retention.", "store.keys.", "store.findings.")
+# Rooms of the store that people and events of the installation use, not the engine's way of an item; syncs: test_security_sync.py,
+# the Security Agent's items: test_security_work.py.
+NOT_THE_ENGINE = ("store.owners.", "store.audit.", "store.retention.", "store.keys.", "store.findings.", "store.analyses.")
 
 
 def _opens(node: ast.AST) -> bool:
@@ -77,7 +79,7 @@ def places() -> set[str]:
             for prefix, one in inner:
                 if isinstance(one, ast.FunctionDef) and _opens(one):
                     found.add(f"{prefix}.{one.name}")
-    engine = {one for one in found if not one.startswith(NOT_THE_ENGINE) and one not in NO_STEP}
+    engine = {one for one in found if not one.startswith(NOT_THE_ENGINE) and one not in NO_STEP | ENGINE_STEPS}
     return engine | {f"send.{kind}" for kind in EffectKind}
 
 

@@ -455,7 +455,7 @@ PROOFS: dict[str, tuple[Removal, Attack]] = {
     "coverage ledger": (_put(Evidence, "gaps", []), green_with_a_gap),
     "evidence key": (_put(verdict.EvidenceKey, "__eq__", lambda self, other: True), green_of_another_pull_request),
     "fields of a result": (_extra_fields, field_of_its_own),
-    "fences that a text can't close": (_put(brief, "fence", lambda content: "```"), fence_of_the_attacker),
+    "fences that a text can't close": (_put(text, "fence", lambda content: "```"), fence_of_the_attacker),
     "mentions": (_put(text, "_MENTION", _never()), partial(_does, name="mentions")),
     "tags": (_put(text, "_TAG", _never()), partial(_does, name="html comment")),
     "entities": (_put(text, "_ENTITY", _never()), partial(_does, name="mention by entity")),

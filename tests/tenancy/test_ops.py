@@ -41,16 +41,19 @@ from kilo_pipelines.jobs import (
     default_jobs,
     outbox,
     retention,
+    security_analysis,
+    security_sweep,
     security_sync,
     settle_code_review,
     settle_quiet_items,
+    settle_security_analysis,
 )
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import AlertPage, GitHubResource
 from kilo_pipelines.resources.store import StoreResource
-from kilo_pipelines.schedules import default_schedules, outcomes, security_syncs
+from kilo_pipelines.schedules import default_schedules, outcomes, security_sweeps, security_syncs
 from kilo_pipelines.sensors import default_sensors, recovery, work_once
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import Repository, SessionClaim, Store
@@ -251,6 +254,59 @@ def _settle(stage: Stage) -> None:
     assert checks and checks[-1]["status"] == "completed" and checks[-1]["head_sha"] == HEAD
 
 
+def _findings_of_b(stage: Stage) -> UUID:
+    """B's waiting analysis, which A has one of for an equal finding, due now."""
+    stage.b.findings()
+    return stage.b.opened["security_analysis"]
+
+
+def _analysis_launched(stage: Stage) -> None:
+    """Without a model B's item waits; the slot that it held is B's, and A's items are where they were."""
+    item = _findings_of_b(stage)
+    stage.run(security_analysis, "launch_analyses", [item])
+    row = stage.database.store.queue.get(item)
+    assert row is not None and (row.state, row.reason) == ("waiting", Reason.MODEL_UNREACHABLE)
+
+
+def _analysis_settled(stage: Stage) -> None:
+    item = _findings_of_b(stage)
+    assert stage.database.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
+    stage.run(settle_security_analysis, "settle_analyses", [item])
+    told = stage.database.store.queue.get(item)
+    assert told is not None and told.announced
+
+
+def _analyses_swept(stage: Stage) -> None:
+    """B's open findings get analyses; A, whose findings and settings are the same, gets none."""
+    stage.b.findings()
+    setting = stage.database.store.owners.config(stage.b.owner.id, SECURITY)
+    assert setting is not None
+    config = {
+        "auto_analysis_enabled": True,
+        "auto_analysis_enabled_at": "2020-01-01T00:00:00Z",
+        "auto_analysis_min_severity": "all",
+    }
+    stage.database.store.owners.put_config(
+        stage.b.owner.id, SECURITY, config, enabled=True, expected_revision=setting.revision, actor="test"
+    )
+    stage.run(security_sweep, "sweep_analyses", [stage.b.owner.id])
+    found = stage.admin.execute(
+        "select owner_id, count(*) from finding_analyses where origin = 'automatic' group by 1"
+    ).fetchall()
+    assert [row for row in found if row[0] in (stage.a.owner.id, stage.b.owner.id)] == [(stage.b.owner.id, 2)]
+
+
+def _sweeps_schedule(stage: Stage) -> None:
+    """It names owners and nothing of theirs."""
+    stage.b.findings()
+    with build_schedule_context(
+        instance=stage.instance, resources=RESOURCES, scheduled_execution_time=stage.database.clock.now()
+    ) as context:
+        requests = security_sweeps(context)
+    carried = {one for request in requests for one in _ids(request)}  # type: ignore[union-attr]
+    assert str(stage.b.owner.id) in carried
+
+
 def _quietly(stage: Stage) -> None:
     """B's dismissal that was cancelled is told of; A's of the same finding still waits."""
     stage.b.findings()
@@ -434,6 +490,10 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op launch_reviews": _launch,
     "op run_agent_session": _session,
     "op settle_reviews": _settle,
+    "op launch_analyses": _analysis_launched,
+    "op settle_analyses": _analysis_settled,
+    "op sweep_analyses": _analyses_swept,
+    "schedule security_sweeps": _sweeps_schedule,
     "op settle_quietly": _quietly,
     "op apply_effects": _launch,
     "op apply_waiting_effects": _outbox,
@@ -469,6 +529,7 @@ OVER_ALL = {
     "schedule retention_sweeps",
     "asset security_posture",
     "schedule security_syncs",
+    "schedule security_sweeps",
     "schedule security_postures",
 }
 

@@ -31,6 +31,16 @@ NO_FAILURE = {
     Reason.ALERTS_DISABLED,
     Reason.PAGE_CURSOR_REFUSED,
     Reason.PROVIDER_AUTH,
+    Reason.NOT_SYNCED_YET,
+    Reason.ALERT_OUTDATED,
+    Reason.ALERT_MALFORMED,
+    Reason.FINDING_UNKNOWN,
+    Reason.FINDING_NOT_OPEN,
+    Reason.ROLE_NOT_ALLOWED,
+    Reason.ANALYSIS_NOT_WANTED,
+    Reason.ANALYSIS_ACTIVE,
+    Reason.ANALYSED,
+    Reason.TRIAGE_UNUSABLE,
 }
 
 

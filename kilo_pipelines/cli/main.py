@@ -90,6 +90,7 @@ def _live_review(platform: supervisor.Platform, say: Callable[[str], None]) -> b
     settings = platform.settings
     store = setup.open_store(settings)
     owner_id = setup.ensure_demo_owner(settings, store, setup.twin_credentials(settings), "critical")
+    setup.ensure_demo_security(settings, store, owner_id, world.DEMO_ALERTS)
     say("a pull request is on its way:")
     return world.follow(platform, store, owner_id, world.next_pull(settings, store, owner_id), say).reviewed is not None
 

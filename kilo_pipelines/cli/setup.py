@@ -16,6 +16,8 @@ from kilo_pipelines.ingress.keys import ensure_operator_key
 from kilo_pipelines.providers.github import GitHubApp, ProviderError
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
+from kilo_pipelines.services.security.config import SERVICE as SECURITY
+from kilo_pipelines.services.security.config import SecurityConfig
 from kilo_pipelines.settings import Settings, private_dir, write_secret
 from kilo_pipelines.store import Cipher, Repository, Store
 from kilo_pipelines.store.migrate import migrate, provision, read_logins
@@ -136,6 +138,17 @@ def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, A
     return owner.id
 
 
+def ensure_demo_security(settings: Settings, store: Store, owner_id: UUID, alerts: int, **config: Any) -> None:
+    """The seeded world's alerts, once, and the Security Agent for its owner."""
+    if store.owners.config(owner_id, SECURITY) is not None:
+        return
+    twin_call(settings, "seed-alerts", "--count", str(alerts))
+    credentials = twin_credentials(settings)
+    connect_installation(settings, store, owner_id, credentials["installation_id"], credentials["account"])
+    wanted = SecurityConfig.model_validate(config).model_dump(mode="json")
+    store.owners.put_config(owner_id, SECURITY, wanted, enabled=True, expected_revision=0, actor="operator")
+
+
 def twin_call(settings: Settings, *arguments: str) -> dict[str, Any]:
     """One command of the twin, in a process of its own."""
     argv = [
@@ -160,6 +173,7 @@ __all__ = [
     "adopt_twin",
     "connect_installation",
     "ensure_demo_owner",
+    "ensure_demo_security",
     "github_app",
     "open_store",
     "prepare_database",

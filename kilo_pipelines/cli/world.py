@@ -24,6 +24,8 @@ from kilo_pipelines.store.rows import ReviewRow
 
 # A session's own cap is longer; a demonstration that takes ten minutes has failed.
 REVIEW_SECONDS = 600.0
+# A few thousand: what a company of some dozen repositories has.
+DEMO_ALERTS = 3_000
 
 
 def say(line: str) -> None:

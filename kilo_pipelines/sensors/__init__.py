@@ -25,12 +25,14 @@ from kilo_pipelines.jobs import (
     code_review,
     outbox,
     security_analysis,
+    security_sync,
     settle_code_review,
     settle_quiet_items,
     settle_security_analysis,
 )
 from kilo_pipelines.ops.admission import admit
 from kilo_pipelines.ops.markers import marker_of
+from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import Offer, Store
 
@@ -42,6 +44,9 @@ OFFERS = 200
 # Hours of patience between two evaluations would be Dagster's default of 30 s; 1 s means: again in the next loop (5 s).
 MINIMUM_INTERVAL_SECONDS = 1
 RECOVERY_INTERVAL_SECONDS = 5
+# Who switches a service on looks for its findings within the minute; the owners of one tick are as many as a run of the schedule has.
+CHANGES_INTERVAL_SECONDS = 15
+CHANGED_OWNERS = 50
 # The sensor daemon looks at a sensor this often at most (a constant of Dagster).
 DAGSTER_LOOP_SECONDS = 5.0
 
@@ -186,7 +191,32 @@ def failed_runs(context: RunFailureSensorContext, store: StoreResource) -> SkipR
     return SkipReason(f"run {context.dagster_run.run_id} held {freed} leases")
 
 
+@sensor(
+    name="security_changes",
+    job=security_sync,
+    minimum_interval_seconds=CHANGES_INTERVAL_SECONDS,
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Syncs owners whose Security Agent was just switched on, or whose settings changed (contract 4).",
+)
+def security_changes(context: SensorEvaluationContext, store: StoreResource) -> SensorResult | SkipReason:
+    changed = store.get().findings.changed_owners(CHANGED_OWNERS)
+    if not changed:
+        return SkipReason("no owner's Security Agent changed since its last sync")
+    context.instance.add_dynamic_partitions(OWNERS_NAME, [str(owner) for owner, _ in changed])
+    # One run for each change, whether it succeeds or not: the schedule is what tries again.
+    return SensorResult(
+        run_requests=[
+            RunRequest(
+                run_key=f"{owner}:{at.isoformat()}",
+                run_config={"ops": {"sync_owners": {"config": {"ids": [str(owner)]}}}},
+                tags=tags.from_labels({"owner": owner}),
+            )
+            for owner, at in changed
+        ]
+    )
+
+
 def default_sensors(shards: int) -> list[SensorDefinition]:
-    """The work shards, the recovery sensor and the one that hears of failed runs."""
+    """The work shards, the recovery sensor, the one that hears of failed runs and the one that hears of changed settings."""
     turns = Turns(shards)
-    return [*(_shard(number, turns) for number in range(shards)), recovery, failed_runs]
+    return [*(_shard(number, turns) for number in range(shards)), recovery, failed_runs, security_changes]

@@ -382,6 +382,12 @@ class Findings:
 
     # -- SLA -----------------------------------------------------------------------------------------------------------
 
+    def changed_owners(self, limit: int) -> list[tuple[UUID, datetime]]:
+        """Owners whose Security Agent was switched on, or whose settings changed, without a sync since; with that moment."""
+        with self._database.system() as connection:
+            found = rows(connection, system.CHANGED_SECURITY_OWNERS.sql, limit=limit)
+        return [(row["owner_id"], row["updated_at"]) for row in found]
+
     def policy(self, owner_id: UUID, at: datetime | None = None) -> tuple[int, dict[str, Any]] | None:
         """The SLA policy in force (at a moment): its version and content; before the first one, the first one."""
         with self._database.owner(owner_id) as connection:

@@ -436,6 +436,13 @@ SECURITY_OWNERS = SystemStatement(
     " and c.action_required is null and o.enabled and coalesce((c.config ->> 'auto_sync_enabled')::boolean, true) order by c.owner_id",
     "one schedule syncs every owner whose Security Agent is on",
 )
+CHANGED_SECURITY_OWNERS = SystemStatement(
+    "select c.owner_id, c.updated_at from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
+    " and c.action_required is null and o.enabled and exists (select 1 from repositories r where r.owner_id = c.owner_id and r.removed_at is null)"
+    " and not exists (select 1 from repository_syncs y where y.owner_id = c.owner_id and y.attempted_at >= c.updated_at)"
+    " order by c.updated_at limit :limit",
+    "one sensor syncs every owner whose Security Agent was switched on or whose settings changed since",
+)
 ANALYSING_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
     " and c.action_required is null and o.enabled and (coalesce((c.config ->> 'auto_analysis_enabled')::boolean, false) or exists ("

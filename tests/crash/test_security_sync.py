@@ -35,6 +35,7 @@ READS = {
     "posture",
     "offenders",
     "owners",
+    "changed_owners",
     "policy",
     "deadlines_csv",
 }

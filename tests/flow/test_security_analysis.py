@@ -156,7 +156,12 @@ def test_what_was_due_and_isnt_analysed_for_a_day_is_shown(database: Database, t
     assert shown() == 0
     item = owner.items("security_analysis")[0]
     with owner.store.database.owner(owner.id) as connection:
-        connection.execute(text("update work_items set state = 'running', ended_at = null, deadline = now() + interval '9 hours' where id = :id"), {"id": item.id})
+        connection.execute(
+            text(
+                "update work_items set state = 'running', ended_at = null, deadline = now() + interval '9 hours' where id = :id"
+            ),
+            {"id": item.id},
+        )
     database.clock.advance(timedelta(hours=3))
     assert [one["item"] for one in owner.store.findings.offenders("stale_running")] == [item.id]
     owner.store.queue.cancel(item.id, reason=Reason.USER_CANCELLED, actor="test")

@@ -54,7 +54,7 @@ from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import AlertPage, GitHubResource
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import default_schedules, outcomes, security_sweeps, security_syncs
-from kilo_pipelines.sensors import default_sensors, recovery, work_once
+from kilo_pipelines.sensors import default_sensors, recovery, security_changes, work_once
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import Repository, SessionClaim, Store
 from tests.conftest import Database
@@ -296,6 +296,18 @@ def _analyses_swept(stage: Stage) -> None:
     assert [row for row in found if row[0] in (stage.a.owner.id, stage.b.owner.id)] == [(stage.b.owner.id, 2)]
 
 
+def _changes(stage: Stage) -> None:
+    """It names owners, each in a run of its own, and nothing of theirs."""
+    stage.b.findings()
+    stage.admin.execute(
+        "update service_configs set updated_at = now() + interval '1 hour' where owner_id = %s", (stage.b.owner.id,)
+    )
+    with build_sensor_context(instance=stage.instance, resources=RESOURCES) as context:
+        answer = security_changes(context)
+    requests = [one for one in answer.run_requests if one.tags[tags.OWNER] == str(stage.b.owner.id)]  # type: ignore[union-attr]
+    assert [_ids(one) for one in requests] == [[str(stage.b.owner.id)]]
+
+
 def _sweeps_schedule(stage: Stage) -> None:
     """It names owners and nothing of theirs."""
     stage.b.findings()
@@ -494,6 +506,7 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op settle_analyses": _analysis_settled,
     "op sweep_analyses": _analyses_swept,
     "schedule security_sweeps": _sweeps_schedule,
+    "sensor security_changes": _changes,
     "op settle_quietly": _quietly,
     "op apply_effects": _launch,
     "op apply_waiting_effects": _outbox,
@@ -517,6 +530,7 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "schedule security_postures": _postures_schedule,
 }
 OVER_ALL = {
+    "sensor security_changes",
     "sensor work_00",
     "sensor recovery",
     "sensor failed_runs",

@@ -23,7 +23,17 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.ops.security_sync import SEVERITIES, SHOWN, deadline, findings_metadata, policy_for, sync_owner, worst
+from kilo_pipelines.ops.security_sync import (
+    SEVERITIES,
+    SHOWN,
+    compliance_metadata,
+    deadline,
+    deadline_metadata,
+    findings_metadata,
+    policy_for,
+    sync_owner,
+    worst,
+)
 from kilo_pipelines.ops.tables import table as table_of
 from kilo_pipelines.partitions import OWNERS
 from kilo_pipelines.resources.github import GitHubResource
@@ -58,7 +68,9 @@ def security_findings(context: AssetExecutionContext, store: StoreResource, gith
                 "repositories": table_of([{"repository": name, "outcome": how} for name, how in done.repositories.items()])
             },
         )
-    return MaterializeResult(metadata=findings_metadata(platform, owner_id, done.repositories))
+    return MaterializeResult(
+        metadata=findings_metadata(platform.findings.numbers(owner_id), worst(platform, owner_id), done.repositories)
+    )
 
 
 @asset(
@@ -76,14 +88,11 @@ def finding_sla(context: AssetExecutionContext, store: StoreResource) -> Materia
     config = SecurityConfig.model_validate(setting.config if setting else {})
     policy = policy_for(platform, owner_id, config, actor="platform")
     looked, written = recompute(platform, owner_id, policy, datetime.now(UTC))
-    numbers = platform.findings.numbers(owner_id)
     return MaterializeResult(
         metadata={
-            "findings": MetadataValue.float(float(looked)),
+            **deadline_metadata(platform, owner_id, platform.findings.numbers(owner_id), policy),
             "deadlines changed": MetadataValue.float(float(written)),
-            "overdue": MetadataValue.float(float(numbers["overdue"])),
-            "policy version": MetadataValue.int(policy.version),
-            "the worst": worst(platform, owner_id),
+            "looked at": MetadataValue.float(float(looked)),
         }
     )
 
@@ -195,7 +204,7 @@ def sla_compliance(context: AssetExecutionContext, store: StoreResource) -> Mate
     total = table.sum(numeric_only=True)
     return MaterializeResult(
         metadata={
-            **compliance_metadata(total.to_dict()),
+            **compliance_metadata({str(name).replace(" ", "_"): int(value) for name, value in total.items()}),
             "by severity": table_of([{"severity": name, **row} for name, row in table.to_dict(orient="index").items()]),
         }
     )
@@ -227,18 +236,6 @@ def compliance_table(store: Store, owner_id: UUID, now: datetime) -> pd.DataFram
         0, index=pd.Index(SEVERITIES, name="severity"), columns=["open", "within due", "overdue", "met", "missed"]
     )
     return pd.concat([empty, *parts]).groupby(level=0).sum().reindex(list(SEVERITIES)).astype("int64")
-
-
-def compliance_metadata(total: dict[str, Any]) -> dict[str, MetadataValue]:
-    """The two published figures with what they are made of; a figure without anything to measure is left out."""
-    figures = {
-        "open within due %": sla.percent(int(total["within due"]), int(total["within due"]) + int(total["overdue"])),
-        "met of due in 90 days %": sla.percent(int(total["met"]), int(total["met"]) + int(total["missed"])),
-    }
-    return {
-        **{name: MetadataValue.float(value) for name, value in figures.items() if value is not None},
-        **{name: MetadataValue.float(float(total[name])) for name in ("open", "within due", "overdue", "met", "missed")},
-    }
 
 
 @asset(

@@ -1,7 +1,7 @@
 """Copying an owner's Dependabot alerts into findings: page by page, repository by repository, each with its own outcome."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -322,15 +322,57 @@ def worst(store: Store, owner_id: UUID) -> TableMetadataValue:
     return table([{name: row[name] for name in wanted} for row in found])
 
 
-def findings_metadata(store: Store, owner_id: UUID, repositories: Mapping[str, str]) -> dict[str, MetadataValue[Any]]:
+def findings_metadata(
+    numbers: Mapping[str, Any], the_worst: TableMetadataValue, repositories: Mapping[str, str]
+) -> dict[str, MetadataValue[Any]]:
     """What is shown of an owner's findings: numbers that Dagster plots, the worst ones, how each repository stands."""
-    numbers = store.findings.numbers(owner_id)
     shown = ("findings", "open", *(f"open_{one}" for one in SEVERITIES), "fixed", "ignored", "overdue")
     return {
         **{name.replace("_", " "): MetadataValue.float(float(numbers[name])) for name in shown},
-        "the worst": worst(store, owner_id),
+        "the worst": the_worst,
         "repositories": table([{"repository": name, "outcome": how} for name, how in repositories.items()]),
     }
+
+
+def deadline_metadata(
+    store: Store, owner_id: UUID, numbers: Mapping[str, Any], policy: sla.SlaPolicy
+) -> dict[str, MetadataValue[Any]]:
+    """What is shown of an owner's deadlines."""
+    return {
+        "findings": MetadataValue.float(float(numbers["findings"])),
+        "overdue": MetadataValue.float(float(numbers["overdue"])),
+        "policy version": MetadataValue.int(policy.version),
+        "the worst": worst(store, owner_id),
+    }
+
+
+def compliance_metadata(total: Mapping[str, int]) -> dict[str, MetadataValue[Any]]:
+    """The two published figures with what they are made of; a figure without anything to measure is left out."""
+    figures = {
+        "open within due %": sla.percent(total["within_due"], total["within_due"] + total["overdue"]),
+        "met of due in 90 days %": sla.percent(total["met"], total["met"] + total["missed"]),
+    }
+    return {
+        **{name: MetadataValue.float(value) for name, value in figures.items() if value is not None},
+        **{
+            name.replace("_", " "): MetadataValue.float(float(total[name]))
+            for name in ("open", "within_due", "overdue", "met", "missed")
+        },
+    }
+
+
+def _materialized(store: Store, done: OwnerSync) -> Iterator[AssetMaterialization]:
+    """What a sync brought up to date: every page wrote its findings' deadlines with them."""
+    numbers = store.findings.numbers(done.owner_id)
+    policy = store.findings.policy(done.owner_id)
+    assert policy is not None  # noqa: S101  # a sync keeps one before it reads anything
+    shown = {
+        "security_findings": findings_metadata(numbers, worst(store, done.owner_id), done.repositories),
+        "finding_sla": deadline_metadata(store, done.owner_id, numbers, sla.SlaPolicy.of_stored(*policy)),
+        "sla_compliance": compliance_metadata(numbers),
+    }
+    for key, metadata in shown.items():
+        yield AssetMaterialization(asset_key=key, partition=str(done.owner_id), metadata=metadata)
 
 
 @op(
@@ -348,12 +390,7 @@ def sync_owners(context: OpExecutionContext, config: Ids, store: StoreResource, 
             f" {done.quarantined} in quarantine, {done.superseded} superseded or back"
         )
         if done.complete:
-            context.log_event(
-                AssetMaterialization(
-                    asset_key="security_findings",
-                    partition=str(owner_id),
-                    metadata=findings_metadata(platform, owner_id, done.repositories),
-                )
-            )
+            for made in _materialized(platform, done):
+                context.log_event(made)
 
     each(context, config.ids, one)

@@ -136,8 +136,8 @@ def security_sweeps(context: ScheduleEvaluationContext, store: StoreResource) ->
     return owner_chunks(security_sweep.name, "sweep_analyses", owners, context.scheduled_execution_time.isoformat())
 
 
-# After the syncs have ended, and once more in between for what webhooks brought.
-POSTURE_CRON = "45 */3 * * *"
+# After the syncs have begun, and in between for what webhooks brought.
+POSTURE_CRON = "45 * * * *"
 
 refresh_posture = define_asset_job(
     "refresh_posture",

@@ -18,7 +18,7 @@ from dagster_celery.launcher import CeleryRunLauncher
 from kilo_pipelines import tags
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.resources.store import open_store
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import current
 from kilo_pipelines.store import Store
 from kilo_pipelines.worker import EXECUTE_RUN, make_app
 
@@ -50,7 +50,7 @@ class KiloRunLauncher(CeleryRunLauncher):
 
     @cached_property
     def _store(self) -> Store:
-        return open_store(Settings())
+        return open_store(current())
 
     def launch_run(self, context: LaunchRunContext) -> None:
         """Hands the run's id to the queue that its tags name; the queue alone decides the route."""

@@ -1,4 +1,4 @@
-"""`python -m kilo_twin serve | open-pull | push | import-repo | seed-alerts | change-alerts | scan | merge | read`."""
+"""`python -m kilo_twin serve | open-pull | push | import-repo | seed-alerts | change-alerts | scan | merge | read | read-alert | spoil-alert`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def main() -> int:
     scanned = commands.add_parser("scan", help="lets Dependabot look at a repository's lock file")
     merged = commands.add_parser("merge", help="merges a pull request")
     read = commands.add_parser("read", help="reads a pull request back over REST")
+    alert = commands.add_parser("read-alert", help="reads a Dependabot alert back over REST")
+    spoiled = commands.add_parser("spoil-alert", help="makes one alert's JSON something that nobody expects")
+    spoiled.add_argument("--kind", required=True)
+    for command in (alert, spoiled):
+        command.add_argument("--number", type=int, required=True)
+        command.add_argument("--repo", default="acme/storefront")
     for command in (pushed, merged, read):
         command.add_argument("--pull", type=int, required=True)
     for command in (pushed, read):
@@ -44,7 +51,7 @@ def main() -> int:
     for command in (scanned, merged):
         command.add_argument("--repo", default="acme/storefront")
     changed.add_argument("--repo", default="acme/billing")
-    for command in (serve, opened, pushed, imported, seeded, changed, scanned, merged, read):
+    for command in (serve, opened, pushed, imported, seeded, changed, scanned, merged, read, alert, spoiled):
         command.add_argument("--home", type=Path, required=True)
         command.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
@@ -68,6 +75,8 @@ def _client(arguments: argparse.Namespace) -> dict[str, Any]:
     base = f"http://localhost:{arguments.port}"
     if arguments.command == "read":
         return read_back(base, credentials, arguments.repo, arguments.pull)
+    if arguments.command == "read-alert":
+        return read_alert(base, credentials, arguments.repo, arguments.number)
     repository, number = getattr(arguments, "repo", ""), getattr(arguments, "pull", 0)
     amount = {name: getattr(arguments, name, 0) for name in ("count", "seed")}
     calls: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +84,10 @@ def _client(arguments: argparse.Namespace) -> dict[str, Any]:
         "push": ("push", {"full_name": repository, "number": number}),
         "seed-alerts": ("seed-alerts", amount),
         "change-alerts": ("change-alerts", {"repository": repository, **amount}),
+        "spoil-alert": (
+            "spoil-alert",
+            {"repository": repository, "number": getattr(arguments, "number", 0), "kind": getattr(arguments, "kind", "")},
+        ),
         "scan": ("scan", {"repository": repository}),
         "merge": ("merge", {"repository": repository, "number": number}),
         "import-repo": (
@@ -93,8 +106,8 @@ def control(base: str, credentials: dict[str, Any], call: str, body: dict[str, A
     return answer
 
 
-def read_back(base: str, credentials: dict[str, Any], full_name: str, number: int) -> dict[str, Any]:
-    """A pull request as the REST API tells it, with a token of its own."""
+def _reader(base: str, credentials: dict[str, Any], full_name: str) -> Callable[[str], Any]:
+    """Reads a repository's resources over the REST API, with a token of its own."""
     at = int(time.time())
     claims = {"iat": at - 30, "exp": at + 300, "iss": str(credentials["app_id"])}
     assertion = jwt.encode(claims, credentials["private_key_pem"], algorithm="RS256")
@@ -108,6 +121,18 @@ def read_back(base: str, credentials: dict[str, Any], full_name: str, number: in
     def get(path: str) -> Any:
         return httpx.get(f"{api}/repos/{full_name}{path}", headers=headers, params={"per_page": 100}).raise_for_status().json()
 
+    return get
+
+
+def read_alert(base: str, credentials: dict[str, Any], full_name: str, number: int) -> dict[str, Any]:
+    """A Dependabot alert as the REST API tells it."""
+    found: dict[str, Any] = _reader(base, credentials, full_name)(f"/dependabot/alerts/{number}")
+    return found
+
+
+def read_back(base: str, credentials: dict[str, Any], full_name: str, number: int) -> dict[str, Any]:
+    """A pull request as the REST API tells it."""
+    get = _reader(base, credentials, full_name)
     pull = get(f"/pulls/{number}")
     return {
         "number": number,

@@ -138,11 +138,15 @@ def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, A
     return owner.id
 
 
-def ensure_demo_security(settings: Settings, store: Store, owner_id: UUID, alerts: int, **config: Any) -> None:
-    """The seeded world's alerts, once, and the Security Agent for its owner."""
+def ensure_demo_security(
+    settings: Settings, store: Store, owner_id: UUID, alerts: int, *, spoil: str | None = None, **config: Any
+) -> None:
+    """The seeded world's alerts, once, and the Security Agent for its owner; `spoil` is a repository with one that can't be read."""
     if store.owners.config(owner_id, SECURITY) is not None:
         return
     twin_call(settings, "seed-alerts", "--count", str(alerts))
+    if spoil is not None:
+        twin_call(settings, "spoil-alert", "--repo", spoil, "--number", "7", "--kind", "unknown_severity")
     credentials = twin_credentials(settings)
     connect_installation(settings, store, owner_id, credentials["installation_id"], credentials["account"])
     wanted = SecurityConfig.model_validate(config).model_dump(mode="json")

@@ -113,7 +113,8 @@ def _settle(
     if item is None:
         say(context, item_id, Reason.MOVED_ON)
         return
-    existing = _existing_comments(context, github, item)
+    # Only a session's end may have findings to post; what ended without one is told of without asking the provider.
+    existing = _existing_comments(context, github, item) if WorkState(item.state) is WorkState.RUNNING else []
     marker = marker_of(store)
     with store.settlements.open(item_id) as tx:
         if tx is None:

@@ -8,7 +8,7 @@ from kilo_pipelines import tags
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.resources.upkeep import export_heads
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import current
 from kilo_pipelines.store import Ages
 
 FINISHED = [DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED]
@@ -24,7 +24,7 @@ BATCHES = 100
 def seal_audit(context: OpExecutionContext, store: StoreResource) -> None:
     platform = store.get()
     seal = platform.audit.seal()
-    exported = export_heads(platform, Settings().audit_heads_file)
+    exported = export_heads(platform, current().audit_heads_file)
     for one in exported:
         context.log.info(f"audit seal {one.number}: {one.count} events, head {one.head}")
     context.add_output_metadata(
@@ -38,7 +38,7 @@ def seal_audit(context: OpExecutionContext, store: StoreResource) -> None:
 
 @op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Removes old bodies, events, callbacks and runs.")
 def remove_old(context: OpExecutionContext, store: StoreResource) -> None:
-    settings = Settings()
+    settings = current()
     ages = Ages(settings.keep_delivery_bodies_days, settings.keep_session_events_days, settings.keep_callbacks_days)
     removed = store.get().retention.sweep(ages)
     removed["service_runs"] = _remove_runs(context, settings.keep_service_runs_days, services=True)

@@ -14,7 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import jwt
 import requests
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from github import Auth, Consts, Github, GithubException, GithubIntegration, RateLimitExceededException
 from github.PullRequest import PullRequest
 from github.Repository import Repository
@@ -192,13 +195,25 @@ class GitHubApp:
         self._options: dict[str, Any] = {"base_url": api_url, "timeout": TIMEOUT_SECONDS, "retry": None}
         if urlsplit(api_url).hostname in LOOPBACK:
             self._options |= {"seconds_between_requests": 0, "seconds_between_writes": 0}
-        self._integration = GithubIntegration(auth=Auth.AppAuth(app_id, private_key_pem), **self._options)
+        self._private_key_pem = private_key_pem
+        self._integration = GithubIntegration(auth=Auth.AppAuth(app_id, sign_func=self._sign), **self._options)
         # Redirects are followed by nobody here (threats, rule 22); connections are kept over pages and repositories.
         self._http = httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False)
         self._tokens: dict[tuple[int, tuple[int, ...], tuple[tuple[str, str], ...]], tuple[str, datetime]] = {}
 
     def __repr__(self) -> str:
         return f"GitHubApp({self.api_url})"
+
+    @cached_property
+    def _key(self) -> RSAPrivateKey:
+        """The App's key, read once: reading it takes far longer than signing with it, and every minted token is asked for with it."""
+        key = load_pem_private_key(self._private_key_pem.encode(), password=None)
+        if not isinstance(key, RSAPrivateKey):
+            raise ProviderError(Reason.GITHUB_APP_MISSING, retryable=False, detail="the App's key is no RSA key")
+        return key
+
+    def _sign(self, claims: dict[str, Any]) -> str:
+        return jwt.encode(claims, self._key, algorithm="RS256")
 
     @cached_property
     def bot_login(self) -> str:

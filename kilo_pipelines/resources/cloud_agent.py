@@ -20,7 +20,7 @@ from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers.github import BranchHead, PullState
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import Settings, current
 
 CALLBACK_SECONDS = 10  # contract A9
 
@@ -47,19 +47,19 @@ class CloudAgentResource(ConfigurableResource[None]):
 
     def lease_seconds(self) -> float:
         """How long a claim stands without a heartbeat."""
-        return Settings().lease_seconds
+        return current().lease_seconds
 
     def heartbeat_seconds(self) -> float:
         """How often a session extends its lease."""
-        return Settings().heartbeat_seconds
+        return current().heartbeat_seconds
 
     def cap_seconds(self) -> float:
         """Hard cap of a session."""
-        return Settings().session_cap_seconds
+        return current().session_cap_seconds
 
     def details_url(self, run_id: str) -> str | None:
         """The run's page; only a public address may stand on a pull request, and the twin's reader is on this machine."""
-        settings = Settings()
+        settings = current()
         return f"{settings.dagster_url}/runs/{run_id}" if settings.offline else None
 
     def spec(self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class CloudAgentResource(ConfigurableResource[None]):
 
     @staticmethod
     def _spec(**values: Any) -> dict[str, Any]:
-        settings = Settings()
+        settings = current()
         limits = SessionLimits(silence_s=settings.session_silence_seconds, hard_cap_s=settings.session_cap_seconds)
         return SessionSpec(**{"agent": settings.agent, "model": settings.model, "limits": limits, **values}).model_dump(
             mode="json"
@@ -129,7 +129,7 @@ class CloudAgentResource(ConfigurableResource[None]):
 
         Without an answer there is a reason: `model_unreachable` may pass, `insufficient_credits` and `model_refused` need somebody.
         """
-        settings = Settings()
+        settings = current()
         whole = {**question, "model": model or settings.model, "seconds": seconds, "max_tokens": max_tokens}
         try:
             answer = ask(control_socket(settings), whole)
@@ -139,7 +139,7 @@ class CloudAgentResource(ConfigurableResource[None]):
 
     def runner(self, agent: str) -> SelfHostedRunner:
         """A runner for one agent program."""
-        settings = Settings()
+        settings = current()
         adapter: AgentAdapter = (
             KiloAdapter(package_directory()) if agent == "kilo" else ScriptedAdapter(settings.scripted_behaviour)
         )
@@ -154,7 +154,7 @@ class CloudAgentResource(ConfigurableResource[None]):
 
     def call_back(self, session_id: UUID, token: str, outcome: SessionOutcome) -> int:
         """Tells the ingress that a session ended; HTTP status, 0 when nobody answered. The stored row is the truth."""
-        settings = Settings()
+        settings = current()
         body = {
             "sessionId": str(session_id),
             "cloudAgentSessionId": str(session_id),

@@ -16,7 +16,7 @@ from kilo_pipelines.providers import github_alerts, github_effects
 from kilo_pipelines.providers.github import BranchHead, GitHubApp, GitHubInstallation, ProviderError
 from kilo_pipelines.providers.github_alerts import AlertPage
 from kilo_pipelines.providers.github_effects import LostLeaseError
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import current
 from kilo_pipelines.store import Cost
 
 __all__ = ["AlertPage", "BranchHead", "GitHubResource", "LostLeaseError", "ProviderError"]
@@ -44,7 +44,7 @@ class GitHubResource(ConfigurableResource[None]):
     """Reads and posts as the App's installation; tokens live in the client's memory only."""
 
     def _app(self) -> GitHubApp:
-        settings = Settings()
+        settings = current()
         if settings.github_app_id is None:
             raise ProviderError(Reason.GITHUB_APP_MISSING, retryable=False)
         return _app(settings.github_api_url, settings.github_app_id, str(settings.github_private_key_file))
@@ -78,11 +78,11 @@ class GitHubResource(ConfigurableResource[None]):
 
     def effect_costs(self) -> list[Cost]:
         """What one effect takes from the integration's budget."""
-        return [Cost("read", EFFECT_READS, self._reads()), Cost("write", 1, Rate(Settings().github_writes_per_hour, WRITE_BURST))]
+        return [Cost("read", EFFECT_READS, self._reads()), Cost("write", 1, Rate(current().github_writes_per_hour, WRITE_BURST))]
 
     @staticmethod
     def _reads() -> Rate:
-        return Rate(Settings().github_reads_per_hour, READ_BURST)
+        return Rate(current().github_reads_per_hour, READ_BURST)
 
     def apply(
         self, installation_id: int, repository_id: int, intent: EffectIntent, before_write: Callable[[], bool]

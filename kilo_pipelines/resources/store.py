@@ -8,7 +8,7 @@ from dagster import ConfigurableResource
 
 from kilo_pipelines import failpoints
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import Settings, current
 from kilo_pipelines.store import Store
 from kilo_pipelines.store.crypto import Cipher
 
@@ -30,4 +30,4 @@ class StoreResource(ConfigurableResource[None]):
 
     def get(self) -> Store:
         """The store of this process."""
-        return open_store(Settings())
+        return open_store(current())

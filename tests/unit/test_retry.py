@@ -39,6 +39,7 @@ NO_FAILURE = {
     Reason.ROLE_NOT_ALLOWED,
     Reason.ANALYSIS_NOT_WANTED,
     Reason.ANALYSIS_ACTIVE,
+    Reason.ANALYSIS_LOOP,
     Reason.ANALYSED,
     Reason.TRIAGE_UNUSABLE,
 }

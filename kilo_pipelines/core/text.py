@@ -21,7 +21,8 @@ _MENTION = re.compile(r"@(?=[A-Za-z0-9_])")
 _LISTED = r"(?:[^\S\n]|[>*+\-#|]|\d{1,9}[.)])*+"
 _COMMAND = re.compile(rf"^({_LISTED})/", re.MULTILINE)
 # One click away from being committed, and rendered out of any text; ours are put together in `services/*/render.py`.
-_SUGGESTION = re.compile(rf"^({_LISTED}(?:`{{3,}}|~{{3,}})[^\S\n]*)(?=suggestion)", re.MULTILINE | re.IGNORECASE)
+# A fence, and before it whatever some reader may take for the marker of a list or a quotation.
+_SUGGESTION = re.compile(r"^((?:[^\S\n]|[>*+\-#|.)\d])*+(?:`{3,}|~{3,})[^\S\n]*)(?=suggestion)", re.MULTILINE | re.IGNORECASE)
 _CLOSING = re.compile(
     r"\b(clos(?:e|es|ed|ing)|fix(?:es|ed|ing)?|resolv(?:e|es|ed|ing))(\s*:?\s+)(?=#|GH-|https?://|[\w.-]+/[\w.-]+#)",
     re.IGNORECASE,

@@ -219,7 +219,10 @@ class Owners:
         return Repository(**row) if row else None
 
     def sync_targets(self, owner_id: UUID) -> list[SyncTarget]:
-        """Repositories of the owner's working installations, the longest unsynced first: a sync that ran out of time goes on there."""
+        """Repositories of the owner's working installations, the longest not asked for first: a sync that ran out of time goes on there.
+
+        A repository that fails slowly was asked for, too: it stands at the end next time and takes nobody's turn.
+        """
         with self._database.owner(owner_id) as connection:
             found = rows(
                 connection,
@@ -227,7 +230,7 @@ class Owners:
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
                 " left join repository_syncs s on s.owner_id = r.owner_id and s.repository_id = r.external_id"
                 " where r.owner_id = :owner and r.removed_at is null and i.provider = 'github' and i.suspended_at is null"
-                " and i.disconnected_at is null order by s.succeeded_at nulls first, r.external_id",
+                " and i.disconnected_at is null order by s.attempted_at nulls first, r.external_id",
                 owner=owner_id,
             )
         return [SyncTarget(**row) for row in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
@@ -146,3 +147,13 @@ def test_two_owners_of_one_repository_sync_apart(database: Database, twin: Twin)
     first.sync()
     second.sync()
     assert sum(first.by_status().values()) == 8 and sum(second.by_status().values()) == 16
+
+
+def test_a_repository_that_fails_takes_nobodys_turn(database: Database, twin: Twin) -> None:
+    owner = Owner(database, twin, 3, 9)
+    for _ in range(3):
+        first = owner.store.owners.sync_targets(owner.id)[0].full_name
+        owner.fault(first, status=500)
+        database.clock.advance(timedelta(seconds=1))
+        owner.sync(only=owner.store.owners.sync_targets(owner.id)[0].repository_id)
+        assert owner.store.owners.sync_targets(owner.id)[-1].full_name == first

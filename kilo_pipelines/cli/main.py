@@ -24,7 +24,15 @@ import psutil
 
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import doctor as doctor_checks
-from kilo_pipelines.cli import security, setup, supervisor, upkeep, work, world
+from kilo_pipelines.cli import (
+    security,
+    security_report,  # noqa: F401  # its commands register on the group `security`
+    setup,
+    supervisor,
+    upkeep,
+    work,
+    world,
+)
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason

@@ -166,19 +166,8 @@ def deadline(
 
 
 def row_of(state: sla.SlaState) -> SlaRow:
-    """What is kept of a computed state: nothing that changes by the clock alone."""
-    return SlaRow(
-        severity=state.severity or "",
-        started_at=state.started_at,
-        due_at=state.due_at,
-        budget_days=state.budget_days,
-        paused_seconds=state.paused_seconds,
-        paused=state.status == "paused",
-        period=state.period,
-        closed_at=state.closed_at,
-        reconstructed=state.reconstructed,
-        policy_version=state.policy_version,
-    )
+    """A computed state as it is stored."""
+    return SlaRow(**sla.kept(state))
 
 
 def policy_for(store: Store, owner_id: UUID, config: SecurityConfig, *, actor: str) -> sla.SlaPolicy:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
+from sqlalchemy import Connection
+
 from kilo_pipelines.store.database import Database, rows
 from kilo_pipelines.store.rows import AnalysisRow
 
@@ -34,12 +36,17 @@ class Analyses:
     def latest(self, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, AnalysisRow]:
         """The newest completed analysis of each of these findings that has one."""
         with self._database.owner(owner_id) as connection:
-            found = rows(
-                connection,
-                f"select distinct on (a.finding_id) {_COLUMNS} from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id"
-                " where a.owner_id = :owner and a.finding_id = any(:findings) and a.completed_at is not null and w.state = 'completed'"
-                " order by a.finding_id, a.completed_at desc, w.id",
-                owner=owner_id,
-                findings=list(finding_ids),
-            )
-        return {row["finding_id"]: AnalysisRow(**row) for row in found}
+            return latest_of(connection, owner_id, finding_ids)
+
+
+def latest_of(connection: Connection, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, AnalysisRow]:
+    """The same in an owner's scope."""
+    found = rows(
+        connection,
+        f"select distinct on (a.finding_id) {_COLUMNS} from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id"
+        " where a.owner_id = :owner and a.finding_id = any(:findings) and a.completed_at is not null and w.state = 'completed'"
+        " order by a.finding_id, a.completed_at desc, w.id",
+        owner=owner_id,
+        findings=list(finding_ids),
+    )
+    return {row["finding_id"]: AnalysisRow(**row) for row in found}

@@ -39,6 +39,7 @@ NEEDS_ACTION = ("not_analyzed", "failed", "exploitable", "needs_review", "triage
 
 # A finding that is being analysed is `analyzing`, whatever is known of it; else its newest completed analysis speaks, a deep one before
 # the shallow one; what a deep analysis can't decide and gives no word for is a person's to look at.
+# Laterals: each probes an index by finding, whatever the planner knows of tables that a first sync has just filled.
 _FINDINGS = """
 select f.*, finding_status(f.upstream_state, f.disposition) as status, r.full_name as repository,
     s.due_at, s.budget_days, coalesce(s.paused, false) as paused, s.closed_at,
@@ -59,18 +60,18 @@ select f.*, finding_status(f.upstream_state, f.disposition) as status, r.full_na
 from findings f
 join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
 left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id
-left join (
-    select a.finding_id, bool_or(w.ended_at is null) as live, bool_or(w.state = 'failed') as failed
+left join lateral (
+    select bool_or(w.ended_at is null) as live, bool_or(w.state = 'failed') as failed
     from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id
-    where (a.owner_id = :owner) group by a.finding_id
-) n on n.finding_id = f.id
-left join (
-    select distinct on (a.finding_id) a.finding_id, a.item_id, a.deep ->> 'exploitable' as exploitable,
+    where (a.owner_id = :owner) and (a.finding_id = f.id)
+) n on true
+left join lateral (
+    select a.item_id, a.deep ->> 'exploitable' as exploitable,
         coalesce(a.deep ->> 'action', a.triage ->> 'action') as action, a.triage ->> 'action' as triage_action
     from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id
-    where (a.owner_id = :owner) and (a.completed_at is not null) and (w.state = 'completed')
-    order by a.finding_id, a.completed_at desc, w.id
-) c on c.finding_id = f.id
+    where (a.owner_id = :owner) and (a.finding_id = f.id) and (a.completed_at is not null) and (w.state = 'completed')
+    order by a.completed_at desc, w.id limit 1
+) c on true
 where (f.owner_id = :owner) and (cast(:repository as bigint) is null or f.repository_id = :repository)
 """
 _WANTED = """

@@ -51,6 +51,10 @@ EVIDENCE: dict[str, tuple[str, ...]] = {
     "security.remediation.blocked": ("reason",),
     "security.remediation.no_changes_needed": ("reason",),
     "security.remediation.cancelled": ("reason",),
+    # The engine's own word for work that needed no session.
+    "security_analysis.done": ("reason",),
+    "dismissal.done": ("reason",),
+    "remediation.done": ("reason",),
 }
 _STATUS_AFTER = {"opened": "open", "reopened": "open", "ignored": "ignored", "fixed": "fixed"}
 _SYSTEM = frozenset({"platform", "dependabot", "system"})

@@ -55,6 +55,8 @@ class Reason(StrEnum):
     NO_REPOSITORIES = "no_repositories"
     ALERT_MALFORMED = "alert_malformed"
     SYNC_OUT_OF_TIME = "sync_out_of_time"
+    ALERTS_SYNCED = "alerts_synced"
+    SYNC_PARTLY = "sync_partly"
     # reports and the control API of the Security Agent
     REPORT_PERIOD_INVALID = "report_period_invalid"
     REPORT_TOO_LARGE = "report_too_large"
@@ -221,6 +223,11 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.ALERT_MALFORMED: (
         "An alert isn't in GitHub's shape and was set aside.",
         "`kilo-pipelines security sync --json` and the quarantine name its fields; the others were taken.",
+    ),
+    Reason.ALERTS_SYNCED: ("The alerts of every selected repository were read.", "Nothing."),
+    Reason.SYNC_PARTLY: (
+        "Some repositories were not read in a sync that somebody asked for.",
+        "Look at each repository's outcome; the next sync goes on where this one stopped.",
     ),
     Reason.REPORT_PERIOD_INVALID: (
         "The period of a report begins after its end, ends in the future, has more than 90 days, or is named for a VEX export.",

@@ -356,6 +356,21 @@ class SettingsChange(BaseModel):
     settings: dict[str, Any]
 
 
+class SyncWish(BaseModel):
+    """Of which repository (numeric id), selected or not; none: of all selected ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    repository: int | None = Field(default=None, ge=1, le=BIG)
+
+
+class SyncRequested(_Strict):
+    """`waiting`: a sync waits or runs already, and this one is the same; else the work item that was opened."""
+
+    outcome: Literal["accepted", "waiting"]
+    item: UUID | None
+
+
 class SettingsSaved(_Strict):
     """What is stored now, and how many deadlines were looked at and changed."""
 
@@ -397,10 +412,19 @@ OPERATIONS: dict[str, Operation] = {
         query=_Asked,
         body=SettingsChange,
     ),
+    "request_sync": Operation(
+        "Asks for a sync; a run begins as soon as a worker is free.",
+        {202: SyncRequested, **_REFUSALS, 409: Refused, 413: Refused},
+        query=_Asked,
+        body=SyncWish,
+    ),
 }
 _STATUS = {
     Reason.ROLE_NOT_ALLOWED: 401,
     Reason.SETTINGS_STALE: 409,
+    Reason.SECURITY_DISABLED: 409,
+    Reason.ACTION_REQUIRED: 409,
+    Reason.NO_REPOSITORIES: 409,
     Reason.SETTINGS_INVALID: 422,
     Reason.REPORT_TOO_LARGE: 413,
     Reason.REPORT_OUT_OF_TIME: 503,
@@ -421,8 +445,21 @@ def _nothing() -> Response:
     return JSONResponse({"outcome": "not_found"}, status_code=404)
 
 
-def _told(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(by_alias=True), media_type="application/json")
+def _told(answer: BaseModel, status: int = 200) -> Response:
+    return Response(answer.model_dump_json(by_alias=True), status_code=status, media_type="application/json")
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def _body(request: Request, model: type[Body]) -> Body | Response:
+    """The body as a model, or what is wrong with it."""
+    try:
+        return model.model_validate(parse_object(await read_body(request, CALLBACK_BYTES)))
+    except ValidationError as failure:
+        return refused(Refusal(Reason.PAYLOAD_SHAPE_MISMATCH, acts.fields_of(failure)))
+    except BodyError as failure:
+        return JSONResponse({"outcome": "refused", "reason": str(failure.reason)}, status_code=failure.status)
 
 
 @dataclass(frozen=True)
@@ -529,12 +566,9 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         if isinstance(found, Response):
             return found
         by, _ = found
-        try:
-            wanted = SettingsChange.model_validate(parse_object(await read_body(request, CALLBACK_BYTES)))
-        except ValidationError as failure:
-            return refused(Refusal(Reason.PAYLOAD_SHAPE_MISMATCH, acts.fields_of(failure)))
-        except BodyError as failure:
-            return JSONResponse({"outcome": "refused", "reason": str(failure.reason)}, status_code=failure.status)
+        wanted = await _body(request, SettingsChange)
+        if isinstance(wanted, Response):
+            return wanted
         save = partial(
             acts.save_settings,
             store,
@@ -559,7 +593,22 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
             )
         )
 
+    async def request_sync(request: Request) -> Response:
+        found = await caller(request, "sync", _Asked)
+        if isinstance(found, Response):
+            return found
+        by, _ = found
+        wish = await _body(request, SyncWish)
+        if isinstance(wish, Response):
+            return wish
+        ask = partial(acts.request_sync, store, by.owner_id, wish.repository, role=by.role, actor=by.actor)
+        item = await anyio.to_thread.run_sync(ask)
+        if isinstance(item, Refusal):
+            return refused(item)
+        return _told(SyncRequested(outcome="waiting" if item is None else "accepted", item=item), 202)
+
     return [
+        Route("/api/v1/security/sync", request_sync, methods=["POST"]),
         Route("/api/v1/security/findings", list_findings, methods=["GET"]),
         Route("/api/v1/security/findings/{finding}", show_finding, methods=["GET"]),
         Route("/api/v1/security/summary", show_summary, methods=["GET"]),

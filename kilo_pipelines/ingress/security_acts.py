@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress.bodies import storable
 from kilo_pipelines.services.security import report, sla, vex
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of, selects
 from kilo_pipelines.services.security.permissions import may
 from kilo_pipelines.services.security.report import Refusal
-from kilo_pipelines.store import FindingEventRow, FindingRow, Limits, SlaRow, StaleRevisionError, Store
+from kilo_pipelines.store import FindingEventRow, FindingRow, Limits, NewItem, SlaRow, StaleRevisionError, Store
 from kilo_pipelines.store.finding_lists import ANALYZED
 
 Form = Literal["csv", "json", "vex"]
@@ -167,6 +167,33 @@ def save_settings(
     policy = policy.at_version(store.findings.keep_policy(owner_id, policy.stored(), actor=actor))
     looked, changed = recompute(store, owner_id, policy, now)
     return Saved(config, enabled, revision, looked, changed)
+
+
+def request_sync(store: Store, owner_id: UUID, repository_id: int | None, *, role: str, actor: str) -> UUID | Refusal | None:
+    """Opens a sync of an owner, or of one repository, selected or not (contract 7.2.3); None when one waits or runs already."""
+    if not may(role, "sync"):
+        return Refusal(Reason.ROLE_NOT_ALLOWED, role)
+    setting = store.owners.config(owner_id, SERVICE)
+    if setting is None or not setting.enabled:
+        return Refusal(Reason.SECURITY_DISABLED, "it is off")
+    if setting.action_required is not None:
+        return Refusal(Reason.ACTION_REQUIRED, "see the owner's services")
+    config = SecurityConfig.model_validate(setting.config)
+    wanted = [
+        one.repository_id
+        for one in store.owners.sync_targets(owner_id)
+        if (selects(config, one.repository_id) if repository_id is None else one.repository_id == repository_id)
+    ]
+    if not wanted:
+        return Refusal(Reason.NO_REPOSITORIES, "nothing to read" if repository_id is None else f"repository {repository_id}")
+    item = NewItem(
+        service="security_sync",
+        subject_key="sync" if repository_id is None else f"sync:{repository_id}",
+        repository_id=wanted[0],
+        priority=0,
+        details={"repository_id": repository_id, "requested_by": actor},
+    )
+    return store.queue.open(owner_id, item, actor=actor)
 
 
 def _storable(value: Any) -> bool:

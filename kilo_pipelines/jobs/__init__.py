@@ -12,7 +12,7 @@ from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.items import settle_quietly
-from kilo_pipelines.ops.security_sync import sync_owners
+from kilo_pipelines.ops.security_sync import sync_owners, sync_requested
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
 # Longer than any session's own cap by five minutes: Dagster's monitor is the last net, the runner's cap the first.
@@ -84,8 +84,17 @@ def security_sync() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="Carries out the syncs that somebody asked for.",
+)
+def requested_security_sync() -> None:
+    sync_requested()
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
-    description="Notes the ends of dismissals and notices that were cancelled or given up.",
+    description="Notes the ends of dismissals, notices and requested syncs that were cancelled or given up.",
 )
 def settle_quiet_items() -> None:
     settle_quietly()
@@ -93,4 +102,14 @@ def settle_quiet_items() -> None:
 
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
-    return [code_review, settle_code_review, agent_session, outbox, audit_seal, retention, security_sync, settle_quiet_items]
+    return [
+        code_review,
+        settle_code_review,
+        agent_session,
+        outbox,
+        audit_seal,
+        retention,
+        security_sync,
+        requested_security_sync,
+        settle_quiet_items,
+    ]

@@ -20,7 +20,14 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import agent_session, code_review, outbox, settle_code_review, settle_quiet_items
+from kilo_pipelines.jobs import (
+    agent_session,
+    code_review,
+    outbox,
+    requested_security_sync,
+    settle_code_review,
+    settle_quiet_items,
+)
 from kilo_pipelines.ops.admission import admit
 from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.store import StoreResource
@@ -43,12 +50,15 @@ _JOB_OF = {
     ("session", "code_review"): agent_session.name,
     ("settle", "dismissal"): settle_quiet_items.name,
     ("settle", "notice"): settle_quiet_items.name,
+    ("start", "security_sync"): requested_security_sync.name,
+    ("settle", "security_sync"): settle_quiet_items.name,
 }
 _OP_OF = {
     code_review.name: "launch_reviews",
     settle_code_review.name: "settle_reviews",
     agent_session.name: "run_agent_session",
     settle_quiet_items.name: "settle_quietly",
+    requested_security_sync.name: "sync_requested",
     outbox.name: "apply_waiting_effects",
 }
 
@@ -122,7 +132,7 @@ def wait_for_work(store: Store, seconds: float, turns: Turns) -> list[RunRequest
 def _shard(number: int, turns: Turns) -> SensorDefinition:
     @sensor(
         name=f"work_{number:02d}",
-        jobs=[code_review, settle_code_review, agent_session, settle_quiet_items, outbox],
+        jobs=[code_review, settle_code_review, agent_session, requested_security_sync, settle_quiet_items, outbox],
         minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
         default_status=DefaultSensorStatus.RUNNING,
         description="Waits for deliveries, callbacks and waiting items; admits and offers them.",

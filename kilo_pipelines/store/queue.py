@@ -39,6 +39,7 @@ SERVICE_TABLES = {
     "dismissal": "dismissals",
     "remediation": "remediations",
     "notice": "notices",
+    "security_sync": "sync_requests",
 }
 
 

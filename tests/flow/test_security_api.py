@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,9 +22,11 @@ from referencing.jsonschema import DRAFT202012
 from starlette.applications import Starlette
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ingress import security_acts as acts
 from kilo_pipelines.ingress.application import Ingress, admin_application
 from kilo_pipelines.ingress.security import OPERATIONS
 from kilo_pipelines.services.security.config import PRESETS
+from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import NewItem
 from tests.conftest import Database
 from tests.store.test_findings import Synced
@@ -310,6 +313,52 @@ def test_bodies_in_another_shape_are_refused(desk: Desk, description: dict[str, 
     answer = put(desk, body)
     assert answer.status_code == status and answer.json()["reason"] in set(Reason)
     in_schema(description, "PUT", f"{BASE}/settings", answer)
+
+
+# -- syncs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sync_is_a_work_item_that_is_opened_once(desk: Desk, description: dict[str, Any]) -> None:
+    asked = desk.ask("POST", "sync", json={})
+    assert (asked.status_code, asked.json()["outcome"]) == (202, "accepted")
+    in_schema(description, "POST", f"{BASE}/sync", asked)
+    item = desk.synced.store.queue.get(UUID(asked.json()["item"]))
+    assert item is not None and (item.service, item.owner_id, item.state) == ("security_sync", desk.synced.owner, "waiting")
+    again = desk.ask("POST", "sync", json={})
+    assert (again.status_code, again.json()) == (202, {"outcome": "waiting", "item": None})
+    one = desk.ask("POST", "sync", json={"repository": 550_001})
+    assert one.json()["outcome"] == "accepted" and desk.ask("POST", "sync", "other", json={}).json()["outcome"] == "accepted"
+    offers = {(offer.kind, offer.service) for offer in desk.synced.store.queue.offers(limit=50)}
+    assert ("start", "security_sync") in offers
+
+
+@pytest.mark.parametrize(
+    ("who", "body", "status", "reason"),
+    [
+        ("reader", {}, 401, Reason.ROLE_NOT_ALLOWED),
+        ("owner", {"repository": 1}, 409, Reason.NO_REPOSITORIES),
+        ("owner", {"repository": 0}, 400, Reason.PAYLOAD_SHAPE_MISMATCH),
+        ("owner", {"repository": "550001"}, 400, Reason.PAYLOAD_SHAPE_MISMATCH),
+        ("owner", {"owner": "x"}, 400, Reason.PAYLOAD_SHAPE_MISMATCH),
+        ("owner", [], 400, Reason.BODY_NOT_JSON),
+        ("operator", {}, 400, Reason.OWNER_NOT_NAMED),
+    ],
+)
+def test_syncs_that_are_refused_open_nothing(
+    desk: Desk, description: dict[str, Any], who: str, body: Any, status: int, reason: Reason
+) -> None:
+    answer = desk.ask("POST", "sync", who, json=body)
+    assert (answer.status_code, answer.json()["reason"]) == (status, reason)
+    in_schema(description, "POST", f"{BASE}/sync", answer)
+
+
+def test_an_owner_whose_agent_is_off_is_not_synced(database: Database) -> None:
+    synced = Synced(database, 550_002)
+    ask = partial(acts.request_sync, synced.store, synced.owner, None, role="member", actor="x")
+    synced.store.owners.enable_service(synced.owner, "security_agent", False, actor="x")
+    assert ask() == Refusal(Reason.SECURITY_DISABLED, "it is off")
+    synced.store.owners.enable_service(synced.owner, "security_agent", True, actor="x")
+    assert isinstance(ask(), UUID)
 
 
 def test_a_reader_saves_nothing_and_a_stranger_is_nobody(desk: Desk) -> None:

@@ -95,6 +95,7 @@ class Corner(World):
         more = {"analysis_id": str(analysis), "fingerprint": self.canary, "findings": [str(finding)]}
         self._open("remediation", finding, {**common, **more})
         self._open("notice", finding, {"finding_id": str(finding), "kind": "new_finding"})
+        self._open("security_sync", finding, {"requested_by": f"{self.canary}-actor"})
 
     def _open(self, service: str, finding: UUID, details: dict[str, Any]) -> UUID:
         item = NewItem(

@@ -153,6 +153,10 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "GET", "/api/v1/security/summary"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/security/report"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/security/settings"): Entry(served=_OWNERS),
+    ("admin", "POST", "/api/v1/security/sync"): Entry(
+        served=_WRITERS,
+        asks={"both hold it": lambda _stage, path: {"path": path, "json": {"repository": REPOSITORY}}},
+    ),
     # Of a revision that nobody has: whoever may save is told so, and nothing changes.
     ("admin", "PUT", "/api/v1/security/settings"): Entry(
         served=_WRITERS,

@@ -90,9 +90,23 @@ create table notices (
     foreign key (owner_id, finding_id) references findings (owner_id, id)
 );
 create index notices_of_finding on notices (owner_id, finding_id, kind);
+
+create table sync_requests (
+    owner_id uuid not null,
+    item_id uuid not null,
+    repository_id bigint,
+    requested_by text not null,
+    verdict jsonb,
+    evidence jsonb,
+    primary key (owner_id, item_id),
+    foreign key (owner_id, item_id) references work_items (owner_id, id)
+);
+
+-- Reports read a period's events page by page.
+create index audit_events_by_time on audit_events (owner_id, at, id);
 """
 
-TABLE_NAMES = ("finding_analyses", "dismissals", "remediations", "notices")
+TABLE_NAMES = ("finding_analyses", "dismissals", "remediations", "notices", "sync_requests")
 SCOPE = "nullif(current_setting('kilo.owner_id', true), '')::uuid"
 
 
@@ -113,5 +127,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Removes them."""
+    op.execute("drop index audit_events_by_time")
     for table in reversed(TABLE_NAMES):
         op.execute(f"drop table {table}")

@@ -24,7 +24,16 @@ import psutil
 
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import doctor as doctor_checks
-from kilo_pipelines.cli import security, security_analysis, setup, supervisor, upkeep, work, world
+from kilo_pipelines.cli import (
+    security,
+    security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
+    security_report,  # noqa: F401
+    setup,
+    supervisor,
+    upkeep,
+    work,
+    world,
+)
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason
@@ -435,8 +444,6 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in security_analysis.COMMANDS:
-    security.security.add_command(command)
 for command in (*work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 

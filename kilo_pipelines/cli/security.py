@@ -9,13 +9,16 @@ from typing import Any
 from uuid import UUID
 
 import click
-from pydantic import ValidationError
 
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.ingress import security_acts as acts
+from kilo_pipelines.ingress.security_acts import config_of
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of
-from kilo_pipelines.store import AnalysisRow, FindingRow, StaleRevisionError, Store
+from kilo_pipelines.services.security.config import SERVICE
+from kilo_pipelines.services.security.report import Refusal
+from kilo_pipelines.store import OUTCOMES, AnalysisRow, FindingRow, Store
+from kilo_pipelines.store.finding_lists import ORDERS
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +26,11 @@ _owner = click.option("--owner", type=click.UUID, help="Default: the only owner.
 
 
 def _the_owner(store: Store, owner: UUID | None, plain: bool) -> UUID:
-    if owner is not None:
-        return owner
     known = store.owners.all()
+    if owner is not None:
+        if owner not in {one.id for one in known}:
+            end(plain, f"no owner {owner}")
+        return owner
     if len(known) != 1:
         end(plain, "name an owner with --owner: " + ", ".join(f"{one.id} ({one.name})" for one in known), 2)
     return known[0].id
@@ -40,12 +45,6 @@ def finding_of(store: Store, finding: UUID, plain: bool) -> FindingRow:
     return row
 
 
-def config_of(store: Store, owner: UUID) -> SecurityConfig:
-    """An owner's settings; the defaults when it has none."""
-    setting = store.owners.config(owner, SERVICE)
-    return SecurityConfig.model_validate(setting.config if setting else {})
-
-
 @click.group()
 def security() -> None:
     """The Security Agent: findings, their deadlines, syncs."""
@@ -53,19 +52,41 @@ def security() -> None:
 
 @security.command("findings")
 @_owner
-@click.option("--status", type=click.Choice(["open", "fixed", "ignored"]), default="open", show_default=True)
+@click.option("--repository", type=click.IntRange(1, 2**63 - 1), help="Only of the repository with this id at the provider.")
+@click.option("--status", type=click.Choice(["open", "fixed", "ignored", "closed"]), default="open", show_default=True)
 @click.option("--severity", type=click.Choice(["critical", "high", "medium", "low"]))
+@click.option(
+    "--outcome", type=click.Choice(OUTCOMES), help="Of the analysis; fixed and dismissed want a --status that lets them through."
+)
 @click.option("--overdue", is_flag=True)
-@click.option("--limit", default=50, show_default=True)
-@click.option("--offset", default=0, show_default=True)
+@click.option("--sort", type=click.Choice(list(ORDERS)), default="severity_desc", show_default=True)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--offset", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @as_json
 def security_findings(
-    owner: UUID | None, status: str, severity: str | None, overdue: bool, limit: int, offset: int, plain: bool
+    owner: UUID | None,
+    repository: int | None,
+    status: str,
+    severity: str | None,
+    outcome: str | None,
+    overdue: bool,
+    sort: str,
+    limit: int,
+    offset: int,
+    plain: bool,
 ) -> None:
     """Lists findings with their deadlines, the worst first."""
     _, store = open_store(plain)
     found = store.findings.listed(
-        _the_owner(store, owner, plain), status=status, severity=severity, overdue=overdue, limit=limit, offset=offset
+        _the_owner(store, owner, plain),
+        status=status,
+        severity=severity,
+        repository_id=repository,
+        outcome=outcome,
+        overdue=overdue,
+        sort=sort,
+        limit=limit,
+        offset=offset,
     )
     show(plain, found, lambda: "\n".join(map(_line, found)) or "no findings")
 
@@ -84,7 +105,7 @@ def security_show(finding: UUID, plain: bool) -> None:
     _, store = open_store(plain)
     row = finding_of(store, finding, plain)
     history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
-    state = _state(store, row, datetime.now(UTC))
+    state = acts.state_of(store, row, history, datetime.now(UTC))
     answer = {
         **vars(row),
         "sla": {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)},
@@ -118,14 +139,6 @@ def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
         ("decided here", decided),
         ("page", row.html_url),
     ]
-
-
-def _state(store: Store, row: FindingRow, at: datetime) -> sla.SlaState:
-    kept = store.findings.policy(row.owner_id, at)
-    policy = sla.SlaPolicy.of_stored(*kept) if kept else policy_of(config_of(store, row.owner_id))
-    history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
-    steps = [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in history]
-    return sla.evaluate(steps, policy, row.repository_id, at)
 
 
 @security.command("sync")
@@ -167,33 +180,27 @@ def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool)
     _, store = open_store(plain)
     owner_id = _the_owner(store, owner, plain)
     setting = store.owners.config(owner_id, SERVICE)
-    wanted = dict(setting.config) if setting else {}
     try:
-        for change in changes:
-            name, _, value = change.partition("=")
-            wanted[name] = json.loads(value)
-        before = SecurityConfig.model_validate(setting.config) if setting else None
-        config = activated(before, SecurityConfig.model_validate(wanted), datetime.now(UTC))
-    except ValidationError as failure:
-        end(plain, "; ".join(f"{'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in failure.errors()), 2)
+        wanted = {name: json.loads(value) for name, _, value in (one.partition("=") for one in changes)}
     except ValueError:
-        end(plain, f"not NAME=JSON: {change}", 2)
+        end(plain, f"not NAME=JSON: {', '.join(changes)}", 2)
+    config = config_of(store, owner_id)
     if changes:
-        try:
-            store.owners.put_config(
-                owner_id,
-                SERVICE,
-                config.model_dump(mode="json"),
-                enabled=setting.enabled if setting else False,
-                expected_revision=setting.revision if setting else 0,
-                actor=OPERATOR,
-            )
-        except StaleRevisionError as failure:
-            end(plain, str(failure))
         from kilo_pipelines.assets.security import recompute
-        from kilo_pipelines.ops.security_sync import policy_for
 
-        recompute(store, owner_id, policy_for(store, owner_id, config, actor=OPERATOR), datetime.now(UTC))
+        saved = acts.save_settings(
+            store,
+            owner_id,
+            wanted,
+            expected_revision=setting.revision if setting else 0,
+            role=OPERATOR,
+            actor=OPERATOR,
+            now=datetime.now(UTC),
+            recompute=recompute,
+        )
+        if isinstance(saved, Refusal):
+            end(plain, f"{saved.detail} ({saved.reason})", 2)
+        config = saved.config
     shown = config.model_dump(mode="json")
     show(plain, shown, lambda: "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()))
 
@@ -228,7 +235,8 @@ def security_sla_explain(finding: UUID, at: datetime | None, plain: bool) -> Non
     """Says how a finding's deadline came to be, now or at any past moment under the policy of that time."""
     _, store = open_store(plain)
     row = finding_of(store, finding, plain)
-    state = _state(store, row, at.replace(tzinfo=UTC) if at else datetime.now(UTC))
+    history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
+    state = acts.state_of(store, row, history, at.replace(tzinfo=UTC) if at else datetime.now(UTC))
     show(plain, {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)}, lambda: sla.explain(state))
 
 

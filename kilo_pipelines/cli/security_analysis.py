@@ -7,11 +7,11 @@ from uuid import UUID
 import click
 
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
-from kilo_pipelines.cli.security import finding_of
+from kilo_pipelines.cli.security import finding_of, security
 from kilo_pipelines.core.reasons import MEANING, Reason
 
 
-@click.command("analyze")
+@security.command("analyze")
 @click.argument("finding", type=click.UUID)
 @click.option("--deep", is_flag=True, help="Read the repository, whatever the metadata say.")
 @click.option("--restart", is_flag=True, help="Cancel what is under way and start over, reading the repository.")
@@ -27,6 +27,3 @@ def security_analyze(finding: UUID, deep: bool, restart: bool, plain: bool) -> N
         meaning, remedy = MEANING[answer]
         end(plain, f"not analysed: {meaning} {remedy} ({answer})")
     show(plain, {"item": answer}, lambda: f"waiting as item {answer}")
-
-
-COMMANDS = (security_analyze,)

@@ -57,7 +57,6 @@ class Reason(StrEnum):
     INSUFFICIENT_CREDITS = "insufficient_credits"
     FINDING_UNKNOWN = "finding_unknown"
     FINDING_NOT_OPEN = "finding_not_open"
-    ROLE_NOT_ALLOWED = "role_not_allowed"
     ANALYSIS_NOT_WANTED = "analysis_not_wanted"
     ANALYSIS_ACTIVE = "analysis_active"
     ANALYSIS_LOOP = "analysis_loop"
@@ -66,6 +65,17 @@ class Reason(StrEnum):
     NO_REPOSITORIES = "no_repositories"
     ALERT_MALFORMED = "alert_malformed"
     SYNC_OUT_OF_TIME = "sync_out_of_time"
+    ALERTS_SYNCED = "alerts_synced"
+    SYNC_PARTLY = "sync_partly"
+    # reports and the control API of the Security Agent
+    REPORT_PERIOD_INVALID = "report_period_invalid"
+    REPORT_TOO_LARGE = "report_too_large"
+    REPORT_OUT_OF_TIME = "report_out_of_time"
+    QUERY_INVALID = "query_invalid"
+    SETTINGS_INVALID = "settings_invalid"
+    SETTINGS_STALE = "settings_stale"
+    OWNER_NOT_NAMED = "owner_not_named"
+    ROLE_NOT_ALLOWED = "role_not_allowed"
     # claim and engine
     MOVED_ON = "moved_on"
     NO_SLOT = "no_slot"
@@ -224,6 +234,28 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "An alert isn't in GitHub's shape and was set aside.",
         "`kilo-pipelines security sync --json` and the quarantine name its fields; the others were taken.",
     ),
+    Reason.ALERTS_SYNCED: ("The alerts of every selected repository were read.", "Nothing."),
+    Reason.SYNC_PARTLY: (
+        "Some repositories were not read in a sync that somebody asked for.",
+        "Look at each repository's outcome; the next sync goes on where this one stopped.",
+    ),
+    Reason.REPORT_PERIOD_INVALID: (
+        "The period of a report begins after its end, ends in the future, has more than 90 days, or is named for a VEX export.",
+        "Name two UTC days, or none; a VEX export tells the present and takes no period.",
+    ),
+    Reason.REPORT_TOO_LARGE: (
+        "A report would hold more than 10,000 events or findings, or 8 MiB.",
+        "Narrow the period, or name one repository.",
+    ),
+    Reason.REPORT_OUT_OF_TIME: (
+        "A report could not be read within 25 s, or one of its statements within 8 s.",
+        "Narrow the period, or name one repository; look at the database's load.",
+    ),
+    Reason.QUERY_INVALID: ("A request names an unknown filter or a value out of bounds.", "Correct the named fields."),
+    Reason.SETTINGS_INVALID: ("Settings are not what the service takes.", "Correct the named fields."),
+    Reason.SETTINGS_STALE: ("The settings were changed by somebody else since they were read.", "Read them again."),
+    Reason.OWNER_NOT_NAMED: ("The operator has several owners and the request names none.", "Name one with `owner`."),
+    Reason.ROLE_NOT_ALLOWED: ("The role of whoever asks doesn't allow this.", "Ask somebody with a higher role."),
     Reason.SYNC_OUT_OF_TIME: (
         "The owner's share of the run was used up.",
         "Nothing; the next sync goes on with what was left.",
@@ -234,7 +266,6 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.FINDING_UNKNOWN: ("There is no such finding of this owner.", "Look at `kilo-pipelines security findings`."),
     Reason.FINDING_NOT_OPEN: ("The finding is fixed or ignored.", "Nothing; reopen it at its source to have it looked at."),
-    Reason.ROLE_NOT_ALLOWED: ("The acting person's role doesn't allow this.", "Ask an owner of the organization."),
     Reason.ANALYSIS_NOT_WANTED: (
         "The finding is not due to automatic analysis any more.",
         "Nothing; start an analysis by hand to have one after all.",

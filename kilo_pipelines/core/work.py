@@ -29,7 +29,7 @@ class SessionState(StrEnum):
 FINAL = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED})
 
 # Services of work items whose settings stand under another service's name; every other service has its own.
-SETTINGS_OF = dict.fromkeys(("security_analysis", "dismissal", "remediation", "notice"), "security_agent")
+SETTINGS_OF = dict.fromkeys(("security_analysis", "dismissal", "remediation", "notice", "security_sync"), "security_agent")
 
 # A new attempt (re-execute) leads from an end back to `waiting`; `completed` only when a person forces it.
 TRANSITIONS: dict[WorkState, frozenset[WorkState]] = {

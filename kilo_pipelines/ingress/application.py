@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
 from uuid import UUID
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from kilo_pipelines import __version__
+from kilo_pipelines.core.clock import Clock, SystemClock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.bodies import (
@@ -32,6 +32,8 @@ from kilo_pipelines.ingress.bodies import (
     read_body,
     storable,
 )
+from kilo_pipelines.ingress.openapi import description
+from kilo_pipelines.ingress.security import security_routes
 from kilo_pipelines.ingress.together import Together
 from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,
@@ -72,6 +74,7 @@ class Ingress:
     store: Store
     webhook_secret: str | None
     allowed_hosts: frozenset[str]
+    clock: Clock = field(default_factory=SystemClock)
 
     @cached_property
     def integration_of(self) -> Together[int, Integration | None]:
@@ -363,7 +366,7 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starl
     async def describe(request: Request) -> Response:
         if await principal(request) is None:
             return _answer(401, "refused")
-        return JSONResponse(_description(routes))
+        return JSONResponse(description(routes))
 
     routes = [
         Route("/health", health, methods=["GET"]),
@@ -374,32 +377,10 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starl
         Route("/api/v1/reviews/{item}/cancel", cancel_review, methods=["POST"]),
         Route("/api/v1/owners", list_owners, methods=["GET"]),
         Route("/api/v1/integrations", list_integrations, methods=["GET"]),
+        *security_routes(ingress.store, principal, ingress.clock),
         Route("/api/v1/openapi.json", describe, methods=["GET"]),
     ]
     return _guarded(ingress, [*routes, *door])
-
-
-def _description(routes: list[Route]) -> dict[str, Any]:
-    """The control API in OpenAPI's words: paths, methods and who asks."""
-    paths: dict[str, Any] = {}
-    for route in routes:
-        for method in sorted((route.methods or set()) - {"HEAD"}):
-            names = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in route.param_convertors
-            ]
-            operation = {
-                "operationId": route.name,
-                "parameters": names,
-                "responses": {"default": {"description": "JSON with an outcome"}},
-            }
-            paths.setdefault(route.path, {})[method.lower()] = operation
-    return {
-        "openapi": "3.0.3",
-        "info": {"title": "kilo-pipelines control API", "version": __version__},
-        "security": [{"apiKey": []}],
-        "components": {"securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}}},
-        "paths": paths,
-    }
 
 
 async def _review_of(ingress: Ingress, request: Request, owner: UUID | None) -> Any:

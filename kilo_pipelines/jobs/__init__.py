@@ -13,7 +13,7 @@ from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.items import settle_quietly
 from kilo_pipelines.ops.security_analysis import launch_analyses, settle_analyses, sweep_analyses
-from kilo_pipelines.ops.security_sync import sync_owners
+from kilo_pipelines.ops.security_sync import sync_owners, sync_requested
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
 # Longer than any session's own cap by five minutes: Dagster's monitor is the last net, the runner's cap the first.
@@ -85,6 +85,15 @@ def security_sync() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="Carries out the syncs that somebody asked for.",
+)
+def requested_security_sync() -> None:
+    sync_requested()
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "security_analysis"},
     description="Claims waiting analyses: the alert's metadata first, a session in the repository where that doesn't settle it.",
 )
@@ -113,7 +122,7 @@ def security_sweep() -> None:
 @job(
     executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
-    description="Notes the ends of dismissals and notices that were cancelled or given up.",
+    description="Notes the ends of dismissals, notices and requested syncs that were cancelled or given up.",
 )
 def settle_quiet_items() -> None:
     settle_quietly()
@@ -132,5 +141,6 @@ def default_jobs() -> list[JobDefinition]:
         security_analysis,
         settle_security_analysis,
         security_sweep,
+        requested_security_sync,
         settle_quiet_items,
     ]

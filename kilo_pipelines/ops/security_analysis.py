@@ -299,7 +299,7 @@ def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig, log: Lo
 
 
 def analyse(
-    store: Store, finding: FindingRow, *, role: eligibility.Role, actor: str, deep: bool = False, restart: bool = False
+    store: Store, finding: FindingRow, *, role: str, actor: str, deep: bool = False, restart: bool = False
 ) -> UUID | Reason:
     """A person asks for an analysis: the item that does it, or why there is none (contract 10.4)."""
     refusal = eligibility.by_person(role, finding.status)

@@ -10,9 +10,10 @@ from uuid import UUID
 from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, TableMetadataValue, op
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import Log
+from kilo_pipelines.ops.items import Log, reopened_by_person, say
 from kilo_pipelines.ops.security_analysis import queue_analyses
 from kilo_pipelines.ops.tables import table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
@@ -21,7 +22,17 @@ from kilo_pipelines.services.security import alerts as rules
 from kilo_pipelines.services.security import findings as lifecycle
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, policy_of, selects
-from kilo_pipelines.store import Change, FindingEventRow, FindingRow, NewFindingEvent, PageCount, SlaRow, Store, SyncTarget
+from kilo_pipelines.store import (
+    Change,
+    FindingEventRow,
+    FindingRow,
+    NewFindingEvent,
+    PageCount,
+    Refused,
+    SlaRow,
+    Store,
+    SyncTarget,
+)
 
 SOURCE = "dependabot"
 # An owner's share of a run (contract 7.2.6): the rest goes on where it stopped, stalest repositories first.
@@ -33,6 +44,10 @@ WHOLE_READING = timedelta(hours=24)
 # Pages of a hundred alerts: ten times what GitHub shows of any repository that we know of; a link that leads on for ever ends here.
 MAX_PAGES = 1_000
 
+
+# A sync that somebody asked for is a work item of this service; its lease outlives the owner's share of a run.
+REQUESTED = "security_sync"
+REQUESTED_LEASE_SECONDS = OWNER_SECONDS + 120
 
 # What a security lead looks at first; the whole list is `kilo-pipelines security findings`.
 SHOWN = 20
@@ -162,19 +177,8 @@ def deadline(
 
 
 def row_of(state: sla.SlaState) -> SlaRow:
-    """What is kept of a computed state: nothing that changes by the clock alone."""
-    return SlaRow(
-        severity=state.severity or "",
-        started_at=state.started_at,
-        due_at=state.due_at,
-        budget_days=state.budget_days,
-        paused_seconds=state.paused_seconds,
-        paused=state.status == "paused",
-        period=state.period,
-        closed_at=state.closed_at,
-        reconstructed=state.reconstructed,
-        policy_version=state.policy_version,
-    )
+    """A computed state as it is stored."""
+    return SlaRow(**sla.kept(state))
 
 
 def policy_for(store: Store, owner_id: UUID, config: SecurityConfig, *, actor: str) -> sla.SlaPolicy:
@@ -383,14 +387,46 @@ def _materialized(store: Store, done: OwnerSync) -> Iterator[AssetMaterializatio
 def sync_owners(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource) -> None:
     platform = store.get()
 
-    def one(owner_id: UUID) -> None:
-        done = sync_owner(platform, github, owner_id, context.log)
-        context.log.info(
-            f"owner {owner_id}: {done.outcome}; {done.inserted} new, {done.changed} changed, {done.unchanged} unchanged,"
-            f" {done.quarantined} in quarantine, {done.superseded} superseded or back"
+    each(context, config.ids, lambda owner_id: tell(context, platform, sync_owner(platform, github, owner_id, context.log)))
+
+
+def tell(context: OpExecutionContext, store: Store, done: OwnerSync, *, whole: bool = True) -> None:
+    """What a sync did; an owner of whom everything was read is materialized."""
+    context.log.info(
+        f"owner {done.owner_id}: {done.outcome}; {done.inserted} new, {done.changed} changed, {done.unchanged} unchanged,"
+        f" {done.quarantined} in quarantine, {done.superseded} superseded or back"
+    )
+    if done.complete and whole:
+        for made in _materialized(store, done):
+            context.log_event(made)
+
+
+@op(
+    out=Out(Nothing),
+    retry_policy=TRANSPORT_RETRY,
+    description="Claims syncs that somebody asked for and carries them out, one an owner at a time.",
+)
+def sync_requested(context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource) -> None:
+    platform = store.get()
+
+    def one(item_id: UUID) -> None:
+        if reopened_by_person(context, platform, item_id):
+            return
+        claim = platform.queue.claim(
+            item_id, REQUESTED, run_id=context.run_id, pools=lambda _kind, _plan: {REQUESTED: 1}, lease_s=REQUESTED_LEASE_SECONDS
         )
+        if isinstance(claim, Refused):
+            say(context, item_id, claim.outcome)
+            return
+        only = claim.details["repository_id"]
+        done = sync_owner(platform, github, claim.owner_id, context.log, only=only)
+        tell(context, platform, done, whole=only is None)
         if done.complete:
-            for made in _materialized(platform, done):
-                context.log_event(made)
+            platform.queue.complete(claim, Reason.ALERTS_SYNCED, details={}, effects=[])
+            say(context, item_id, Reason.ALERTS_SYNCED)
+        else:
+            reason = Reason.SYNC_PARTLY if done.repositories else Reason(done.outcome)
+            platform.queue.conclude(claim, WorkState.FAILED, reason)
+            say(context, item_id, reason)
 
     each(context, config.ids, one)

@@ -24,6 +24,7 @@ from kilo_pipelines.jobs import (
     agent_session,
     code_review,
     outbox,
+    requested_security_sync,
     security_analysis,
     security_sync,
     settle_code_review,
@@ -69,6 +70,8 @@ _JOB_OF = {
     ("session", "security_analysis"): agent_session.name,
     ("settle", "dismissal"): settle_quiet_items.name,
     ("settle", "notice"): settle_quiet_items.name,
+    ("start", "security_sync"): requested_security_sync.name,
+    ("settle", "security_sync"): settle_quiet_items.name,
 }
 _OP_OF = {
     code_review.name: "launch_reviews",
@@ -77,6 +80,7 @@ _OP_OF = {
     security_analysis.name: "launch_analyses",
     settle_security_analysis.name: "settle_analyses",
     settle_quiet_items.name: "settle_quietly",
+    requested_security_sync.name: "sync_requested",
     outbox.name: "apply_waiting_effects",
 }
 

@@ -11,6 +11,7 @@ from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, PageCount, noted
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
@@ -19,6 +20,7 @@ from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
 from kilo_pipelines.store.queue import Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
+from kilo_pipelines.store.reports import Limits, PeriodRead, PresentRead, Reports
 from kilo_pipelines.store.retention import Ages, Retention
 from kilo_pipelines.store.rows import (
     AnalysisRow,
@@ -53,6 +55,7 @@ from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 __all__ = [
     "DEADLINE_COLUMNS",
     "INVARIANTS",
+    "OUTCOMES",
     "RECONCILERS",
     "SECURITY_CHECKS",
     "AdmissionTx",
@@ -71,6 +74,7 @@ __all__ = [
     "Integration",
     "ItemRow",
     "ItemView",
+    "Limits",
     "Listener",
     "NewDelivery",
     "NewFindingEvent",
@@ -78,6 +82,8 @@ __all__ = [
     "Offer",
     "Owner",
     "PageCount",
+    "PeriodRead",
+    "PresentRead",
     "Receipt",
     "Refused",
     "Repository",
@@ -92,6 +98,7 @@ __all__ = [
     "Store",
     "SyncRow",
     "SyncTarget",
+    "Wanted",
     "noted",
 ]
 
@@ -117,4 +124,5 @@ class Store:
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)
         self.analyses = Analyses(self.database, clock)
+        self.reports = Reports(self.database, clock)
         self.listener = self.database.listener

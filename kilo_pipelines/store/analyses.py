@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from sqlalchemy import Connection
+
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, notify, rows
@@ -44,15 +46,7 @@ class Analyses:
     def latest(self, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, AnalysisRow]:
         """The newest completed analysis of each of these findings that has one."""
         with self._database.owner(owner_id) as connection:
-            found = rows(
-                connection,
-                f"select distinct on (a.finding_id) {_COLUMNS} from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id"
-                " where a.owner_id = :owner and a.finding_id = any(:findings) and a.completed_at is not null and w.state = 'completed'"
-                " order by a.finding_id, a.completed_at desc, w.id",
-                owner=owner_id,
-                findings=list(finding_ids),
-            )
-        return {row["finding_id"]: AnalysisRow(**row) for row in found}
+            return latest_of(connection, owner_id, finding_ids)
 
     def owners(self) -> list[UUID]:
         """Owners whose analyses a sweep looks at, in the order of their ids."""
@@ -170,3 +164,16 @@ select :owner, w.item, w.id, :origin, :actor, :mode from wanted w returning item
                 since=self._clock.now() - since,
             )
         return list(dict.fromkeys(row["finding_id"] for row in found))
+
+
+def latest_of(connection: Connection, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, AnalysisRow]:
+    """The same in an owner's scope."""
+    found = rows(
+        connection,
+        f"select distinct on (a.finding_id) {_COLUMNS} from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id"
+        " where a.owner_id = :owner and a.finding_id = any(:findings) and a.completed_at is not null and w.state = 'completed'"
+        " order by a.finding_id, a.completed_at desc, w.id",
+        owner=owner_id,
+        findings=list(finding_ids),
+    )
+    return {row["finding_id"]: AnalysisRow(**row) for row in found}

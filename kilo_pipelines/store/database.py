@@ -42,6 +42,17 @@ class Database:
         failpoints.reach("after")
 
     @contextmanager
+    def snapshot(self, owner_id: UUID, statement_seconds: float) -> Iterator[Connection]:
+        """The same for reading only: every statement sees the database as the first one did, and ends after `statement_seconds`."""
+        reading = self._app.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with reading.begin() as connection:
+            connection.execute(
+                text("select set_config('kilo.owner_id', :owner, true), set_config('statement_timeout', :limit, true)"),
+                {"owner": str(owner_id), "limit": str(round(statement_seconds * 1000))},
+            )
+            yield connection
+
+    @contextmanager
     def system(self) -> Iterator[Connection]:
         """A transaction of the engine itself: claims, recovery, lookups before the owner is known."""
         with self._system.begin() as connection:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
+from kilo_pipelines.store.finding_lists import Wanted, count_wanted, read_page, read_summary, read_work
 from kilo_pipelines.store.queue import audit, lock_subject
 from kilo_pipelines.store.rows import FindingEventRow, FindingRow, NewFindingEvent, SlaRow, SyncRow
 
@@ -59,6 +60,8 @@ _SLA = {
 }
 # About 15,000 findings: some ten megabytes as a table in our process, whatever an owner has.
 BLOCK_BYTES = 2_000_000
+# The same without a table: one statement of some megabytes.
+BLOCK_ROWS = 10_000
 
 
 class Alert(Protocol):
@@ -229,7 +232,7 @@ class Findings:
     def history(self, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, list[FindingEventRow]]:
         """The steps of findings, in the order in which they happened."""
         with self._database.owner(owner_id) as connection:
-            return _history(connection, owner_id, finding_ids)
+            return read_history(connection, owner_id, finding_ids)
 
     # -- dispositions --------------------------------------------------------------------------------------------------
 
@@ -261,7 +264,7 @@ class Findings:
         now: datetime,
     ) -> bool:
         finding = read_finding(connection, owner_id, finding_id, lock=True)
-        change = finding and decide(finding, _history(connection, owner_id, [finding_id]).get(finding_id, []))
+        change = finding and decide(finding, read_history(connection, owner_id, [finding_id]).get(finding_id, []))
         if not change:
             return False
         made = disposition or {}
@@ -325,36 +328,33 @@ class Findings:
         status: str | None = None,
         severity: str | None = None,
         repository_id: int | None = None,
+        outcome: str | None = None,
         overdue: bool = False,
+        sort: str = "severity_desc",
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """Findings with their deadlines: the worst first (severity, then overdue, then soonest due)."""
+        """Findings with their deadlines; by default the worst first (severity, then soonest due). Filters and orders: store/finding_lists.py."""
+        wanted = Wanted(status, severity, repository_id, outcome, overdue)
         with self._database.owner(owner_id) as connection:
-            found = rows(
-                connection,
-                "select f.id, f.repository_id, r.full_name as repository, f.source_id, f.severity, f.package_name, f.package_ecosystem,"
-                " f.manifest_path, f.title, f.cve_id, f.ghsa_id, f.patched_version, finding_status(f.upstream_state, f.disposition) as status, f.upstream_state, f.disposition,"
-                " f.disposition_reason, f.html_url, f.detected_at, s.due_at, s.budget_days, s.paused, s.closed_at,"
-                " coalesce(s.closed_at is null and not s.paused and s.due_at <= :now, false) as overdue"
-                " from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-                " left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
-                " where f.owner_id = :owner and (cast(:status as text) is null or finding_status(f.upstream_state, f.disposition) = :status)"
-                " and (cast(:severity as text) is null or f.severity = :severity)"
-                " and (cast(:repository as bigint) is null or f.repository_id = :repository)"
-                " and (not :overdue or (s.closed_at is null and not s.paused and s.due_at <= :now and finding_status(f.upstream_state, f.disposition) = 'open'))"
-                " order by array_position(array['critical', 'high', 'medium', 'low'], f.severity), s.due_at nulls last, f.detected_at, f.id"
-                " limit :limit offset :offset",
-                owner=owner_id,
-                status=status,
-                severity=severity,
-                repository=repository_id,
-                overdue=overdue,
-                limit=limit,
-                offset=offset,
-                now=self._clock.now(),
-            )
-        return [dict(row) for row in found]
+            return read_page(connection, owner_id, wanted, sort=sort, limit=limit, offset=offset, now=self._clock.now())
+
+    def page(self, owner_id: UUID, wanted: Wanted, *, sort: str, limit: int, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """A page of findings, and how many the filters let through in all."""
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            found = read_page(connection, owner_id, wanted, sort=sort, limit=limit, offset=offset, now=now)
+            return found, count_wanted(connection, owner_id, wanted, now)
+
+    def summary(self, owner_id: UUID, repository_id: int | None = None) -> dict[str, Any]:
+        """What the dashboard of contract 15 shows, counted in the database by the lists' own definitions."""
+        with self._database.owner(owner_id) as connection:
+            return read_summary(connection, owner_id, repository_id, self._clock.now())
+
+    def work(self, owner_id: UUID, finding_id: UUID) -> list[dict[str, Any]]:
+        """The work items of a finding, newest first, each with its effects; no payloads."""
+        with self._database.owner(owner_id) as connection:
+            return read_work(connection, owner_id, finding_id)
 
     def numbers(self, owner_id: UUID, *, days: int = 90) -> dict[str, Any]:
         """An owner's findings counted in the database: by severity and status, overdue, met and missed of what was due in the last `days`."""
@@ -391,15 +391,7 @@ class Findings:
     def policy(self, owner_id: UUID, at: datetime | None = None) -> tuple[int, dict[str, Any]] | None:
         """The SLA policy in force (at a moment): its version and content; before the first one, the first one."""
         with self._database.owner(owner_id) as connection:
-            row = one(
-                connection,
-                "select version, policy from sla_policies where owner_id = :owner"
-                " order by (cast(:at as timestamptz) is null or valid_from <= :at) desc, case when cast(:at as timestamptz) is null or valid_from <= :at"
-                " then version end desc nulls last, version limit 1",
-                owner=owner_id,
-                at=at,
-            )
-        return (row["version"], row["policy"]) if row else None
+            return read_policy(connection, owner_id, at)
 
     def keep_policy(self, owner_id: UUID, policy: Mapping[str, Any], *, actor: str) -> int:
         """The version of this policy: the newest one when it says the same, else a new one."""
@@ -447,6 +439,26 @@ class Findings:
             if kept:
                 yield b"".join(kept)
 
+    def unlike_policy(self, owner_id: UUID, version: int) -> Iterator[dict[UUID, int]]:
+        """Findings (id -> repository id) whose deadline is of another policy version or missing, in blocks of a bounded size."""
+        after = UUID(int=0)
+        while True:
+            with self._database.owner(owner_id) as connection:
+                found = rows(
+                    connection,
+                    "select f.id, f.repository_id from findings f left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
+                    " where (f.owner_id = :owner) and (f.id > :after) and (s.policy_version is distinct from :version) order by f.id limit :limit",
+                    owner=owner_id,
+                    after=after,
+                    version=version,
+                    limit=BLOCK_ROWS,
+                )
+            if found:
+                yield {row["id"]: row["repository_id"] for row in found}
+            if len(found) < BLOCK_ROWS:
+                return
+            after = found[-1]["id"]
+
     def write_sla(self, owner_id: UUID, deadlines: Iterable[tuple[UUID, SlaRow]]) -> int:
         """Brings deadlines up to date; how many rows."""
         records = [{"finding_id": finding_id, **vars(sla)} for finding_id, sla in deadlines]
@@ -454,7 +466,21 @@ class Findings:
             return _write_sla(connection, owner_id, records)
 
 
-def _history(connection: Connection, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, list[FindingEventRow]]:
+def read_policy(connection: Connection, owner_id: UUID, at: datetime | None) -> tuple[int, dict[str, Any]] | None:
+    """The SLA policy of a moment, in an owner's scope."""
+    row = one(
+        connection,
+        "select version, policy from sla_policies where owner_id = :owner"
+        " order by (cast(:at as timestamptz) is null or valid_from <= :at) desc, case when cast(:at as timestamptz) is null or valid_from <= :at"
+        " then version end desc nulls last, version limit 1",
+        owner=owner_id,
+        at=at,
+    )
+    return (row["version"], row["policy"]) if row else None
+
+
+def read_history(connection: Connection, owner_id: UUID, finding_ids: Sequence[UUID]) -> dict[UUID, list[FindingEventRow]]:
+    """The steps of findings in an owner's scope, in the order in which they happened."""
     found: dict[UUID, list[FindingEventRow]] = {}
     if finding_ids:
         for row in rows(
@@ -507,7 +533,7 @@ def write_alerts(
     count.unchanged = len(latest) - len(fresh)
     if not fresh:
         return count
-    history = _history(connection, owner_id, [old.id for old, _, _ in fresh.values() if old is not None])
+    history = read_history(connection, owner_id, [old.id for old, _, _ in fresh.values() if old is not None])
     records, events, slas, undecided = [], [], [], []
     for number, (old, alert, print_) in fresh.items():
         finding_id = old.id if old else uuid4()
@@ -582,6 +608,30 @@ def noted(
     """Adds steps of one finding in a transaction of the queue's: what became of an analysis or a remediation of it."""
     records = [{"finding_id": finding_id, **vars(event)} for event in events]
     return lambda connection: _write_events(connection, owner_id, records, actor, now)
+
+
+def read_findings(
+    connection: Connection,
+    owner_id: UUID,
+    finding_ids: Sequence[UUID] | None,
+    repository_id: int | None,
+    *,
+    after: UUID | None = None,
+    limit: int | None = None,
+) -> list[FindingRow]:
+    """Findings in an owner's scope by id, after one of them: these (None: all), of a repository (None: of all)."""
+    found = rows(
+        connection,
+        f"select {_COLUMNS} from findings f where (f.owner_id = :owner) and (cast(:after as uuid) is null or f.id > :after)"
+        " and (cast(:ids as uuid[]) is null or f.id = any(:ids))"
+        " and (cast(:repository as bigint) is null or f.repository_id = :repository) order by f.id limit :limit",
+        owner=owner_id,
+        after=after,
+        ids=None if finding_ids is None else list(finding_ids),
+        repository=repository_id,
+        limit=limit,
+    )
+    return [FindingRow(**row) for row in found]
 
 
 def _write_events(connection: Connection, owner_id: UUID, events: list[dict[str, Any]], actor: str, now: datetime) -> None:

@@ -40,6 +40,7 @@ SERVICE_TABLES = {
     "dismissal": "dismissals",
     "remediation": "remediations",
     "notice": "notices",
+    "security_sync": "sync_requests",
 }
 
 
@@ -574,9 +575,10 @@ class Queue:
         with self._database.owner(owner_id) as connection:
             changed(
                 connection,
-                "delete from service_blocks where owner_id = :owner and service = :service",
+                "update service_blocks set times = 0, blocked_until = :now where owner_id = :owner and service = :service and times > 0",
                 owner=owner_id,
                 service=SETTINGS_OF.get(service, service),
+                now=self._clock.now(),
             )
 
     def open(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:

@@ -89,12 +89,16 @@ class Corner(World):
 
     def _security_work(self, finding: UUID) -> None:
         """One waiting item of each kind of the Security Agent's work."""
+        blocked = self.store.queue.block_service(self.owner.id, "security_analysis", f"{self.canary}-reason", finding)
+        assert blocked is not None
+        self.store.queue.unblock_service(self.owner.id, "security_analysis")
         common = {"finding_id": str(finding), "origin": "manual", "requested_by": f"{self.canary}-actor"}
         analysis = self._open("security_analysis", finding, {**common, "mode": "auto"})
         self._open("dismissal", finding, {**common, "reason": "not_used", "analysis_id": str(analysis)})
         more = {"analysis_id": str(analysis), "fingerprint": self.canary, "findings": [str(finding)]}
         self._open("remediation", finding, {**common, **more})
         self._open("notice", finding, {"finding_id": str(finding), "kind": "new_finding"})
+        self._open("security_sync", finding, {"requested_by": f"{self.canary}-actor"})
 
     def _open(self, service: str, finding: UUID, details: dict[str, Any]) -> UUID:
         item = NewItem(

@@ -59,6 +59,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "security findings": ("operator", ["--owner", str(uuid4())]),
     "security show": ("operator", [str(uuid4())]),
     "security analyze": ("operator", [str(uuid4())]),
+    "security summary": ("operator", ["--owner", str(uuid4())]),
+    "security report": ("operator", ["--owner", str(uuid4())]),
     "security sync": ("operator", ["--owner", str(uuid4())]),
     "security settings": ("operator", ["--owner", str(uuid4())]),
     "security quarantine": ("operator", ["--owner", str(uuid4())]),

@@ -34,12 +34,14 @@ from kilo_pipelines.assets.security import finding_sla, security_findings, secur
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ingress.security_acts import request_sync
 from kilo_pipelines.jobs import (
     agent_session,
     audit_seal,
     code_review,
     default_jobs,
     outbox,
+    requested_security_sync,
     retention,
     security_analysis,
     security_sweep,
@@ -456,6 +458,18 @@ def _synced(stage: Stage) -> None:
     assert store.findings.numbers(stage.b.owner.id)["findings"] == 5
 
 
+def _requested(stage: Stage) -> None:
+    """A's request for the same repository waits on."""
+    store = stage.database.store
+    store.owners.put_config(stage.b.owner.id, SECURITY, {}, enabled=True, expected_revision=0, actor="b")
+    item = request_sync(store, stage.b.owner.id, None, role="owner", actor="b")
+    assert isinstance(item, UUID)
+    stage.run(requested_security_sync, "sync_requested", [item])
+    assert stage.b.state(item) == "completed" and store.findings.numbers(stage.b.owner.id)["findings"] == 5
+    states = stage.admin.execute("select state from work_items where id = %s", (stage.a.opened["security_sync"],)).fetchall()
+    assert states == [("waiting",)]
+
+
 def _findings_asset(asset_def: AssetsDefinition) -> Callable[[Stage], None]:
     def work(stage: Stage) -> None:
         _synced(stage)
@@ -522,6 +536,7 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "schedule audit_seals": _clocked,
     "schedule retention_sweeps": _clocked,
     "op sync_owners": _synced,
+    "op sync_requested": _requested,
     "asset security_findings": _findings_asset(security_findings),
     "asset finding_sla": _findings_asset(finding_sla),
     "asset sla_compliance": _findings_asset(sla_compliance),

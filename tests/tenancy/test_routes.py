@@ -63,6 +63,7 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
         a, b = Corner(database, REPOSITORY, "canary-a"), Corner(database, REPOSITORY, "canary-b")
         a.fill(admin)
         b.done, (b.live, b.session), b.waiting = b.finished(1, "success"), b.launched(b.item(2)), b.item(3)
+        b.findings()
         owners = database.store.owners
         ingress = Ingress(database.store, SECRET, frozenset({"localhost"}))
         keys = {
@@ -114,6 +115,17 @@ _ITEMS = {
     "no id": _item(lambda _stage: "x"),
 }
 
+_FINDINGS: dict[str, Ask] = {
+    "of A": lambda stage, path: {"path": path.replace("{finding}", str(finding_of(stage.a)))},
+    "of nobody": lambda _stage, path: {"path": path.replace("{finding}", str(UUID(int=7)))},
+    "no id": lambda _stage, path: {"path": path.replace("{finding}", "x")},
+}
+
+
+def finding_of(corner: Corner) -> UUID:
+    """One of an owner's findings."""
+    return UUID(str(corner.store.findings.listed(corner.owner.id)[0]["id"]))
+
 
 def _pull(number: int) -> Ask:
     return lambda _stage, path: {"path": path, "json": {"repository": "octo/demo", "pull_number": number}}
@@ -136,6 +148,20 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "GET", "/api/v1/openapi.json"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/reviews/{item}"): Entry(served=_OWNERS, asks=_ITEMS),
     ("admin", "POST", "/api/v1/reviews/{item}/cancel"): Entry(served=_WRITERS, asks=_ITEMS),
+    ("admin", "GET", "/api/v1/security/findings"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/security/findings/{finding}"): Entry(served=_OWNERS, asks=_FINDINGS),
+    ("admin", "GET", "/api/v1/security/summary"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/security/report"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/security/settings"): Entry(served=_OWNERS),
+    ("admin", "POST", "/api/v1/security/sync"): Entry(
+        served=_WRITERS,
+        asks={"both hold it": lambda _stage, path: {"path": path, "json": {"repository": REPOSITORY}}},
+    ),
+    # Of a revision that nobody has: whoever may save is told so, and nothing changes.
+    ("admin", "PUT", "/api/v1/security/settings"): Entry(
+        served=_WRITERS,
+        asks={"all": lambda _stage, path: {"path": path, "json": {"expected_revision": 4_000, "settings": {}}}},
+    ),
     ("admin", "POST", "/api/v1/reviews/dispatch"): Entry(
         served=_WRITERS, asks={"of A": _pull(ONLY_A), "of nobody": _pull(NOBODYS), "no id": _pull(-1)}
     ),
@@ -227,6 +253,26 @@ def test_the_owner_comes_from_the_key_and_never_from_the_request(stage: Stage) -
             assert stage.ask("admin", "GET", path, "owner b", **extra).content == plain.content
     body = {"repository": "octo/demo", "pull_number": ONLY_A, "owner": a}
     assert stage.ask("admin", "POST", "/api/v1/reviews/dispatch", "owner b", json=body).status_code == 400
+
+
+def test_lists_reports_and_figures_of_findings_are_the_askers_own(stage: Stage) -> None:
+    """Both hold the same alerts of the same repository: nothing but the owner's id tells them apart (contract 17.23)."""
+    for corner, other, who in ((stage.a, stage.b, "reader a"), (stage.b, stage.a, "reader b")):
+        own = {str(one["id"]) for one in corner.store.findings.listed(corner.owner.id, limit=100)}
+        listed = stage.ask("admin", "GET", "/api/v1/security/findings", who, params={"limit": 100}).json()
+        assert {one["id"] for one in listed["findings"]} == own and listed["total"] == len(own) == 3
+        for path in ("report", "report?format=csv", "report?format=vex", "summary", "settings", f"findings/{min(own)}"):
+            answer = stage.ask("admin", "GET", f"/api/v1/security/{path}", who)
+            assert answer.status_code == 200 and other.canary not in answer.text, path
+            assert corner.canary in answer.text or path in ("summary", "settings"), path
+
+
+def test_an_owners_key_names_no_owner(stage: Stage) -> None:
+    """Not even its own: the owner is the key's."""
+    for path in ("findings", "summary", "report", "settings"):
+        for named in (stage.a, stage.b):
+            answer = stage.ask("admin", "GET", f"/api/v1/security/{path}", "owner b", params={"owner": str(named.owner.id)})
+            assert (answer.status_code, answer.json()["reason"]) == (400, "query_invalid")
 
 
 def test_a_dispatch_by_name_finds_the_askers_own_review_of_the_same_pull_request(stage: Stage) -> None:

@@ -28,6 +28,8 @@ NO_FAILURE = {
     Reason.SECURITY_DISABLED,
     Reason.NO_REPOSITORIES,
     Reason.SYNC_OUT_OF_TIME,
+    Reason.ALERTS_SYNCED,
+    Reason.SYNC_PARTLY,
     Reason.ALERTS_DISABLED,
     Reason.PAGE_CURSOR_REFUSED,
     Reason.PROVIDER_AUTH,

@@ -82,12 +82,12 @@ def test_switching_on_stamps_the_moment_and_nobody_writes_it_himself() -> None:
     [
         ("owner", "open", None),
         ("member", "open", None),
-        ("viewer", "open", Reason.ROLE_NOT_ALLOWED),
+        ("reader", "open", Reason.ROLE_NOT_ALLOWED),
         ("owner", "fixed", Reason.FINDING_NOT_OPEN),
         ("member", "ignored", Reason.FINDING_NOT_OPEN),
     ],
 )
-def test_who_may_ask_for_an_analysis(role: eligibility.Role, status: str, refusal: Reason | None) -> None:
+def test_who_may_ask_for_an_analysis(role: str, status: str, refusal: Reason | None) -> None:
     assert eligibility.by_person(role, status) == refusal
 
 

@@ -191,6 +191,11 @@ def parse_alert(raw: object) -> AlertFacts | BadAlert:
     )
 
 
+def without_addresses(text: str) -> str:
+    """The text with e-mail addresses blacked out (contract 14)."""
+    return _EMAIL.sub("[redacted-email]", text)
+
+
 def snapshot(facts: Any) -> dict[str, str | float | None]:
     """What an audit event keeps of a finding (contract 14): no description, no person, e-mail addresses blacked out."""
     return {
@@ -199,7 +204,7 @@ def snapshot(facts: Any) -> dict[str, str | float | None]:
         "package": facts.package_name,
         "ecosystem": facts.package_ecosystem,
         "manifest": facts.manifest_path,
-        "title": _EMAIL.sub("[redacted-email]", facts.title),
+        "title": without_addresses(facts.title),
         "cve": facts.cve_id,
         "ghsa": facts.ghsa_id,
         "upstream_state": facts.upstream_state,

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.security.config import RANKS, SecurityConfig, reaches
-
-Role = Literal["owner", "member", "viewer"]
-# Everybody who works here may have a finding analysed; who only looks may not (contract 2).
-MAY_ANALYSE: frozenset[Role] = frozenset({"owner", "member"})
+from kilo_pipelines.services.security.permissions import may
 
 
 def severities(config: SecurityConfig) -> list[str]:
@@ -26,9 +21,9 @@ def automatic(config: SecurityConfig, finding_status: str, severity: str) -> Rea
     return None if severity in severities(config) else Reason.ANALYSIS_NOT_WANTED
 
 
-def by_person(role: Role, finding_status: str) -> Reason | None:
+def by_person(role: str, finding_status: str) -> Reason | None:
     """Why a person's analysis isn't started; its severity and the automatic switch don't matter."""
-    if role not in MAY_ANALYSE:
+    if not may(role, "analyse"):
         return Reason.ROLE_NOT_ALLOWED
     return None if finding_status == "open" else Reason.FINDING_NOT_OPEN
 

@@ -270,10 +270,31 @@ def evaluate(history: Sequence[HistoryEvent], policy: SlaPolicy, repository_id: 
     it would have had from the start: it was never worse than what it is called now. After a fix a new period begins.
     """
     clock = _Clock(policy, repository_id)
-    for event in sorted(set(history), key=lambda one: (one.at, _ORDER[one.kind], one.severity or "", one.reconstructed)):
+    for event in in_order(history):
         if event.at <= at:
             clock.read(event)
     return clock.state(at)
+
+
+def in_order(history: Iterable[HistoryEvent]) -> list[HistoryEvent]:
+    """The steps in the one order in which they are read, each once."""
+    return sorted(set(history), key=lambda one: (one.at, _ORDER[one.kind], one.severity or "", one.reconstructed))
+
+
+def kept(state: SlaState) -> dict[str, Any]:
+    """What is stored of a computed state: nothing that changes by the clock alone."""
+    return {
+        "severity": state.severity or "",
+        "started_at": state.started_at,
+        "due_at": state.due_at,
+        "budget_days": state.budget_days,
+        "paused_seconds": state.paused_seconds,
+        "paused": state.status == "paused",
+        "period": state.period,
+        "closed_at": state.closed_at,
+        "reconstructed": state.reconstructed,
+        "policy_version": state.policy_version,
+    }
 
 
 def simple_due(started_at: datetime, severity: str, policy: SlaPolicy, repository_id: int) -> datetime:

@@ -97,13 +97,26 @@ create table service_blocks (
     owner_id uuid not null references owners (id),
     service text not null,
     reason text not null,
-    times integer not null,
+    times integer not null check (times >= 0),
     blocked_until timestamptz not null,
     primary key (owner_id, service)
 );
+create table sync_requests (
+    owner_id uuid not null,
+    item_id uuid not null,
+    repository_id bigint,
+    requested_by text not null,
+    verdict jsonb,
+    evidence jsonb,
+    primary key (owner_id, item_id),
+    foreign key (owner_id, item_id) references work_items (owner_id, id)
+);
+
+-- Reports read a period's events page by page.
+create index audit_events_by_time on audit_events (owner_id, at, id);
 """
 
-TABLE_NAMES = ("finding_analyses", "dismissals", "remediations", "notices", "service_blocks")
+TABLE_NAMES = ("finding_analyses", "dismissals", "remediations", "notices", "service_blocks", "sync_requests")
 SCOPE = "nullif(current_setting('kilo.owner_id', true), '')::uuid"
 
 
@@ -120,10 +133,10 @@ def upgrade() -> None:
         op.execute(f"create policy system_access on {table} as permissive to kilo_system using (true) with check (true)")
         op.execute(f"grant select, insert, update on {table} to kilo_app")
         op.execute(f"grant select on {table} to kilo_system")
-    op.execute("grant delete on service_blocks to kilo_app")
 
 
 def downgrade() -> None:
     """Removes them."""
+    op.execute("drop index audit_events_by_time")
     for table in reversed(TABLE_NAMES):
         op.execute(f"drop table {table}")

@@ -1,0 +1,647 @@
+"""The control API of the Security Agent (contract 15 and 16): findings, figures, reports, settings.
+
+The owner is the key's. The operator's key, which has none, names one with `owner` where there are several. What is another owner's
+and what nobody has are answered alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
+from uuid import UUID
+
+import anyio
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ingress import security_acts as acts
+from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, BodyError, parse_object, read_body
+from kilo_pipelines.services.security import sla
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
+from kilo_pipelines.services.security.permissions import Act, may
+from kilo_pipelines.services.security.report import AuditReport, Refusal
+from kilo_pipelines.store import Store, Wanted
+
+# Contract 15.
+LIMIT, MOST = 50, 100
+# PostgreSQL's largest offset and repository id.
+BIG = 2**63 - 1
+# A report holds a connection and some ten megabytes for up to 25 s; webhooks want theirs meanwhile.
+REPORTS_AT_ONCE = 2
+
+Principal = Callable[[Request], Awaitable[tuple[UUID | None, str] | None]]
+Severity = Literal["critical", "high", "medium", "low"]
+Outcome = Literal[
+    "all",
+    "not_analyzed",
+    "analyzing",
+    "failed",
+    "exploitable",
+    "not_exploitable",
+    "safe_to_dismiss",
+    "needs_review",
+    "triage_complete",
+    "fixed",
+    "dismissed",
+]
+
+
+def _day(value: object) -> object:
+    """Only `2026-01-31`: a number would be taken for seconds."""
+    if isinstance(value, str) and len(value) == 10 and value[4] == value[7] == "-":
+        return value
+    raise ValueError("a day is written YYYY-MM-DD")
+
+
+Day = Annotated[date, BeforeValidator(_day)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Asked(_Strict):
+    owner: UUID | None = Field(default=None, description="Whose; for the operator's key only.")
+
+
+Asked = TypeVar("Asked", bound=_Asked)
+
+
+class _AskedOfRepository(_Asked):
+    repository: int | None = Field(default=None, ge=1, le=BIG, description="Numeric id at the provider.")
+
+
+class FindingsQuery(_AskedOfRepository):
+    """Filters, order and place of a list."""
+
+    status: Literal["open", "fixed", "ignored", "closed"] | None = Field(default=None, description="closed: fixed or ignored.")
+    severity: Severity | None = None
+    outcome: Outcome = "all"
+    overdue: bool = False
+    sort: Literal["severity_desc", "severity_asc", "sla_due_at_asc"] = "severity_desc"
+    limit: int = Field(default=LIMIT, ge=1, le=MOST)
+    offset: int = Field(default=0, ge=0, le=BIG)
+
+
+class ReportQuery(_AskedOfRepository):
+    """Which document; days are UTC, both included."""
+
+    first: Day | None = Field(default=None, alias="from")
+    last: Day | None = Field(default=None, alias="to")
+    form: acts.Form = Field(default="json", alias="format")
+
+
+class Refused(_Strict):
+    """What was refused, and why where a reason can be told."""
+
+    outcome: Literal["refused", "not_found"]
+    reason: str | None = None
+    detail: str | None = None
+
+
+class Listed(_Strict):
+    """A finding in a list."""
+
+    id: UUID
+    repository_id: int
+    repository: str
+    source_id: str
+    severity: Severity
+    package_name: str
+    package_ecosystem: str
+    manifest_path: str
+    title: str
+    cve_id: str | None
+    ghsa_id: str | None
+    patched_version: str | None
+    status: Literal["open", "fixed", "ignored"]
+    upstream_state: str
+    disposition: str | None
+    disposition_reason: str | None
+    html_url: str | None
+    detected_at: datetime
+    due_at: datetime | None
+    budget_days: int | None
+    paused: bool
+    closed_at: datetime | None
+    overdue: bool
+    outcome: str
+
+
+class FindingsPage(_Strict):
+    """A page of findings and how many the filters let through."""
+
+    findings: list[Listed]
+    total: int
+    limit: int
+    offset: int
+
+
+class Deadline(_Strict):
+    """Where a finding's deadline stands, and how it came to be."""
+
+    status: str
+    due_at: datetime | None
+    explained: str
+
+
+class Step(_Strict):
+    """One step of a finding's history."""
+
+    at: datetime
+    kind: str
+    severity: str | None
+    reconstructed: bool
+
+
+class Analysis(_Strict):
+    """One analysis of a finding."""
+
+    item_id: UUID
+    state: str
+    reason: str | None
+    origin: str
+    requested_by: str
+    mode: str
+    triage: dict[str, Any] | None
+    deep: dict[str, Any] | None
+    commit_sha: str | None
+    completed_at: datetime | None
+    created_at: datetime
+    ended_at: datetime | None
+
+
+class Effect(_Strict):
+    """What was, or is to be, written outside."""
+
+    kind: str
+    state: str
+    reason: str | None
+    url: str | None
+
+
+class Work(_Strict):
+    """A work item of a finding."""
+
+    id: UUID
+    service: str
+    state: str
+    reason: str | None
+    attempt: int
+    created_at: datetime
+    ended_at: datetime | None
+    effects: list[Effect]
+
+
+class Facts(_Strict):
+    """What the source says of a finding and what was decided here."""
+
+    id: UUID
+    repository_id: int
+    source: str
+    source_id: str
+    severity: Severity
+    ghsa_id: str | None
+    cve_id: str | None
+    package_name: str
+    package_ecosystem: str
+    manifest_path: str
+    dependency_scope: str | None
+    vulnerable_version_range: str | None
+    patched_version: str | None
+    title: str
+    description: str
+    cwe_ids: list[str]
+    cvss_score: float | None
+    html_url: str | None
+    status: Literal["open", "fixed", "ignored"]
+    upstream_state: str
+    upstream_reason: str | None
+    disposition: str | None
+    disposition_reason: str | None
+    disposition_by: str | None
+    disposition_at: datetime | None
+    canonical_id: UUID | None
+    detected_at: datetime
+    source_updated_at: datetime
+    fixed_at: datetime | None
+    dismissed_at: datetime | None
+    auto_dismissed_at: datetime | None
+    first_seen_at: datetime
+
+
+class FindingAnswer(_Strict):
+    """One finding with all that is known of it."""
+
+    finding: Facts
+    sla: Deadline
+    history: list[Step]
+    analyses: list[Analysis]
+    work: list[Work]
+
+
+class Standing(_Strict):
+    """Open findings with a deadline; the share is null where none has one."""
+
+    total: int
+    within_sla: int
+    overdue: int
+    compliance_percent: float | None
+
+
+class SlaFigures(_Strict):
+    """Deadlines of open findings; due soon: within seven days; untracked: without a deadline."""
+
+    overall: Standing
+    by_severity: dict[str, Standing]
+    due_soon: int
+    due_soon_exploitable: int
+    untracked: int
+
+
+class AnalysisFigures(_Strict):
+    """Open findings by outcome of their analysis; `analyzed` is the sum of the five results."""
+
+    total: int
+    analyzed: int
+    exploitable: int
+    not_exploitable: int
+    safe_to_dismiss: int
+    needs_review: int
+    triage_complete: int
+    analyzing: int
+    not_analyzed: int
+    failed: int
+
+
+class TimeToFix(_Strict):
+    """Days from an alert to its fix, and the days that the policy gives."""
+
+    fixed: int
+    average_days: float | None
+    median_days: float | None
+    target_days: int | None
+
+
+class TimesToFix(_Strict):
+    """The same in all and by severity."""
+
+    overall: TimeToFix
+    by_severity: dict[str, TimeToFix]
+
+
+class Overdue(_Strict):
+    """An overdue finding; whole days."""
+
+    id: UUID
+    repository_id: int
+    repository: str
+    severity: Severity
+    package_name: str
+    title: str
+    due_at: datetime
+    days_overdue: int
+
+
+class RepositoryHealth(_Strict):
+    """Open findings of a repository."""
+
+    repository_id: int
+    repository: str
+    open: int
+    critical: int
+    high: int
+    medium: int
+    low: int
+    overdue: int
+    needs_action: int
+
+
+class Summary(_Strict):
+    """The figures of an owner, or of one repository."""
+
+    findings: int
+    by_status: dict[str, int]
+    open_by_severity: dict[str, int]
+    sla: SlaFigures
+    analysis: AnalysisFigures
+    time_to_fix: TimesToFix
+    overdue: list[Overdue] = Field(description="The ten longest overdue.")
+    repositories: list[RepositoryHealth] = Field(description="The ten worst.")
+    repositories_open: int = Field(description="Repositories with open findings in all.")
+
+
+class Settings(_Strict):
+    """An owner's settings; `revision` 0: none saved yet."""
+
+    settings: SecurityConfig
+    enabled: bool
+    revision: int
+    action_required: dict[str, Any] | None
+
+
+class SettingsChange(BaseModel):
+    """Settings to change, over the revision that was read; what isn't named stays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    expected_revision: int = Field(ge=0, le=2**31 - 1)
+    settings: dict[str, Any]
+
+
+class SyncWish(BaseModel):
+    """Of which repository (numeric id), selected or not; none: of all selected ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    repository: int | None = Field(default=None, ge=1, le=BIG)
+
+
+class SyncRequested(_Strict):
+    """`waiting`: a sync waits or runs already, and this one is the same; else the work item that was opened."""
+
+    outcome: Literal["accepted", "waiting"]
+    item: UUID | None
+
+
+class SettingsSaved(_Strict):
+    """What is stored now, and how many deadlines were looked at and changed."""
+
+    settings: SecurityConfig
+    enabled: bool
+    revision: int
+    deadlines_looked: int
+    deadlines_changed: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A route in OpenAPI's words; `documents`: media types of a 200 beside JSON."""
+
+    summary: str
+    answers: dict[int, type[BaseModel]]
+    query: type[BaseModel] | None = None
+    body: type[BaseModel] | None = None
+    documents: tuple[str, ...] = ()
+
+
+_REFUSALS: dict[int, type[BaseModel]] = {400: Refused, 401: Refused}
+OPERATIONS: dict[str, Operation] = {
+    "list_findings": Operation("Findings with their deadlines.", {200: FindingsPage, **_REFUSALS}, query=FindingsQuery),
+    "show_finding": Operation(
+        "One finding: facts, deadline, history, analyses, work.", {200: FindingAnswer, 401: Refused, 404: Refused}
+    ),
+    "show_summary": Operation("The owner's figures.", {200: Summary, **_REFUSALS}, query=_AskedOfRepository),
+    "make_report": Operation(
+        "An audit report of a period (csv, json), or a VEX document of the present.",
+        {200: AuditReport, **_REFUSALS, 413: Refused, 503: Refused},
+        query=ReportQuery,
+        documents=(acts.MEDIA_TYPES["csv"].split(";")[0], acts.MEDIA_TYPES["vex"].split(";")[0]),
+    ),
+    "show_settings": Operation("The owner's settings.", {200: Settings, **_REFUSALS}, query=_Asked),
+    "save_settings": Operation(
+        "Changes settings; never switches the service on or off. Deadlines follow before the answer.",
+        {200: SettingsSaved, **_REFUSALS, 409: Refused, 413: Refused, 422: Refused},
+        query=_Asked,
+        body=SettingsChange,
+    ),
+    "request_sync": Operation(
+        "Asks for a sync; a run begins as soon as a worker is free.",
+        {202: SyncRequested, **_REFUSALS, 409: Refused, 413: Refused},
+        query=_Asked,
+        body=SyncWish,
+    ),
+}
+_STATUS = {
+    Reason.ROLE_NOT_ALLOWED: 401,
+    Reason.SETTINGS_STALE: 409,
+    Reason.SECURITY_DISABLED: 409,
+    Reason.ACTION_REQUIRED: 409,
+    Reason.NO_REPOSITORIES: 409,
+    Reason.SETTINGS_INVALID: 422,
+    Reason.REPORT_TOO_LARGE: 413,
+    Reason.REPORT_OUT_OF_TIME: 503,
+}
+
+
+def refused(failure: Refusal) -> Response:
+    """A refusal with its reason; 400 unless its reason has a status of its own."""
+    answer = {"outcome": "refused", "reason": str(failure.reason), "detail": failure.detail}
+    return JSONResponse(answer, status_code=_STATUS.get(failure.reason, 400))
+
+
+def _unknown() -> Response:
+    return JSONResponse({"outcome": "refused"}, status_code=401)
+
+
+def _nothing() -> Response:
+    return JSONResponse({"outcome": "not_found"}, status_code=404)
+
+
+def _told(answer: BaseModel, status: int = 200) -> Response:
+    return Response(answer.model_dump_json(by_alias=True), status_code=status, media_type="application/json")
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def _body(request: Request, model: type[Body]) -> Body | Response:
+    """The body as a model, or what is wrong with it."""
+    try:
+        return model.model_validate(parse_object(await read_body(request, CALLBACK_BYTES)))
+    except ValidationError as failure:
+        return refused(Refusal(Reason.PAYLOAD_SHAPE_MISMATCH, acts.fields_of(failure)))
+    except BodyError as failure:
+        return JSONResponse({"outcome": "refused", "reason": str(failure.reason)}, status_code=failure.status)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the owner that is asked about, the role, and the name that audit events bear."""
+
+    owner_id: UUID
+    role: str
+    actor: str
+
+
+def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Route]:
+    """The routes; each asks who it is before it looks at anything else."""
+    reports = anyio.CapacityLimiter(REPORTS_AT_ONCE)
+
+    async def who(request: Request, act: Act) -> tuple[UUID | None, str] | Response:
+        found = await principal(request)
+        if found is None:
+            return _unknown()
+        return found if may(found[1], act) else refused(Refusal(Reason.ROLE_NOT_ALLOWED, found[1]))
+
+    async def caller(request: Request, act: Act, model: type[Asked]) -> tuple[Caller, Asked] | Response:
+        found = await who(request, act)
+        if isinstance(found, Response):
+            return found
+        asked = _asked(request, model)
+        if isinstance(asked, Refusal):
+            return refused(asked)
+        owner_id, role = found
+        if owner_id is not None:
+            if asked.owner is not None:
+                return refused(Refusal(Reason.QUERY_INVALID, "owner: it is the key's"))
+            return Caller(owner_id, role, f"owner:{owner_id}"), asked
+        known = [one.id for one in await anyio.to_thread.run_sync(store.owners.all)]
+        if asked.owner is None and len(known) != 1:
+            return refused(Refusal(Reason.OWNER_NOT_NAMED, f"{len(known)} owners"))
+        chosen = asked.owner or known[0]
+        return (Caller(chosen, role, "operator"), asked) if chosen in known else _nothing()
+
+    async def list_findings(request: Request) -> Response:
+        found = await caller(request, "read", FindingsQuery)
+        if isinstance(found, Response):
+            return found
+        by, asked = found
+        outcome = None if asked.outcome == "all" else asked.outcome
+        wanted = Wanted(asked.status, asked.severity, asked.repository, outcome, asked.overdue)
+        look = partial(store.findings.page, by.owner_id, wanted, sort=asked.sort, limit=asked.limit, offset=asked.offset)
+        page, total = await anyio.to_thread.run_sync(look)
+        return _told(FindingsPage(findings=[Listed(**one) for one in page], total=total, limit=asked.limit, offset=asked.offset))
+
+    async def show_finding(request: Request) -> Response:
+        found = await who(request, "read")
+        if isinstance(found, Response):
+            return found
+        try:
+            finding_id = UUID(request.path_params["finding"])
+        except ValueError:
+            return _nothing()
+        owner_id = found[0] or await anyio.to_thread.run_sync(store.findings.owner_of, finding_id)
+        if owner_id is None:
+            return _nothing()
+        answer = await anyio.to_thread.run_sync(_finding, store, owner_id, finding_id, clock.now())
+        return _nothing() if answer is None else _told(answer)
+
+    async def show_summary(request: Request) -> Response:
+        found = await caller(request, "read", _AskedOfRepository)
+        if isinstance(found, Response):
+            return found
+        by, asked = found
+        figures = await anyio.to_thread.run_sync(acts.summary_of, store, by.owner_id, asked.repository, clock.now())
+        return _told(Summary.model_validate(figures))
+
+    async def make_report(request: Request) -> Response:
+        found = await caller(request, "read", ReportQuery)
+        if isinstance(found, Response):
+            return found
+        by, asked = found
+        wish = acts.Wish(asked.form, asked.first, asked.last, asked.repository)
+        make = partial(acts.make_document, store, by.owner_id, wish, role=by.role, actor=by.actor, now=clock.now())
+        made = await anyio.to_thread.run_sync(make, limiter=reports)
+        if isinstance(made, Refusal):
+            return refused(made)
+        name = f"security-{asked.form}-{clock.now():%Y-%m-%d}.{'csv' if asked.form == 'csv' else 'json'}"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(made, media_type=acts.MEDIA_TYPES[asked.form], headers=headers)
+
+    async def show_settings(request: Request) -> Response:
+        found = await caller(request, "read", _Asked)
+        if isinstance(found, Response):
+            return found
+        stored = await anyio.to_thread.run_sync(store.owners.config, found[0].owner_id, SERVICE)
+        config = SecurityConfig.model_validate(stored.config if stored else {})
+        return _told(
+            Settings(
+                settings=config,
+                enabled=stored.enabled if stored else False,
+                revision=stored.revision if stored else 0,
+                action_required=stored.action_required if stored else None,
+            )
+        )
+
+    async def save_settings(request: Request) -> Response:
+        found = await caller(request, "settings", _Asked)
+        if isinstance(found, Response):
+            return found
+        by, _ = found
+        wanted = await _body(request, SettingsChange)
+        if isinstance(wanted, Response):
+            return wanted
+        save = partial(
+            acts.save_settings,
+            store,
+            by.owner_id,
+            wanted.settings,
+            expected_revision=wanted.expected_revision,
+            role=by.role,
+            actor=by.actor,
+            now=clock.now(),
+            recompute=acts.recompute_deadlines,
+        )
+        saved = await anyio.to_thread.run_sync(save)
+        if isinstance(saved, Refusal):
+            return refused(saved)
+        return _told(
+            SettingsSaved(
+                settings=saved.config,
+                enabled=saved.enabled,
+                revision=saved.revision,
+                deadlines_looked=saved.looked,
+                deadlines_changed=saved.changed,
+            )
+        )
+
+    async def request_sync(request: Request) -> Response:
+        found = await caller(request, "sync", _Asked)
+        if isinstance(found, Response):
+            return found
+        by, _ = found
+        wish = await _body(request, SyncWish)
+        if isinstance(wish, Response):
+            return wish
+        ask = partial(acts.request_sync, store, by.owner_id, wish.repository, role=by.role, actor=by.actor)
+        item = await anyio.to_thread.run_sync(ask)
+        if isinstance(item, Refusal):
+            return refused(item)
+        return _told(SyncRequested(outcome="waiting" if item is None else "accepted", item=item), 202)
+
+    return [
+        Route("/api/v1/security/sync", request_sync, methods=["POST"]),
+        Route("/api/v1/security/findings", list_findings, methods=["GET"]),
+        Route("/api/v1/security/findings/{finding}", show_finding, methods=["GET"]),
+        Route("/api/v1/security/summary", show_summary, methods=["GET"]),
+        Route("/api/v1/security/report", make_report, methods=["GET"]),
+        Route("/api/v1/security/settings", show_settings, methods=["GET"]),
+        Route("/api/v1/security/settings", save_settings, methods=["PUT"]),
+    ]
+
+
+def _asked(request: Request, model: type[Asked]) -> Asked | Refusal:
+    """The query as a model; a name that is given twice is as wrong as an unknown one."""
+    given = request.query_params.multi_items()
+    if len(given) != len(dict(given)):
+        return Refusal(Reason.QUERY_INVALID, "a name is given twice")
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as failure:
+        return Refusal(Reason.QUERY_INVALID, acts.fields_of(failure))
+
+
+def _finding(store: Store, owner_id: UUID, finding_id: UUID, now: datetime) -> FindingAnswer | None:
+    row = store.findings.get(owner_id, finding_id)
+    if row is None:
+        return None
+    history = store.findings.history(owner_id, [finding_id]).get(finding_id, [])
+    state = acts.state_of(store, row, history, now)
+    return FindingAnswer(
+        finding=Facts(**{name: getattr(row, name) for name in Facts.model_fields}),
+        sla=Deadline(status=state.status, due_at=state.due_at, explained=sla.explain(state)),
+        history=[Step(**asdict(one)) for one in history],
+        analyses=[
+            Analysis(**{name: getattr(one, name) for name in Analysis.model_fields})
+            for one in store.analyses.of_finding(owner_id, finding_id)
+        ],
+        work=[Work(**one) for one in store.findings.work(owner_id, finding_id)],
+    )

@@ -215,8 +215,9 @@ def compliance_table(store: Store, owner_id: UUID, now: datetime) -> pd.DataFram
     moment, since = now.timestamp(), (now - sla.PERIOD).timestamp()
     parts = []
     for table in chunks(store, owner_id):
-        opened = table["status"] == "open"
-        due_lately = (table["due"] > since) & (table["due"] <= moment)
+        # What nobody watches any more counts against no deadline (contract 17.18).
+        opened = (table["status"] == "open") & (table["watched"] == 1)
+        due_lately = (table["due"] > since) & (table["due"] <= moment) & (table["watched"] == 1)
         met = due_lately & (table["closed"] <= table["due"])
         parts.append(
             pd.DataFrame(

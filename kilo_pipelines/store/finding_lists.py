@@ -13,6 +13,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from kilo_pipelines.store.database import one, rows
+from kilo_pipelines.store.system_statements import WATCHED, WATCHED_BY
 
 SEVERITIES = ("critical", "high", "medium", "low")
 # Contract 15.
@@ -40,25 +41,27 @@ NEEDS_ACTION = ("not_analyzed", "failed", "exploitable", "needs_review", "triage
 # A finding that is being analysed is `analyzing`, whatever is known of it; else its newest completed analysis speaks, a deep one before
 # the shallow one; what a deep analysis can't decide and gives no word for is a person's to look at.
 # Laterals: each probes an index by finding, whatever the planner knows of tables that a first sync has just filled.
-_FINDINGS = """
+_FINDINGS = f"""
 select f.*, finding_status(f.upstream_state, f.disposition) as status, r.full_name as repository,
     s.due_at, s.budget_days, coalesce(s.paused, false) as paused, s.closed_at,
+    {WATCHED} as watched,
     (finding_status(f.upstream_state, f.disposition) = 'open' and not coalesce(s.paused, false) and s.closed_at is null
-        and coalesce(s.due_at <= :now, false)) as overdue,
+        and coalesce(s.due_at <= :now, false) and {WATCHED}) as overdue,
     case
         when finding_status(f.upstream_state, f.disposition) = 'fixed' then 'fixed'
         when finding_status(f.upstream_state, f.disposition) = 'ignored' then 'dismissed'
         when n.live then 'analyzing'
-        when c.item_id is null then case when n.failed then 'failed' else 'not_analyzed' end
-        when c.exploitable = 'true' then 'exploitable'
-        when c.exploitable = 'false' then 'not_exploitable'
-        when c.action = 'dismiss' then 'safe_to_dismiss'
-        when c.action = 'manual_review' then 'needs_review'
-        when c.triage_action = 'analyze_codebase' then 'triage_complete'
+        when y.item_id is null then case when n.failed then 'failed' else 'not_analyzed' end
+        when y.exploitable = 'true' then 'exploitable'
+        when y.exploitable = 'false' then 'not_exploitable'
+        when y.action = 'dismiss' then 'safe_to_dismiss'
+        when y.action = 'manual_review' then 'needs_review'
+        when y.triage_action = 'analyze_codebase' then 'triage_complete'
         else 'needs_review'
     end as outcome
 from findings f
 join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
+{WATCHED_BY}
 left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id
 left join lateral (
     select bool_or(w.ended_at is null) as live, bool_or(w.state = 'failed') as failed
@@ -71,7 +74,7 @@ left join lateral (
     from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id
     where (a.owner_id = :owner) and (a.finding_id = f.id) and (a.completed_at is not null) and (w.state = 'completed')
     order by a.completed_at desc, w.id limit 1
-) c on true
+) y on true
 where (f.owner_id = :owner) and (cast(:repository as bigint) is null or f.repository_id = :repository)
 """
 _WANTED = """
@@ -145,10 +148,10 @@ select x.severity, count(*) as findings,
     count(*) filter (where x.status = 'fixed') as fixed,
     count(*) filter (where x.status = 'ignored') as ignored,
     count(*) filter (where x.overdue) as overdue,
-    count(*) filter (where x.status = 'open' and x.due_at is not null and not x.overdue) as within_due,
+    count(*) filter (where x.status = 'open' and x.due_at is not null and x.watched and not x.overdue) as within_due,
     count(*) filter (where x.status = 'open' and x.due_at is null) as untracked,
-    count(*) filter (where x.status = 'open' and not x.overdue and x.due_at <= :soon) as due_soon,
-    count(*) filter (where x.status = 'open' and not x.overdue and x.due_at <= :soon and x.outcome = 'exploitable') as due_soon_exploitable,
+    count(*) filter (where x.status = 'open' and x.watched and not x.overdue and x.due_at <= :soon) as due_soon,
+    count(*) filter (where x.status = 'open' and x.watched and not x.overdue and x.due_at <= :soon and x.outcome = 'exploitable') as due_soon_exploitable,
     {", ".join(f"count(*) filter (where x.outcome = '{name}') as {name}" for name in OUTCOMES[:8])},
     count(*) filter (where x.status = 'fixed' and x.fixed_at is not null) as fixed_dated,
     avg(extract(epoch from greatest(x.fixed_at - x.detected_at, interval '0')) / 86400)

@@ -674,7 +674,7 @@ def _write_sla(connection: Connection, owner_id: UUID, records: list[dict[str, A
     )
 
 
-_NUMBERS = """
+_NUMBERS = f"""
 select count(*) as findings,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open') as open,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'critical') as open_critical,
@@ -683,11 +683,12 @@ select count(*) as findings,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'low') as open_low,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'fixed') as fixed,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'ignored') as ignored,
-    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now) as overdue,
-    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now) as within_due,
-    count(*) filter (where s.due_at > :since and s.due_at <= :now and s.closed_at <= s.due_at) as met,
-    count(*) filter (where s.due_at > :since and s.due_at <= :now and not s.paused and coalesce(s.closed_at > s.due_at, true)) as missed
-from findings f left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id where f.owner_id = :owner
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now and {system.WATCHED}) as overdue,
+    count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now and {system.WATCHED}) as within_due,
+    count(*) filter (where s.due_at > :since and s.due_at <= :now and s.closed_at <= s.due_at and {system.WATCHED}) as met,
+    count(*) filter (where s.due_at > :since and s.due_at <= :now and not s.paused and coalesce(s.closed_at > s.due_at, true) and {system.WATCHED}) as missed
+from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
+{system.WATCHED_BY} left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id where f.owner_id = :owner
 """
 
 DEADLINE_COLUMNS = (
@@ -703,12 +704,15 @@ DEADLINE_COLUMNS = (
     "paused",
     "reconstructed",
     "version",
+    "watched",
 )
-_DEADLINES = """
+_DEADLINES = f"""
 copy (
     select f.id, f.repository_id, f.severity, finding_status(f.upstream_state, f.disposition), coalesce(e.steps, 0), extract(epoch from f.detected_at), extract(epoch from f.fixed_at),
-        extract(epoch from s.due_at), extract(epoch from s.closed_at), coalesce(s.paused, false)::int, coalesce(e.reconstructed, 0), s.policy_version
-    from findings f
+        extract(epoch from s.due_at), extract(epoch from s.closed_at), coalesce(s.paused, false)::int, coalesce(e.reconstructed, 0), s.policy_version,
+        {system.WATCHED}::int
+    from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
+    {system.WATCHED_BY}
     left join (select finding_id, count(*) as steps, max(reconstructed::int) as reconstructed from finding_events
         where owner_id = %(owner)s group by finding_id) e on e.finding_id = f.id
     left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id

@@ -17,6 +17,14 @@ class SystemStatement(NamedTuple):
     reason: str
 
 
+# A repository (r) that the Security Agent watches under its owner's settings (c): neither gone nor left out of the selection. Findings
+# of the others are kept and listed, and count against no deadline (contract 17.18).
+WATCHED = (
+    "(r.removed_at is null and (c.config ->> 'repository_selection_mode' is distinct from 'selected'"
+    " or coalesce(c.config -> 'selected_repository_ids' @> to_jsonb(r.external_id), false)))"
+)
+WATCHED_BY = "left join service_configs c on c.owner_id = f.owner_id and c.service = 'security_agent'"
+
 INTEGRATION_BY_INSTALLATION = SystemStatement(
     "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"
     " from integrations i join owners o on o.id = i.owner_id"
@@ -389,17 +397,15 @@ SECURITY_CHECKS = {
     "overdue": SystemStatement(
         "select o.name as owner, f.id as finding, f.severity, f.package_name, r.full_name as repository, s.due_at"
         " from finding_sla s join findings f on f.owner_id = s.owner_id and f.id = s.finding_id join owners o on o.id = f.owner_id"
-        " join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-        " where finding_status(f.upstream_state, f.disposition) = 'open' and s.closed_at is null and not s.paused and s.due_at <= :now order by s.due_at limit :limit",
+        f" join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id {WATCHED_BY}"
+        f" where {WATCHED} and finding_status(f.upstream_state, f.disposition) = 'open' and s.closed_at is null and not s.paused and s.due_at <= :now order by s.due_at limit :limit",
         "open findings past their deadline",
     ),
     "unsynced": SystemStatement(
         "select o.name as owner, r.full_name as repository, y.outcome, y.succeeded_at from service_configs c"
         " join owners o on o.id = c.owner_id and o.enabled join repositories r on r.owner_id = c.owner_id and r.removed_at is null"
         " left join repository_syncs y on y.owner_id = r.owner_id and y.repository_id = r.external_id"
-        " where c.service = 'security_agent' and c.enabled and coalesce(y.outcome, '') <> 'alerts_disabled'"
-        " and (c.config ->> 'repository_selection_mode' is distinct from 'selected'"
-        "   or c.config -> 'selected_repository_ids' @> to_jsonb(r.external_id))"
+        f" where c.service = 'security_agent' and c.enabled and coalesce(y.outcome, '') <> 'alerts_disabled' and {WATCHED}"
         " and coalesce(y.succeeded_at, c.updated_at) < :now - interval '24 hours' order by y.succeeded_at nulls first limit :limit",
         "repositories of owners with the Security Agent that were not read for a day (a sync is due every six hours)",
     ),
@@ -458,10 +464,11 @@ POSTURE = SystemStatement(
     "select f.owner_id, o.name as owner, count(*) as findings, count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open') as open,"
     " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'critical') as critical,"
     " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'high') as high,"
-    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now) as overdue,"
-    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now) as within_due,"
+    f" count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now and {WATCHED}) as overdue,"
+    f" count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now and {WATCHED}) as within_due,"
     " (select min(y.succeeded_at) from repository_syncs y where y.owner_id = f.owner_id) as synced_since"
-    " from findings f join owners o on o.id = f.owner_id left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
+    " from findings f join owners o on o.id = f.owner_id join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
+    f" {WATCHED_BY} left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
     " group by f.owner_id, o.name order by overdue desc, open desc, o.name",
     "the operator compares owners",
 )

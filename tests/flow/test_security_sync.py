@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import text
 
+from kilo_pipelines.assets.security import compliance_table
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.security.config import SERVICE
 from tests.conftest import Database
@@ -157,3 +158,21 @@ def test_a_repository_that_fails_takes_nobodys_turn(database: Database, twin: Tw
         database.clock.advance(timedelta(seconds=1))
         owner.sync(only=owner.store.owners.sync_targets(owner.id)[0].repository_id)
         assert owner.store.owners.sync_targets(owner.id)[-1].full_name == first
+
+
+def test_findings_of_a_repository_that_is_left_out_count_against_no_deadline(database: Database, twin: Twin) -> None:
+    owner = Owner(database, twin, 2, 80)
+    owner.sync()
+    before = owner.store.findings.numbers(owner.id)
+    kept, left = owner.repositories
+    owner.configure(repository_selection_mode="selected", selected_repository_ids=[kept["repository_id"]])
+    after = owner.store.findings.numbers(owner.id)
+    assert 0 < after["overdue"] < before["overdue"] and after["missed"] < before["missed"]
+    assert after["findings"] == before["findings"], "they are kept"
+    overdue = owner.store.findings.listed(owner.id, status="open", overdue=True, limit=500)
+    assert {one["repository"] for one in overdue} == {kept["repository"]} and len(overdue) == after["overdue"]
+    table = compliance_table(owner.store, owner.id, database.clock.now())
+    assert int(table["overdue"].sum()) == after["overdue"]
+    assert {one["repository"] for one in owner.store.findings.offenders("overdue", limit=5_000)} & {left["repository"]} == set()
+    owner.configure(selected_repository_ids=[])
+    assert owner.store.findings.numbers(owner.id)["overdue"] == 0

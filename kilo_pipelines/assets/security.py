@@ -55,12 +55,12 @@ SLOW = {tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: SERVICE}
     group_name=GROUP,
     kinds={"postgres", "github"},
     op_tags=SLOW,
-    description="An owner's security alerts, copied from Dependabot. Materializing it syncs the owner now.",
+    description="An owner's security alerts, copied from Dependabot. Materializing it reads every alert of the owner now.",
 )
 def security_findings(context: AssetExecutionContext, store: StoreResource, github: GitHubResource) -> MaterializeResult[None]:
     platform = store.get()
     owner_id = UUID(context.partition_key)
-    done = sync_owner(platform, github, owner_id, context.log)
+    done = sync_owner(platform, github, owner_id, context.log, whole=True)
     if not done.complete:
         raise Failure(
             f"not everything was read: {done.outcome}",

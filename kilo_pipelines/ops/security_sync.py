@@ -187,8 +187,13 @@ def policy_for(store: Store, owner_id: UUID, config: SecurityConfig, *, actor: s
     return policy.at_version(store.findings.keep_policy(owner_id, policy.stored(), actor=actor))
 
 
-def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *, only: int | None = None) -> OwnerSync:
-    """Brings an owner's findings up to date, at most `OWNER_SECONDS`; `only`: one repository, selected or not (contract 7.2.3)."""
+def sync_owner(
+    store: Store, github: GitHubResource, owner_id: UUID, log: Log, *, only: int | None = None, whole: bool = False
+) -> OwnerSync:
+    """Brings an owner's findings up to date, at most `OWNER_SECONDS`; `only`: one repository, selected or not (contract 7.2.3).
+
+    `whole` reads every alert, whatever the conditional request would say: a person who asks for a backfill doubts what is there.
+    """
     setting = store.owners.config(owner_id, SERVICE)
     if setting is None or not setting.enabled:
         return OwnerSync(owner_id, Reason.SECURITY_DISABLED)
@@ -212,7 +217,7 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
         elif number and time.monotonic() > until:
             outcome = str(Reason.SYNC_OUT_OF_TIME)
         else:
-            outcome = _sync_repository(store, github, owner_id, target, policy, done, log)
+            outcome = _sync_repository(store, github, owner_id, target, policy, done, log, whole)
         if outcome == Reason.PROVIDER_AUTH:
             refused.add(target.installation_id)
         done.repositories[target.full_name] = outcome
@@ -225,7 +230,14 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
 
 
 def _sync_repository(
-    store: Store, github: GitHubResource, owner_id: UUID, target: SyncTarget, policy: sla.SlaPolicy, done: OwnerSync, log: Log
+    store: Store,
+    github: GitHubResource,
+    owner_id: UUID,
+    target: SyncTarget,
+    policy: sla.SlaPolicy,
+    done: OwnerSync,
+    log: Log,
+    whole: bool,
 ) -> str:
     """One repository to its end, or to the reason why not; a stopped one goes on at its checkpoint."""
     now = datetime.now(UTC)
@@ -244,7 +256,7 @@ def _sync_repository(
     cursor, etag, read, bad = state.cursor, None, 0, 0
     # The tag tells of changed states only, and only for the beginning: a day after the last whole reading all is read again.
     lately = state.read_at is not None and now - state.read_at < WHOLE_READING
-    tag = state.etag if lately and cursor is None else None
+    tag = state.etag if lately and cursor is None and not whole else None
     try:
         for _ in range(MAX_PAGES):
             page = github.alerts(target.installation_id, target.repository_id, target.full_name, etag=tag, after=cursor)

@@ -46,11 +46,18 @@ def test_what_changed_behind_our_back_is_taken(database: Database, twin: Twin) -
     assert owner.sync().rows_written == 0
 
 
-def test_a_severity_that_was_raised_quietly_is_seen_within_a_day(database: Database, twin: Twin) -> None:
+@pytest.mark.parametrize("how", ["a day later", "whole"])
+def test_a_severity_that_was_raised_quietly_is_seen_within_a_day_or_when_asked_for(
+    database: Database, twin: Twin, how: str
+) -> None:
     owner = Owner(database, twin, 1, 40)
     owner.sync()
     one = owner.store.findings.listed(owner.id, status="open", limit=100)[-1]
     twin.control("move-alert", repository=owner.names[0], number=int(one["source_id"]), action="severity_raised")
+    assert owner.sync().changed == 0, "its advisory moves no alert"
+    if how == "whole":
+        assert owner.sync(whole=True).changed >= 1
+        return
     with owner.store.database.owner(owner.id) as connection:
         connection.execute(text("update repository_syncs set read_at = read_at - interval '25 hours'"))
     # Alerts of the same advisory rise with it.

@@ -317,10 +317,27 @@ class Conversation:
         directory = shlex.quote(f"./{manifest.rpartition('/')[0]}")
         return f"cd {directory} && npm install --package-lock-only --ignore-scripts {package}@^{version}"
 
+    def _remediation(self) -> dict[str, Any]:
+        """What the update did, by what the package manager said of it."""
+        package, version = self._field("Package"), self._field("Patched version")
+        said = [output for name, _, output in self.calls if name == "bash"]
+        changed = bool(said) and "npm ERR" not in said[0] and "npm error" not in said[0]
+        update = self._update()
+        return {
+            "nonce": self._field("Nonce"),
+            "status": "changed" if changed else "blocked",
+            "summary": f"A scripted model updated {package} to {version}." if changed else f"{package} could not be updated.",
+            "validation": [f"`{update.partition('&& ')[2]}` ended well"] if changed else [],
+            "risk_notes": "",
+            "draft": False,
+        }
+
     def result(self) -> dict[str, Any]:
         """The result out of what the tools showed; of another shape where the brief's schema asks for one."""
         if self._asks_for_uses():
             return self._analysis()
+        if "validation" in self._schema().get("properties", {}):
+            return self._remediation()
         schema = self._schema()
         if schema and "findings" not in schema.get("properties", {}):
             return self._filled(schema)

@@ -285,4 +285,5 @@ def security_checks() -> list[AssetChecksDefinition]:
         _check(security_findings, "orphaned", "Open findings of repositories that left their owner's installation."),
         _check(security_findings, "unanalysed", "Findings that are due to automatic analysis and had none within a day."),
         _check(security_findings, "stale_running", "Analyses, dismissals and remediations under way for more than two hours."),
+        _check(security_findings, "remediation_unconfirmed", "Merged pull requests of ours whose alerts are still open."),
     ]

@@ -22,10 +22,11 @@ from kilo_pipelines.store.finding_lists import ORDERS
 
 log = logging.getLogger(__name__)
 
-_owner = click.option("--owner", type=click.UUID, help="Default: the only owner.")
+owner_option = click.option("--owner", type=click.UUID, help="Default: the only owner.")
 
 
-def _the_owner(store: Store, owner: UUID | None, plain: bool) -> UUID:
+def owner_of(store: Store, owner: UUID | None, plain: bool) -> UUID:
+    """The owner that a command is for; ends it when several are there and none was named."""
     known = store.owners.all()
     if owner is not None:
         if owner not in {one.id for one in known}:
@@ -51,7 +52,7 @@ def security() -> None:
 
 
 @security.command("findings")
-@_owner
+@owner_option
 @click.option("--repository", type=click.IntRange(1, 2**63 - 1), help="Only of the repository with this id at the provider.")
 @click.option("--status", type=click.Choice(["open", "fixed", "ignored", "closed"]), default="open", show_default=True)
 @click.option("--severity", type=click.Choice(["critical", "high", "medium", "low"]))
@@ -78,7 +79,7 @@ def security_findings(
     """Lists findings with their deadlines, the worst first."""
     _, store = open_store(plain)
     found = store.findings.listed(
-        _the_owner(store, owner, plain),
+        owner_of(store, owner, plain),
         status=status,
         severity=severity,
         repository_id=repository,
@@ -142,7 +143,7 @@ def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
 
 
 @security.command("sync")
-@_owner
+@owner_option
 @click.option("--repository", type=int, help="Only the repository with this id at the provider, selected or not.")
 @as_json
 def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> None:
@@ -152,7 +153,7 @@ def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> No
     from kilo_pipelines.resources.github import GitHubResource
 
     _, store = open_store(plain)
-    done = sync_owner(store, GitHubResource(), _the_owner(store, owner, plain), log, only=repository)
+    done = sync_owner(store, GitHubResource(), owner_of(store, owner, plain), log, only=repository)
 
     if not done.repositories:
         meaning, remedy = MEANING[Reason(done.outcome)]
@@ -170,7 +171,7 @@ def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> No
 
 
 @security.command("settings")
-@_owner
+@owner_option
 @click.option(
     "--set", "changes", multiple=True, metavar="NAME=JSON", help="For example --set sla_preset='\"strict\"'; again for more."
 )
@@ -178,7 +179,7 @@ def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> No
 def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool) -> None:
     """Shows the owner's settings, or changes some; deadlines follow at once. Saving never switches the service on."""
     _, store = open_store(plain)
-    owner_id = _the_owner(store, owner, plain)
+    owner_id = owner_of(store, owner, plain)
     setting = store.owners.config(owner_id, SERVICE)
     try:
         wanted = {name: json.loads(value) for name, _, value in (one.partition("=") for one in changes)}
@@ -206,12 +207,12 @@ def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool)
 
 
 @security.command("quarantine")
-@_owner
+@owner_option
 @as_json
 def security_quarantine(owner: UUID | None, plain: bool) -> None:
     """Lists alerts that could not be taken, and which of their fields are wrong."""
     _, store = open_store(plain)
-    found = store.findings.quarantined(_the_owner(store, owner, plain))
+    found = store.findings.quarantined(owner_of(store, owner, plain))
     show(
         plain,
         found,

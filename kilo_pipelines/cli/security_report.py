@@ -11,7 +11,7 @@ from uuid import UUID
 import click
 
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
-from kilo_pipelines.cli.security import _owner, _the_owner, security
+from kilo_pipelines.cli.security import owner_of, owner_option, security
 from kilo_pipelines.core.reasons import MEANING
 from kilo_pipelines.ingress import security_acts as acts
 from kilo_pipelines.services.security.report import Refusal
@@ -23,7 +23,7 @@ _repository = click.option(
 
 
 @security.command("report")
-@_owner
+@owner_option
 @click.option("--from", "first", type=_day, help="First UTC day. Default: 90 days with the last one.")
 @click.option("--to", "last", type=_day, help="Last UTC day. Default: today.")
 @click.option("--format", "form", type=click.Choice(["csv", "json", "vex"]), default="csv", show_default=True)
@@ -42,7 +42,7 @@ def security_report(
     """Writes the audit report of a period (csv, json), or what the findings mean for others (vex). `--json` wraps the answer."""
     _, store = open_store(plain)
     wish = acts.Wish(form, first.date() if first else None, last.date() if last else None, repository)
-    owner_id = _the_owner(store, owner, plain)
+    owner_id = owner_of(store, owner, plain)
     made = acts.make_document(store, owner_id, wish, role=OPERATOR, actor=OPERATOR, now=datetime.now(UTC))
     if isinstance(made, Refusal):
         end(plain, f"{made.detail}: {MEANING[made.reason][0]} {MEANING[made.reason][1]} ({made.reason})", 2)
@@ -63,13 +63,13 @@ def security_report(
 
 
 @security.command("summary")
-@_owner
+@owner_option
 @_repository
 @as_json
 def security_summary(owner: UUID | None, repository: int | None, plain: bool) -> None:
     """Shows the owner's figures: deadlines, analyses, times to fix, the longest overdue, the worst repositories."""
     _, store = open_store(plain)
-    found = acts.summary_of(store, _the_owner(store, owner, plain), repository, datetime.now(UTC))
+    found = acts.summary_of(store, owner_of(store, owner, plain), repository, datetime.now(UTC))
     show(plain, found, lambda: "\n".join(_lines(found)))
 
 

@@ -23,6 +23,7 @@ class EffectKind(StrEnum):
     GITHUB_REVIEW = "github.review"
     GITHUB_SUMMARY_COMMENT = "github.summary_comment"
     GITHUB_REACTION = "github.reaction"
+    GITHUB_PULL_REQUEST = "github.pull_request"
 
 
 DELIVERY: dict[EffectKind, Delivery] = {
@@ -30,6 +31,7 @@ DELIVERY: dict[EffectKind, Delivery] = {
     EffectKind.GITHUB_REVIEW: Delivery.READ_BACK,
     EffectKind.GITHUB_SUMMARY_COMMENT: Delivery.READ_BACK,
     EffectKind.GITHUB_REACTION: Delivery.IDEMPOTENT,  # GitHub answers 200 with the existing reaction
+    EffectKind.GITHUB_PULL_REQUEST: Delivery.READ_BACK,  # found by its branch, which is ours alone
 }
 
 

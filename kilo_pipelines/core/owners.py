@@ -27,3 +27,8 @@ def analysis_pools(*, automatic: bool) -> dict[str, int]:
     """The pools that an analysis takes a slot from: whoever asked for it by hand always finds one more than the automatic ones take."""
     pools = {"security_analysis": ANALYSES}
     return pools | {"security_analysis.automatic": AUTOMATIC_ANALYSES} if automatic else pools
+
+
+def remediation_pools(repository_id: int) -> dict[str, int]:
+    """One remediation at a time of an owner, and of an owner's repository; another owner's count for nothing here (contract 13.2)."""
+    return {"remediation": 1, f"remediation:{repository_id}": 1}

@@ -55,7 +55,6 @@ class Reason(StrEnum):
     ALERT_OUTDATED = "alert_outdated"
     NOT_SYNCED_YET = "not_synced_yet"
     INSUFFICIENT_CREDITS = "insufficient_credits"
-    FINDING_UNKNOWN = "finding_unknown"
     FINDING_NOT_OPEN = "finding_not_open"
     ANALYSIS_NOT_WANTED = "analysis_not_wanted"
     ANALYSIS_ACTIVE = "analysis_active"
@@ -76,6 +75,31 @@ class Reason(StrEnum):
     SETTINGS_STALE = "settings_stale"
     OWNER_NOT_NAMED = "owner_not_named"
     ROLE_NOT_ALLOWED = "role_not_allowed"
+    # remediation
+    FINDING_NOT_FOUND = "finding_not_found"
+    REPO_NOT_IN_SCOPE = "repo_not_in_scope"
+    ANALYSIS_REQUIRED = "analysis_required"
+    SANDBOX_ANALYSIS_REQUIRED = "sandbox_analysis_required"
+    STALE_ANALYSIS = "stale_analysis"
+    REMEDIATION_ACTIVE = "remediation_active"
+    PR_ALREADY_OPENED = "pr_already_opened"
+    MONITOR_REQUIRED = "monitor_required"
+    EXPLOITABILITY_UNKNOWN = "exploitability_unknown"
+    TRIAGE_ONLY = "triage_only"
+    ACTION_NOT_CONCRETE = "action_not_concrete"
+    NOT_EXPLOITABLE = "not_exploitable"
+    MANUAL_REVIEW_REQUIRED = "manual_review_required"
+    AUTO_REMEDIATION_DISABLED = "auto_remediation_disabled"
+    APPROVAL_REQUIRED = "approval_required"
+    INCLUDE_EXISTING_DISABLED = "include_existing_disabled"
+    BELOW_THRESHOLD = "below_threshold"
+    BEFORE_ENABLEMENT = "before_enablement"
+    DUPLICATE_ANALYSIS_RESULT = "duplicate_analysis_result"
+    RETRY_NOT_ALLOWED = "retry_not_allowed"
+    COVERED_BY_OPEN_PULL = "covered_by_open_pull"
+    REMEDIATED = "remediated"
+    NO_CHANGES_NEEDED = "no_changes_needed"
+    REMEDIATION_BLOCKED = "remediation_blocked"
     # claim and engine
     MOVED_ON = "moved_on"
     NO_SLOT = "no_slot"
@@ -260,11 +284,82 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "The owner's share of the run was used up.",
         "Nothing; the next sync goes on with what was left.",
     ),
+    Reason.REPO_NOT_IN_SCOPE: (
+        "The finding's repository isn't selected, or no working installation sees it.",
+        "Select it in the owner's settings, or let the App see it.",
+    ),
+    Reason.ANALYSIS_REQUIRED: ("The finding has no completed analysis.", "Start one with `kilo-pipelines security analyze`."),
+    Reason.SANDBOX_ANALYSIS_REQUIRED: (
+        "Only the alert's metadata were analysed, not the repository.",
+        "Start a deep analysis: `kilo-pipelines security analyze --deep`.",
+    ),
+    Reason.STALE_ANALYSIS: ("The finding changed since it was analysed.", "Analyse it again."),
+    Reason.REMEDIATION_ACTIVE: ("A remediation of the finding or of its package waits or runs.", "Wait for it, or cancel it."),
+    Reason.PR_ALREADY_OPENED: (
+        "A pull request for the finding is open, or was merged and its fix has not shown yet.",
+        "Merge or close it.",
+    ),
+    Reason.MONITOR_REQUIRED: (
+        "The analysis says to watch the finding, not to change anything.",
+        "Analyse it again when that changed.",
+    ),
+    Reason.EXPLOITABILITY_UNKNOWN: (
+        "The analysis couldn't tell whether the finding can be exploited.",
+        "Analyse it again, or start the remediation by hand where the analysis names an action.",
+    ),
+    Reason.TRIAGE_ONLY: ("The analysis asks for no change to the repository.", "Analyse it again if a change is wanted."),
+    Reason.ACTION_NOT_CONCRETE: (
+        "Neither a patched version nor a fix in words is known.",
+        "Wait for a patched version, or mend it by hand.",
+    ),
+    Reason.NOT_EXPLOITABLE: (
+        "The analysis says that the finding can't be exploited.",
+        "Dismiss it, or start the remediation by hand.",
+    ),
+    Reason.MANUAL_REVIEW_REQUIRED: ("The analysis wants a person to look first.", "Look, then start the remediation by hand."),
+    Reason.AUTO_REMEDIATION_DISABLED: ("Automatic remediation is off.", "Switch `auto_remediation_enabled` on."),
+    Reason.APPROVAL_REQUIRED: (
+        "A person has to start each remediation.",
+        "Start it by hand, or switch `auto_remediation_require_approval` off.",
+    ),
+    Reason.INCLUDE_EXISTING_DISABLED: (
+        "What was analysed before is left alone by a remediation of all findings.",
+        "Switch `auto_remediation_include_existing` on.",
+    ),
+    Reason.BELOW_THRESHOLD: (
+        "The finding's severity is below the owner's threshold.",
+        "Change `auto_remediation_min_severity`, or start it by hand.",
+    ),
+    Reason.BEFORE_ENABLEMENT: (
+        "The finding was analysed before automatic remediation was switched on.",
+        "Start it by hand or for all findings at once.",
+    ),
+    Reason.DUPLICATE_ANALYSIS_RESULT: (
+        "The same analysis led to a remediation already.",
+        "Analyse the finding again, or try again with `--retry`.",
+    ),
+    Reason.RETRY_NOT_ALLOWED: (
+        "No remediation of the finding ended in a way that can be tried again.",
+        "Start it without `--retry`.",
+    ),
+    Reason.COVERED_BY_OPEN_PULL: (
+        "Another open pull request of ours changes the same package in the same manifest.",
+        "Merge or close that one first.",
+    ),
+    Reason.REMEDIATED: ("The change is pushed; its pull request is being opened.", "Review the pull request."),
+    Reason.NO_CHANGES_NEEDED: (
+        "The agent found nothing to change.",
+        "Read its summary; the next sync shows whether the alert is gone.",
+    ),
+    Reason.REMEDIATION_BLOCKED: (
+        "The agent could not make the change, and says why.",
+        "Read its summary, then mend it by hand or try again with `--retry`.",
+    ),
     Reason.INSUFFICIENT_CREDITS: (
         "The model's provider wants to be paid first.",
         "Add credit there; the owner's service waits and goes on by itself.",
     ),
-    Reason.FINDING_UNKNOWN: ("There is no such finding of this owner.", "Look at `kilo-pipelines security findings`."),
+    Reason.FINDING_NOT_FOUND: ("There is no such finding of this owner.", "Look at `kilo-pipelines security findings`."),
     Reason.FINDING_NOT_OPEN: ("The finding is fixed or ignored.", "Nothing; reopen it at its source to have it looked at."),
     Reason.ANALYSIS_NOT_WANTED: (
         "The finding is not due to automatic analysis any more.",

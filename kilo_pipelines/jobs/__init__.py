@@ -13,6 +13,7 @@ from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.items import settle_quietly
 from kilo_pipelines.ops.security_analysis import launch_analyses, settle_analyses, sweep_analyses
+from kilo_pipelines.ops.security_remediation import launch_remediations, settle_remediations
 from kilo_pipelines.ops.security_sync import sync_owners, sync_requested
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
@@ -94,6 +95,15 @@ def requested_security_sync() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "remediation"},
+    description="Claims waiting remediations and launches a session that may write for each.",
+)
+def remediation() -> None:
+    apply_effects(start=launch_remediations())
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "security_analysis"},
     description="Claims waiting analyses: the alert's metadata first, a session in the repository where that doesn't settle it.",
 )
@@ -121,6 +131,15 @@ def security_sweep() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "remediation"},
+    description="Turns a pushed change into a pull request, and frees the slot.",
+)
+def settle_remediation() -> None:
+    apply_effects(start=settle_remediations())
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
     description="Notes the ends of dismissals, notices and requested syncs that were cancelled or given up.",
 )
@@ -142,5 +161,7 @@ def default_jobs() -> list[JobDefinition]:
         settle_security_analysis,
         security_sweep,
         requested_security_sync,
+        remediation,
+        settle_remediation,
         settle_quiet_items,
     ]

@@ -18,6 +18,7 @@ from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.security.brief import AnalysisTask
+from kilo_pipelines.services.security.remediation_brief import RemediationTask
 from kilo_pipelines.store import SessionClaim, Store
 
 # How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
@@ -27,6 +28,7 @@ INTERRUPT_POLL_SECONDS = 1.0
 TASKS: dict[str, Callable[[dict[str, Any]], SessionTask]] = {
     "code_review": CodeReviewTask,
     "security_analysis": AnalysisTask,
+    "remediation": RemediationTask,
 }
 
 

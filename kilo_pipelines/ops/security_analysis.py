@@ -283,7 +283,7 @@ def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig, log: Lo
     severities = eligibility.severities(config)
     for finding_id, item_id in store.analyses.waiting_automatic(owner_id).items():
         finding = store.findings.get(owner_id, finding_id)
-        refusal = eligibility.automatic(config, finding.status, finding.severity) if finding else Reason.FINDING_UNKNOWN
+        refusal = eligibility.automatic(config, finding.status, finding.severity) if finding else Reason.FINDING_NOT_FOUND
         if refusal is not None:
             store.queue.cancel(item_id, reason=refusal, actor="platform")
     if not severities:

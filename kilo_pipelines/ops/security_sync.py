@@ -15,6 +15,7 @@ from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.ops.items import Log, reopened_by_person, say
 from kilo_pipelines.ops.security_analysis import queue_analyses
+from kilo_pipelines.ops.security_remediation import follow_up
 from kilo_pipelines.ops.tables import table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -221,6 +222,8 @@ def sync_owner(
         if outcome == Reason.PROVIDER_AUTH:
             refused.add(target.installation_id)
         done.repositories[target.full_name] = outcome
+        if outcome in ("synced", "unchanged"):
+            follow_up(store, github, owner_id, target.repository_id, log)
         if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
             done.complete = False
             log.warning(f"{target.full_name}: {outcome}")

@@ -327,16 +327,23 @@ class GitHubInstallation:
             return _pull_state(repository, repository.get_pull(number))
 
     def find_open_pull(self, full_name: str, head_ref: str) -> PullState | None:
-        """The newest open pull request from a branch of this repository, whoever opened it; None when there is none.
+        """The newest open pull request from a branch of this repository, whoever opened it; None when there is none. Raises ProviderError."""
+        return self._find_pull(full_name, head_ref, "open")
 
-        Asked before `create_pull`, so that a lost answer doesn't open a second one. Raises ProviderError.
+    def find_pull(self, full_name: str, head_ref: str) -> PullState | None:
+        """The same, also when it is merged or closed by now.
+
+        Asked before `create_pull`, so that a lost answer doesn't open a second one.
         """
+        return self._find_pull(full_name, head_ref, "all")
+
+    def _find_pull(self, full_name: str, head_ref: str, state: str) -> PullState | None:
         repository = self.repository(full_name)
         with self.errors():
             # GitHub leaves a filter out that it can't read, so what it answers is looked at again; forks have other ids.
             found = [
                 one
-                for one in repository.get_pulls(state="open", head=f"{repository.owner.login}:{head_ref}")
+                for one in repository.get_pulls(state=state, head=f"{repository.owner.login}:{head_ref}")
                 if one.head.ref == head_ref and one.head.repo is not None and one.head.repo.id == repository.id
             ]
             newest = max(found, key=lambda one: one.number, default=None)

@@ -84,6 +84,17 @@ class ReactionPayload(_Payload):
     content: Literal["+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"]
 
 
+class PullRequestPayload(_Payload):
+    """`github.pull_request`: from a branch that we pushed, at the commit that we pushed; found by that branch, which is ours alone."""
+
+    head_ref: str
+    head_sha: str
+    base_ref: str
+    title: str
+    body: str
+    draft: bool
+
+
 class LostLeaseError(Exception):
     """Right before the write the effect was somebody else's: nothing was written."""
 
@@ -102,6 +113,8 @@ def apply(installation: GitHubInstallation, intent: EffectIntent, before_write: 
             receipt = _review(installation, ReviewPayload.model_validate(intent.payload), gate)
         elif intent.kind is EffectKind.GITHUB_SUMMARY_COMMENT:
             receipt = _summary_comment(installation, SummaryPayload.model_validate(intent.payload), gate)
+        elif intent.kind is EffectKind.GITHUB_PULL_REQUEST:
+            receipt = _pull_request(installation, PullRequestPayload.model_validate(intent.payload), gate)
         else:
             receipt = _reaction(installation, ReactionPayload.model_validate(intent.payload), gate)
     except ValidationError as failure:
@@ -265,3 +278,25 @@ def _reaction(installation: GitHubInstallation, wanted: ReactionPayload, gate: C
         gate()
         made = issue.create_reaction(wanted.content)
         return EffectReceipt(external_id=str(made.id), created=True)
+
+
+def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, gate: Callable[[], None]) -> EffectReceipt:
+    """`head_moved` for a branch, or a pull request from it, that shows another commit than ours: that one nobody checked."""
+    repository = _here(installation, wanted.full_name)
+    found = installation.find_pull(wanted.full_name, wanted.head_ref)
+    with installation.errors():
+        shown = found.head_sha if found is not None else repository.get_commit(f"heads/{wanted.head_ref}").sha
+    if shown != wanted.head_sha:
+        raise ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"{wanted.head_ref} is at another commit")
+    if found is not None:
+        return EffectReceipt(external_id=str(found.number), url=found.url, created=False)
+    gate()
+    made = installation.create_pull(
+        wanted.full_name,
+        title=wanted.title,
+        body=cut(wanted.body, MAX_BODY),
+        head=wanted.head_ref,
+        base=wanted.base_ref,
+        draft=wanted.draft,
+    )
+    return EffectReceipt(external_id=str(made.number), url=made.url, created=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from dagster import ConfigurableResource
 
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
+from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_alerts, github_effects
@@ -24,8 +24,10 @@ __all__ = ["AlertPage", "BranchHead", "GitHubResource", "LostLeaseError", "Provi
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
 POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
+OPEN_PULL = {"metadata": "read", "contents": "read", "pull_requests": "write"}
 
-# What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests.
+# What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests; a new
+# pull request asks once more, which its rarity makes up for.
 LAUNCH_READS = 8
 EFFECT_READS = 5
 # GitHub allows 900 points a minute, a read is one (REST API, secondary rate limits); half is left to others. Twenty launches and
@@ -91,4 +93,5 @@ class GitHubResource(ConfigurableResource[None]):
 
         `before_write` is asked right before the write: False (somebody else has the effect by now) and nothing is written.
         """
-        return github_effects.apply(self._app().installation(installation_id, [repository_id], POST), intent, before_write)
+        permissions = OPEN_PULL if intent.kind is EffectKind.GITHUB_PULL_REQUEST else POST
+        return github_effects.apply(self._app().installation(installation_id, [repository_id], permissions), intent, before_write)

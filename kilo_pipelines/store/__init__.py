@@ -20,6 +20,7 @@ from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
 from kilo_pipelines.store.queue import Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
+from kilo_pipelines.store.remediations import Remediations, note_all
 from kilo_pipelines.store.reports import Limits, PeriodRead, PresentRead, Reports
 from kilo_pipelines.store.retention import Ages, Retention
 from kilo_pipelines.store.rows import (
@@ -39,6 +40,7 @@ from kilo_pipelines.store.rows import (
     Owner,
     Receipt,
     Refused,
+    RemediationRow,
     Repository,
     ReviewRow,
     ServiceConfig,
@@ -86,6 +88,7 @@ __all__ = [
     "PresentRead",
     "Receipt",
     "Refused",
+    "RemediationRow",
     "Repository",
     "ReviewRow",
     "Seal",
@@ -99,6 +102,7 @@ __all__ = [
     "SyncRow",
     "SyncTarget",
     "Wanted",
+    "note_all",
     "noted",
 ]
 
@@ -125,4 +129,5 @@ class Store:
         self.findings = Findings(self.database, clock)
         self.analyses = Analyses(self.database, clock)
         self.reports = Reports(self.database, clock)
+        self.remediations = Remediations(self.database, clock)
         self.listener = self.database.listener

@@ -321,6 +321,36 @@ class Findings:
             )
         return [FindingRow(**row) for row in found]
 
+    def open_of_package(
+        self, owner_id: UUID, repository_id: int, ecosystem: str, package: str, manifest: str
+    ) -> list[FindingRow]:
+        """Open findings of one package of a manifest."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.repository_id = :repository and f.package_ecosystem = :ecosystem"
+                f" and f.package_name = :package and f.manifest_path = :manifest and {_STATUS} = 'open' order by f.id",
+                owner=owner_id,
+                repository=repository_id,
+                ecosystem=ecosystem,
+                package=package,
+                manifest=manifest,
+            )
+        return [FindingRow(**row) for row in found]
+
+    def open_after(self, owner_id: UUID, after: UUID | None, *, limit: int) -> list[FindingRow]:
+        """The next open findings in the order of their ids: a cursor that reaches every one of them, whatever changes meanwhile."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                f"select {_COLUMNS} from findings f where f.owner_id = :owner and (cast(:after as uuid) is null or f.id > :after)"
+                f" and {_STATUS} = 'open' order by f.id limit :limit",
+                owner=owner_id,
+                after=after,
+                limit=limit,
+            )
+        return [FindingRow(**row) for row in found]
+
     def listed(
         self,
         owner_id: UUID,

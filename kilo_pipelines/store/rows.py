@@ -333,6 +333,38 @@ class SyncTarget:
 
 
 @dataclass(frozen=True)
+class RemediationRow:
+    """One remediation with its item's state and its pull request as the outbox knows it; `findings`: all that it ends."""
+
+    item_id: UUID
+    repository_id: int
+    subject_key: str
+    finding_id: UUID
+    findings: list[UUID]
+    state: str
+    reason: str | None
+    attempt: int
+    origin: str
+    requested_by: str
+    analysis_id: UUID
+    fingerprint: str
+    branch: str | None
+    commit_sha: str | None
+    base_ref: str | None
+    summary: str | None
+    pull_number: int | None
+    pull_url: str | None
+    effect_state: str | None
+    pull_state: str | None
+    merged_at: datetime | None
+    syncs_since_merge: int
+    confirmed_at: datetime | None
+    flagged_at: datetime | None
+    created_at: datetime
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True)
 class AnalysisRow:
     """One analysis of a finding with its item's state. `snapshot`, `triage` and `deep`: services/security/analysis.py."""
 

@@ -174,8 +174,18 @@ class SettleTx:
         """Switches the owner's service off until a person acts."""
         require_action(self._connection, self.item.owner_id, self.item.service, reason, self.item.id, self._now)
 
-    def announce(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, effects: list[EffectIntent]) -> bool:
-        """Intends the effects of an item that ended without them (superseded, cancelled, reaped). False: announced or live again."""
+    def announce(
+        self,
+        verdict: dict[str, Any],
+        evidence: dict[str, Any] | None,
+        effects: list[EffectIntent],
+        *,
+        also: Callable[[Connection], None] | None = None,
+    ) -> bool:
+        """Intends the effects of an item that ended without them (superseded, cancelled, reaped). False: announced or live again.
+
+        `also` writes what belongs to it in the same transaction.
+        """
         done = changed(
             self._connection,
             "update work_items set announced = true, offer_until = null, updated_at = :now where owner_id = :owner and id = :id"
@@ -189,6 +199,8 @@ class SettleTx:
             return False
         self._keep(verdict, evidence)
         intend(self._connection, self.item.owner_id, self.item.id, effects, self._now)
+        if also is not None:
+            also(self._connection)
         return True
 
     def _keep(self, verdict: dict[str, Any], evidence: dict[str, Any] | None, details: Mapping[str, Any] | None = None) -> None:

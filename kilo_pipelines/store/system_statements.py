@@ -415,6 +415,13 @@ SECURITY_CHECKS = {
         " where finding_status(f.upstream_state, f.disposition) = 'open' and r.removed_at is not null group by o.name, r.full_name order by findings desc limit :limit",
         "open findings of repositories that left their owner's installation",
     ),
+    "remediation_unconfirmed": SystemStatement(
+        "select o.name as owner, r.full_name as repository, m.item_id as item, m.branch, m.merged_at, m.syncs_since_merge, m.flagged_at"
+        " from remediations m join owners o on o.id = m.owner_id join work_items w on w.owner_id = m.owner_id and w.id = m.item_id"
+        " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
+        " where m.flagged_at is not null and m.confirmed_at is null and r.removed_at is null order by m.flagged_at limit :limit",
+        "merged remediations whose fix has not shown",
+    ),
     "unanalysed": SystemStatement(
         "select o.name as owner, f.id as finding, f.severity, f.package_name, f.first_seen_at from service_configs c"
         " join owners o on o.id = c.owner_id and o.enabled join findings f on f.owner_id = c.owner_id"

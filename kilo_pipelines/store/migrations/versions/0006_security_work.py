@@ -65,11 +65,10 @@ create table remediations (
     commit_sha text,
     base_ref text,
     summary text,
-    pull_number integer,
-    pull_url text,
     pull_state text check (pull_state in ('open', 'merged', 'closed')),
     merged_at timestamptz,
     syncs_since_merge integer not null default 0,
+    confirmed_at timestamptz,
     flagged_at timestamptz,
     verdict jsonb,
     evidence jsonb,
@@ -79,6 +78,7 @@ create table remediations (
     foreign key (owner_id, analysis_id) references finding_analyses (owner_id, item_id)
 );
 create index remediations_of_finding on remediations (owner_id, finding_id);
+create index remediations_of_findings on remediations using gin (findings);
 
 create table notices (
     owner_id uuid not null,

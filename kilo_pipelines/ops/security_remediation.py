@@ -1,0 +1,510 @@
+"""Remediations: admission, launch (claim, facts re-read, write session), settle (pull request intended), and what follows a merge."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from dagster import Nothing, OpExecutionContext, Out, op
+from pydantic import ValidationError
+
+from kilo_pipelines.cloud_agent.protocol import PUSHED
+from kilo_pipelines.core import retry
+from kilo_pipelines.core.effects import EffectIntent, EffectKind
+from kilo_pipelines.core.owners import remediation_pools
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import clean
+from kilo_pipelines.core.work import FINAL, WorkState
+from kilo_pipelines.ops.effects import TRANSPORT_RETRY
+from kilo_pipelines.ops.ids import Ids, each
+from kilo_pipelines.ops.items import Log, provider_failed, reopened_by_person, say
+from kilo_pipelines.resources.cloud_agent import CloudAgentResource
+from kilo_pipelines.resources.github import GitHubResource, ProviderError
+from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.services.security import remediation as rules
+from kilo_pipelines.services.security import remediation_brief as brief
+from kilo_pipelines.services.security import remediation_text as texts
+from kilo_pipelines.services.security.config import SERVICE as SETTINGS
+from kilo_pipelines.services.security.config import SecurityConfig
+from kilo_pipelines.services.security.findings import event_key
+from kilo_pipelines.services.security.remediation import SERVICE, Origin
+from kilo_pipelines.store import (
+    AnalysisRow,
+    Claimed,
+    FindingRow,
+    NewFindingEvent,
+    NewItem,
+    RemediationRow,
+    SettleTx,
+    Store,
+    SyncTarget,
+    note_all,
+)
+
+# Findings that are looked at together: a page of one statement each for their analyses and earlier remediations.
+PAGE = 200
+
+
+# -- admission ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """An owner's settings and the repositories that its working installations see."""
+
+    enabled: bool
+    config: SecurityConfig
+    repositories: dict[int, SyncTarget]
+
+
+def _owner(store: Store, owner_id: UUID) -> _Owner:
+    setting = store.owners.config(owner_id, SETTINGS)
+    config = SecurityConfig.model_validate(setting.config if setting else {})
+    return _Owner(
+        setting is not None and setting.enabled,
+        config,
+        {one.repository_id: one for one in store.owners.sync_targets(owner_id)},
+    )
+
+
+def _earlier(found: Sequence[RemediationRow], finding_id: UUID, apart_from: UUID | None) -> list[rules.Earlier]:
+    return [
+        rules.Earlier(
+            rules.earlier_state(
+                one.state,
+                one.reason,
+                one.pull_state,
+                confirmed=one.confirmed_at is not None,
+                flagged=one.flagged_at is not None,
+            ),
+            one.fingerprint,
+        )
+        for one in found
+        if finding_id in one.findings and one.item_id != apart_from
+    ]
+
+
+def _cases(
+    store: Store, owner_id: UUID, findings: Sequence[FindingRow], *, apart_from: UUID | None = None
+) -> list[tuple[FindingRow, rules.Case]]:
+    """What admission looks at, for findings of one owner; `apart_from`: an item that is no earlier one of itself."""
+    owner = _owner(store, owner_id)
+    ids = [one.id for one in findings]
+    analyses, found = store.analyses.latest(owner_id, ids), store.remediations.of_findings(owner_id, ids)
+    return [
+        (
+            one,
+            rules.Case(
+                finding=one,
+                enabled=owner.enabled,
+                config=owner.config,
+                connected=one.repository_id in owner.repositories,
+                analysis=analyses.get(one.id),
+                earlier=_earlier(found, one.id, apart_from),
+            ),
+        )
+        for one in findings
+    ]
+
+
+def _group(store: Store, first: FindingRow) -> tuple[list[FindingRow], dict[UUID, AnalysisRow]]:
+    """The findings that one change ends, with their analyses."""
+    others = store.findings.open_of_package(
+        first.owner_id, first.repository_id, first.package_ecosystem, first.package_name, first.manifest_path
+    )
+    analyses = store.analyses.latest(first.owner_id, [first.id, *(one.id for one in others)])
+    return rules.joined(first, others, analyses), analyses
+
+
+def _event(owner_id: UUID, finding_id: UUID, action: str, item_id: UUID, discriminator: object, **data: Any) -> NewFindingEvent:
+    """An audit event of a remediation (contract 14): what was done, none of the agent's words."""
+    return NewFindingEvent(
+        at=datetime.now(UTC),
+        kind=None,
+        severity=None,
+        reconstructed=False,
+        event_key=event_key(owner_id, finding_id, action, item_id, discriminator),
+        action=f"security.remediation.{action}",
+        data={"item": str(item_id), **data},
+    )
+
+
+def _open(store: Store, finding: FindingRow, analysis: AnalysisRow, origin: Origin, actor: str, *, again: bool) -> UUID | Reason:
+    group, _ = _group(store, finding)
+    new = NewItem(
+        service=SERVICE,
+        subject_key=rules.subject_of(finding),
+        repository_id=finding.repository_id,
+        priority=rules.PRIORITY[origin],
+        details={
+            "finding_id": str(finding.id),
+            "origin": origin,
+            "requested_by": actor,
+            "analysis_id": str(analysis.item_id),
+            "fingerprint": rules.fingerprint(finding, analysis),
+            "findings": [str(one.id) for one in group],
+        },
+    )
+
+    def events(item_id: UUID) -> Sequence[tuple[UUID, NewFindingEvent]]:
+        action = "retried" if again else "queued"
+        return [(one.id, _event(finding.owner_id, one.id, action, item_id, 0, origin=origin)) for one in group]
+
+    opened = store.remediations.open(finding.owner_id, new, events, actor=actor)
+    return opened or Reason.REMEDIATION_ACTIVE
+
+
+def admit(
+    store: Store,
+    owner_id: UUID,
+    finding_id: UUID,
+    *,
+    origin: Origin,
+    actor: str,
+    role: str | None,
+    retry: bool = False,
+) -> UUID | Reason:
+    """Opens a remediation of a finding: its item, or why there is none (contract 13.1). `role` None: the platform itself."""
+    refused = rules.may_act(role)
+    if refused is not None:
+        return refused
+    finding = store.findings.get(owner_id, finding_id)
+    if finding is None:
+        return Reason.FINDING_NOT_FOUND
+    ((_, case),) = _cases(store, owner_id, [finding])
+    refused = rules.refusal(case, origin, retry=retry)
+    if refused is not None:
+        return refused
+    assert case.analysis is not None  # noqa: S101  # without one it was refused
+    return _open(store, finding, case.analysis, origin, actor, again=retry)
+
+
+def after_analysis(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> None:
+    """What a completed analysis starts by itself, where its owner wants that."""
+    answer = admit(store, owner_id, finding_id, origin="automatic", actor="platform", role=None)
+    log.info(
+        f"finding {finding_id}: " + (f"no remediation ({answer})" if isinstance(answer, Reason) else f"remediation {answer}")
+    )
+
+
+def cancel(store: Store, owner_id: UUID, item_id: UUID, *, actor: str, role: str) -> Reason | None:
+    """Ends a remediation that waits or runs, its session with it (contract 13.4); None when done, else why not."""
+    refused = rules.may_act(role)
+    if refused is not None:
+        return refused
+    item = store.queue.get(item_id)
+    if item is None or item.owner_id != owner_id or item.service != SERVICE:
+        return Reason.FINDING_NOT_FOUND
+    return None if store.queue.cancel(item_id, reason=Reason.USER_CANCELLED, actor=actor) else Reason.MOVED_ON
+
+
+@dataclass
+class Bulk:
+    """What one command over all open findings did; `skipped` by reason."""
+
+    scanned: int = 0
+    admitted: list[UUID] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def remediate_all(store: Store, owner_id: UUID, *, actor: str, role: str) -> Bulk | Reason:
+    """Every open finding of an owner, page by page to the last one (contract 13.4, weakness 24)."""
+    refused = rules.may_act(role)
+    if refused is not None:
+        return refused
+    done, after = Bulk(), None
+    while page := store.findings.open_after(owner_id, after, limit=PAGE):
+        for finding, case in _cases(store, owner_id, page):
+            answer: UUID | Reason | None = rules.refusal(case, "bulk")
+            if answer is None:
+                assert case.analysis is not None  # noqa: S101  # without one it was refused
+                answer = _open(store, finding, case.analysis, "bulk", actor, again=False)
+            done.scanned += 1
+            if isinstance(answer, Reason):
+                done.skipped[str(answer)] += 1
+            else:
+                done.admitted.append(answer)
+        after = page[-1].id
+    return done
+
+
+# -- launch ---------------------------------------------------------------------------------------------------------------
+
+
+@op(
+    out=Out(Nothing),
+    retry_policy=TRANSPORT_RETRY,
+    description="Claims remediations, looks at the present facts again, launches a session that may write.",
+)
+def launch_remediations(
+    context: OpExecutionContext, config: Ids, store: StoreResource, github: GitHubResource, cloud_agent: CloudAgentResource
+) -> None:
+    each(context, config.ids, lambda item_id: _launch(context, store.get(), github, cloud_agent, item_id))
+
+
+def _launch(
+    context: OpExecutionContext, store: Store, github: GitHubResource, cloud_agent: CloudAgentResource, item_id: UUID
+) -> None:
+    if reopened_by_person(context, store, item_id):
+        return
+    item = store.queue.get(item_id)
+    repository_id = item.repository_id if item is not None else 0  # an unknown item is refused before any pool is asked for
+    claim = store.queue.claim(
+        item_id,
+        SERVICE,
+        run_id=context.run_id,
+        pools=lambda _kind, _plan: remediation_pools(repository_id),
+        lease_s=cloud_agent.lease_seconds(),
+        costs=github.launch_costs(),
+    )
+    if not isinstance(claim, Claimed):
+        say(context, item_id, claim.outcome)
+        return
+    finding = store.findings.get(claim.owner_id, UUID(claim.details["finding_id"]))
+    assert finding is not None  # noqa: S101  # a foreign key holds it
+    ((_, case),) = _cases(store, claim.owner_id, [finding], apart_from=item_id)
+    origin: Origin = claim.details["origin"]
+    # What was admitted once is no duplicate of what ended meanwhile: that is what a retry is (contract 13.2).
+    stop = rules.refusal(case, origin)
+    if stop is not None and stop is not Reason.DUPLICATE_ANALYSIS_RESULT:
+        _stop(context, store, claim, stop)
+        return
+    assert case.analysis is not None  # noqa: S101  # without one it was refused
+    group, analyses = _group(store, finding)
+    target = next(one for one in store.owners.sync_targets(claim.owner_id) if one.repository_id == claim.repository_id)
+    try:
+        covered = _open_pull(store, github, claim, target.full_name)
+        at = github.default_branch(claim.installation_id, claim.repository_id, target.full_name)
+    except ProviderError as failure:
+        provider_failed(context, store, claim, failure)
+        return
+    if covered is not None:
+        _stop(context, store, claim, Reason.COVERED_BY_OPEN_PULL, pull_request=covered)
+        return
+    session_id = uuid4()
+    branch = rules.branch_of(item_id, claim.attempt, finding)
+    fixes = {key: one.deep["suggested_fix"] for key, one in analyses.items() if one.deep is not None}
+    launched = store.sessions.launch(
+        claim,
+        session_id=session_id,
+        spec=cloud_agent.branch_spec(
+            session_id,
+            claim.owner_id,
+            SERVICE,
+            at,
+            brief.task_of(group, fixes, at.full_name, case.config.remediation_registries),
+            model=case.config.remediation_model,
+            writes=True,
+            branch=branch,
+            allow_protected=case.config.remediation_allow_protected,
+            registries=case.config.remediation_registries,
+        ),
+        head={
+            "analysis_id": str(case.analysis.item_id),
+            "fingerprint": rules.fingerprint(finding, case.analysis),
+            "findings": [str(one.id) for one in group],
+            "branch": branch,
+            "base_ref": at.default_branch,
+        },
+        effects=[],
+        cap_s=cloud_agent.cap_seconds(),
+    )
+    say(context, item_id, "launched" if launched else Reason.MOVED_ON)
+    context.log.info(f"session {session_id}, attempt {claim.attempt}, fence {claim.fence}: {len(group)} findings on {branch}")
+
+
+def _stop(context: OpExecutionContext, store: Store, claim: Claimed, reason: Reason, **links: str | None) -> None:
+    store.queue.conclude(claim, WorkState.CANCELLED, reason)
+    say(context, claim.item_id, reason, **links)
+
+
+def _open_pull(store: Store, github: GitHubResource, claim: Claimed, full_name: str) -> str | None:
+    """Address of another pull request of ours for the same package that is open now, as GitHub says."""
+    for one in store.remediations.of_subject(claim.owner_id, claim.subject_key):
+        if one.item_id == claim.item_id or one.pull_number is None or one.pull_state in ("merged", "closed"):
+            continue
+        pull = github.reader(claim.installation_id, claim.repository_id).pull(full_name, one.pull_number)
+        if pull.state == "open":
+            return pull.url
+    return None
+
+
+# -- settle ---------------------------------------------------------------------------------------------------------------
+
+
+@op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Turns pushed changes into pull requests and frees their slots.")
+def settle_remediations(context: OpExecutionContext, config: Ids, store: StoreResource, cloud_agent: CloudAgentResource) -> None:
+    each(context, config.ids, lambda item_id: _settle(context, store.get(), cloud_agent, item_id))
+
+
+def _settle(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentResource, item_id: UUID) -> None:
+    item = store.queue.get(item_id)
+    if item is None:
+        say(context, item_id, Reason.MOVED_ON)
+        return
+    # Advisory ids and versions for the text; the list itself was fixed when the session was launched.
+    wanted = [store.findings.get(item.owner_id, UUID(one)) for one in item.details["findings"]]
+    findings = [one for one in wanted if one is not None]
+    with store.settlements.open(item_id) as tx:
+        if tx is None:
+            return
+        session = tx.session()
+        if WorkState(tx.item.state) in FINAL and not tx.item.announced:
+            said = _told(tx)
+        elif WorkState(tx.item.state) is not WorkState.RUNNING or session is None or session.ended_at is None:
+            said = Reason.MOVED_ON
+        elif session.state == "completed":
+            said = _conclude(
+                tx, findings, session.spec, session.result or {}, session.evidence, cloud_agent.details_url(context.run_id)
+            )
+        else:
+            said = _failed(store, tx, Reason(session.reason or Reason.AGENT_CRASHED), session.evidence)
+    say(context, item_id, said)
+
+
+def _told(tx: SettleTx) -> str:
+    """The audit event of an end that no settle made: cancelled, refused at the claim, given up by recovery."""
+    reason = tx.item.reason or tx.item.state
+    action = "cancelled" if tx.item.state == WorkState.CANCELLED else "failed"
+    note = note_all(tx.item.owner_id, _notes(tx, action, reason=reason), actor="platform", now=datetime.now(UTC))
+    tx.announce({"conclusion": tx.item.state, "reason": reason}, None, [], also=note)
+    return reason
+
+
+def _notes(tx: SettleTx, action: str, **data: Any) -> list[tuple[UUID, NewFindingEvent]]:
+    item = tx.item
+    return [
+        (one, _event(item.owner_id, one, action, item.id, item.attempt, attempt=item.attempt, **data))
+        for one in map(UUID, item.details["findings"])
+    ]
+
+
+def _conclude(
+    tx: SettleTx,
+    findings: Sequence[FindingRow],
+    spec: dict[str, Any],
+    result: dict[str, Any],
+    evidence: dict[str, Any] | None,
+    details_url: str | None,
+) -> str:
+    pushed = result.get(PUSHED)
+    try:
+        found = brief.RemediationResult.model_validate({name: value for name, value in result.items() if name != PUSHED})
+    except ValidationError:
+        return _end(tx, WorkState.FAILED, Reason.RESULT_INVALID, evidence)
+    if found.status != "changed":
+        reason = Reason.NO_CHANGES_NEEDED if found.status == "no_changes_needed" else Reason.REMEDIATION_BLOCKED
+        return _end(tx, WorkState.COMPLETED, reason, evidence, found)
+    # The runner pushes what it says changed; a result without that is another protocol's.
+    if pushed is None or pushed["branch"] != tx.item.details["branch"] or pushed["parent"] != spec["base_sha"]:
+        return _end(tx, WorkState.FAILED, Reason.RESULT_INVALID, evidence)
+    intent = EffectIntent(
+        kind=EffectKind.GITHUB_PULL_REQUEST,
+        intent_key=f"{SERVICE}:{tx.item.id}:{tx.item.attempt}:pull_request",
+        subject_key=f"github:{tx.item.repository_id}:branch:{pushed['branch']}",
+        payload={
+            "full_name": spec["repository"]["full_name"],
+            "head_ref": pushed["branch"],
+            "head_sha": pushed["commit"],
+            "base_ref": tx.item.details["base_ref"],
+            "title": texts.title_of(findings),
+            "body": texts.body_of(findings, found, str(tx.item.id), details_url),
+            "draft": texts.is_draft(found),
+        },
+    )
+    return _end(tx, WorkState.COMPLETED, Reason.REMEDIATED, evidence, found, commit=pushed["commit"], effects=[intent])
+
+
+def _failed(store: Store, tx: SettleTx, reason: Reason, evidence: dict[str, Any] | None) -> str:
+    if reason in retry.BLOCKING:
+        until = store.queue.block_service(tx.item.owner_id, SERVICE, reason, tx.item.id)
+        tx.retry(reason, max(timedelta(), until - datetime.now(UTC)) if until else timedelta())
+        return reason
+    again = retry.next_attempt(reason, tx.failures() + 1)
+    if again is not None:
+        tx.retry(reason, again)
+        return reason
+    if retry.disables(reason):
+        tx.disable_service(reason)
+    stopped = retry.CLASS_OF.get(reason) is retry.FailureClass.STOPPED
+    return _end(tx, WorkState.CANCELLED if stopped else WorkState.FAILED, reason, evidence)
+
+
+# What an end is called in the audit log (contract 14); a pushed change is `pr_opened` once its pull request was seen.
+_ACTION = {
+    Reason.REMEDIATED: "pushed",
+    Reason.NO_CHANGES_NEEDED: "no_changes_needed",
+    Reason.REMEDIATION_BLOCKED: "blocked",
+}
+
+
+def _end(
+    tx: SettleTx,
+    state: WorkState,
+    reason: Reason,
+    evidence: dict[str, Any] | None,
+    found: brief.RemediationResult | None = None,
+    *,
+    commit: str | None = None,
+    effects: Sequence[EffectIntent] = (),
+) -> str:
+    """Ends the item with what the agent said of it, and with its findings' audit events."""
+    action = _ACTION.get(reason, "cancelled" if state is WorkState.CANCELLED else "failed")
+    told = {"branch": tx.item.details["branch"], "commit": commit} if commit else {}
+    tx.conclude(
+        state=state,
+        reason=reason,
+        verdict={"conclusion": action, "reason": str(reason), **(found.model_dump(exclude={"nonce"}) if found else {})},
+        evidence=evidence,
+        effects=list(effects),
+        details={"commit_sha": commit, "summary": clean(found.summary) if found else None},
+        also=note_all(tx.item.owner_id, _notes(tx, action, reason=str(reason), **told), actor="platform", now=datetime.now(UTC)),
+    )
+    return reason
+
+
+# -- after the pull request -----------------------------------------------------------------------------------------------
+
+
+def follow_up(store: Store, github: GitHubResource, owner_id: UUID, repository_id: int, log: Log) -> None:
+    """After a repository's alerts were read whole: what became of our pull requests, and whether merged ones did what they were for.
+
+    A provider that doesn't answer counts nothing: the next sync looks again.
+    """
+    followed = store.remediations.followed(owner_id, repository_id)
+    if not followed:
+        return
+    target = next((one for one in store.owners.sync_targets(owner_id) if one.repository_id == repository_id), None)
+    if target is None:
+        return
+    for row in followed:
+        assert row.pull_number is not None  # noqa: S101  # what is followed has one
+        state = row.pull_state
+        if state != "merged":
+            try:
+                pull = github.reader(target.installation_id, repository_id).pull(target.full_name, row.pull_number)
+            except ProviderError as failure:
+                log.warning(f"pull request {row.pull_url}: {failure.reason}")
+                continue
+            state = "merged" if pull.merged else pull.state
+        _follow(store, owner_id, row, state, log)
+
+
+def _follow(store: Store, owner_id: UUID, row: RemediationRow, state: str, log: Log) -> None:
+    missed = None
+    syncs = row.syncs_since_merge + (row.pull_state == "merged")
+    if state == "merged":
+        findings = [store.findings.get(owner_id, one) for one in row.findings]
+        missed = rules.is_missed((one.status for one in findings if one is not None), syncs)
+    actions = ["pr_opened"] if row.pull_state is None else []
+    actions += [f"pr_{state}"] if state != row.pull_state and state != "open" else []
+    actions += ["confirmed"] if missed is False else ["unconfirmed"] if missed and row.flagged_at is None else []
+    events = [
+        (one, _event(owner_id, one, action, row.item_id, row.attempt, pull_request=row.pull_url, number=row.pull_number))
+        for action in actions
+        for one in row.findings
+    ]
+    if store.remediations.follow(owner_id, row, pull_state=state, missed=missed, events=events) and actions:
+        log.info(f"pull request {row.pull_url}: {', '.join(actions)}")

@@ -212,18 +212,11 @@ def fields_of(failure: ValidationError) -> str:
 
 def recompute_deadlines(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now: datetime) -> tuple[int, int]:
     """Brings all deadlines of an owner to what history and policy say, block by block and without pandas."""
-    looked = written = 0
-    for block in store.findings.unlike_policy(owner_id, policy.version):
-        histories = store.findings.history(owner_id, list(block))
-        looked += len(block)
-        written += store.findings.write_sla(
-            owner_id,
-            (
-                (finding_id, SlaRow(**sla.kept(sla.evaluate(steps_of(histories.get(finding_id, [])), policy, repository, now))))
-                for finding_id, repository in block.items()
-            ),
-        )
-    return looked, written
+    return store.findings.follow_policy(
+        owner_id,
+        policy.version,
+        lambda history, repository: SlaRow(**sla.kept(sla.evaluate(steps_of(history), policy, repository, now))),
+    )
 
 
 def summary_of(store: Store, owner_id: UUID, repository_id: int | None, now: datetime) -> dict[str, Any]:

@@ -208,6 +208,11 @@ def sync_owner(store: Store, github: GitHubResource, owner_id: UUID, log: Log, *
     if not targets:
         return OwnerSync(owner_id, Reason.NO_REPOSITORIES)
     policy = policy_for(store, owner_id, config, actor="platform")
+    # Settings are saved before deadlines follow: what a crash between the two left is caught up with here.
+    now = datetime.now(UTC)
+    store.findings.follow_policy(
+        owner_id, policy.version, lambda history, repository: deadline(history, [], policy, repository, now)
+    )
     done = OwnerSync(owner_id, "synced", complete=True)
     until = time.monotonic() + OWNER_SECONDS
     refused: set[int] = set()

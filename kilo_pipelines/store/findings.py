@@ -453,6 +453,22 @@ class Findings:
                 return
             after = found[-1]["id"]
 
+    def follow_policy(
+        self, owner_id: UUID, version: int, deadline: Callable[[list[FindingEventRow], int], SlaRow]
+    ) -> tuple[int, int]:
+        """Deadlines of another policy version anew, as `deadline(history, repository id)` says; (findings looked at, rows written).
+
+        Each block is a transaction of its own: what a crash leaves is found by whoever comes next.
+        """
+        looked = written = 0
+        for block in self.unlike_policy(owner_id, version):
+            histories = self.history(owner_id, list(block))
+            looked += len(block)
+            written += self.write_sla(
+                owner_id, ((one, deadline(histories.get(one, []), repository)) for one, repository in block.items())
+            )
+        return looked, written
+
     def write_sla(self, owner_id: UUID, deadlines: Iterable[tuple[UUID, SlaRow]]) -> int:
         """Brings deadlines up to date; how many rows."""
         records = [{"finding_id": finding_id, **asdict(sla)} for finding_id, sla in deadlines]

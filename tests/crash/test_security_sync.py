@@ -36,6 +36,10 @@ READS = {
     "offenders",
     "owners",
     "policy",
+    "page",
+    "summary",
+    "work",
+    "unlike_policy",
     "deadlines_csv",
 }
 # Written by the assets' recomputing, which begins anew whatever was written before.

@@ -17,7 +17,7 @@ from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.sensors import work_once
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.store import Store
+from kilo_pipelines.store import Claimed, Store
 from tests.conftest import Database
 from tests.support.security import Owner, syncing
 from tests.support.twin import Twin
@@ -121,6 +121,21 @@ def test_a_policy_whose_recomputing_was_lost_is_caught_up_with_by_the_next_sync(
 
 def _none(_history: object, _repository: int) -> Any:
     raise AssertionError("nothing is left to recompute")
+
+
+def test_one_sync_an_owner_runs_at_a_time(database: Database, twin: Twin, instance: DagsterInstance) -> None:
+    owner, other = Owner(database, twin, 1, 20), Owner(database, twin, 1, 20)
+    item = ask(owner, owner.repositories[0]["repository_id"])
+    second, elsewhere = ask(owner), ask(other)
+    held = owner.store.queue.claim(item, "security_sync", run_id="x", pools=lambda _kind, _plan: {"security_sync": 1}, lease_s=30)
+    assert isinstance(held, Claimed)
+    for waits in (second, elsewhere):
+        assert requested_security_sync.execute_in_process(
+            run_config={"ops": {"sync_requested": {"config": {"ids": [str(waits)]}}}},
+            resources={"store": TheStore(), "github": GitHubResource()},
+            instance=instance,
+        ).success
+    assert ended(owner, second)[0] == "waiting" and ended(other, elsewhere)[0] == "completed"
 
 
 def test_an_agent_that_was_switched_off_meanwhile_reads_nothing(

@@ -73,7 +73,7 @@ def _report(store: Store, owner_id: UUID, wish: Wish, now: datetime, limits: Lim
         read.events,
         read.findings,
         read.repositories,
-        lambda finding_id: steps_of(read.history.get(finding_id, [])),
+        lambda finding_id: sla.steps_of(read.history.get(finding_id, [])),
         policy,
         now,
     )
@@ -102,14 +102,9 @@ def policy_at(store: Store, owner_id: UUID, at: datetime) -> sla.SlaPolicy:
     return sla.SlaPolicy.of_stored(*kept) if kept else policy_of(config_of(store, owner_id))
 
 
-def steps_of(history: list[FindingEventRow]) -> list[sla.HistoryEvent]:
-    """Stored steps as the SLA reads them."""
-    return [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in history]
-
-
 def state_of(store: Store, row: FindingRow, history: list[FindingEventRow], at: datetime) -> sla.SlaState:
     """Where a finding's deadline stands at a moment, under the policy of that time."""
-    return sla.evaluate(steps_of(history), policy_at(store, row.owner_id, at), row.repository_id, at)
+    return sla.evaluate(sla.steps_of(history), policy_at(store, row.owner_id, at), row.repository_id, at)
 
 
 @dataclass(frozen=True)
@@ -215,7 +210,7 @@ def recompute_deadlines(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now
     return store.findings.follow_policy(
         owner_id,
         policy.version,
-        lambda history, repository: SlaRow(**sla.kept(sla.evaluate(steps_of(history), policy, repository, now))),
+        lambda history, repository: SlaRow(**sla.kept(sla.evaluate(sla.steps_of(history), policy, repository, now))),
     )
 
 

@@ -39,7 +39,7 @@ READS = {
     "page",
     "summary",
     "work",
-    "unlike_policy",
+    "behind_policy",
     "deadlines_csv",
 }
 # Written by the assets' recomputing, which begins anew whatever was written before.

@@ -73,7 +73,7 @@ def _report(store: Store, owner_id: UUID, wish: Wish, now: datetime, limits: Lim
         read.events,
         read.findings,
         read.repositories,
-        lambda finding_id: steps_of(read.history.get(finding_id, [])),
+        lambda finding_id: sla.steps_of(read.history.get(finding_id, [])),
         policy,
         now,
     )
@@ -102,14 +102,9 @@ def policy_at(store: Store, owner_id: UUID, at: datetime) -> sla.SlaPolicy:
     return sla.SlaPolicy.of_stored(*kept) if kept else policy_of(config_of(store, owner_id))
 
 
-def steps_of(history: list[FindingEventRow]) -> list[sla.HistoryEvent]:
-    """Stored steps as the SLA reads them."""
-    return [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in history]
-
-
 def state_of(store: Store, row: FindingRow, history: list[FindingEventRow], at: datetime) -> sla.SlaState:
     """Where a finding's deadline stands at a moment, under the policy of that time."""
-    return sla.evaluate(steps_of(history), policy_at(store, row.owner_id, at), row.repository_id, at)
+    return sla.evaluate(sla.steps_of(history), policy_at(store, row.owner_id, at), row.repository_id, at)
 
 
 @dataclass(frozen=True)
@@ -212,18 +207,11 @@ def fields_of(failure: ValidationError) -> str:
 
 def recompute_deadlines(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now: datetime) -> tuple[int, int]:
     """Brings all deadlines of an owner to what history and policy say, block by block and without pandas."""
-    looked = written = 0
-    for block in store.findings.unlike_policy(owner_id, policy.version):
-        histories = store.findings.history(owner_id, list(block))
-        looked += len(block)
-        written += store.findings.write_sla(
-            owner_id,
-            (
-                (finding_id, SlaRow(**sla.kept(sla.evaluate(steps_of(histories.get(finding_id, [])), policy, repository, now))))
-                for finding_id, repository in block.items()
-            ),
-        )
-    return looked, written
+    return store.findings.follow_policy(
+        owner_id,
+        policy.version,
+        lambda history, repository: SlaRow(**sla.kept(sla.evaluate(sla.steps_of(history), policy, repository, now))),
+    )
 
 
 def summary_of(store: Store, owner_id: UUID, repository_id: int | None, now: datetime) -> dict[str, Any]:

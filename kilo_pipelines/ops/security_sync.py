@@ -163,17 +163,11 @@ def as_events(steps: Sequence[lifecycle.Step]) -> list[NewFindingEvent]:
     return [NewFindingEvent(**vars(one)) for one in steps]
 
 
-def history_of(events: Sequence[FindingEventRow]) -> list[sla.HistoryEvent]:
-    """Stored steps as the SLA reads them."""
-    return [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in events]
-
-
 def deadline(
     history: Sequence[FindingEventRow], added: Sequence[lifecycle.Step], policy: sla.SlaPolicy, repository_id: int, now: datetime
 ) -> SlaRow:
     """The deadline that follows from a finding's history and what is added to it."""
-    steps = history_of(history)
-    steps += [sla.HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in added if one.kind is not None]
+    steps = sla.steps_of([*history, *(one for one in added if one.kind is not None)])
     return row_of(sla.evaluate(steps, policy, repository_id, now))
 
 
@@ -209,6 +203,11 @@ def sync_owner(
     if not targets:
         return OwnerSync(owner_id, Reason.NO_REPOSITORIES)
     policy = policy_for(store, owner_id, config, actor="platform")
+    # Settings are saved before deadlines follow: what a crash between the two left is caught up with here.
+    now = datetime.now(UTC)
+    store.findings.follow_policy(
+        owner_id, policy.version, lambda history, repository: deadline(history, [], policy, repository, now)
+    )
     done = OwnerSync(owner_id, "synced", complete=True)
     until = time.monotonic() + OWNER_SECONDS
     refused: set[int] = set()

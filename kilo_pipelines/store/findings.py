@@ -469,15 +469,15 @@ class Findings:
             if kept:
                 yield b"".join(kept)
 
-    def unlike_policy(self, owner_id: UUID, version: int) -> Iterator[dict[UUID, int]]:
-        """Findings (id -> repository id) whose deadline is of another policy version or missing, in blocks of a bounded size."""
+    def behind_policy(self, owner_id: UUID, version: int) -> Iterator[dict[UUID, int]]:
+        """Findings (id -> repository id) whose deadline is of an older policy version or missing, in blocks of a bounded size."""
         after = UUID(int=0)
         while True:
             with self._database.owner(owner_id) as connection:
                 found = rows(
                     connection,
                     "select f.id, f.repository_id from findings f left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
-                    " where (f.owner_id = :owner) and (f.id > :after) and (s.policy_version is distinct from :version) order by f.id limit :limit",
+                    " where (f.owner_id = :owner) and (f.id > :after) and (coalesce(s.policy_version < :version, true)) order by f.id limit :limit",
                     owner=owner_id,
                     after=after,
                     version=version,
@@ -488,6 +488,23 @@ class Findings:
             if len(found) < BLOCK_ROWS:
                 return
             after = found[-1]["id"]
+
+    def follow_policy(
+        self, owner_id: UUID, version: int, deadline: Callable[[list[FindingEventRow], int], SlaRow]
+    ) -> tuple[int, int]:
+        """Deadlines of older policy versions anew, as `deadline(history, repository id)` says; (findings looked at, rows written).
+
+        Each block is a transaction of its own: what a crash leaves is found by whoever comes next. Who holds an older policy than
+        somebody else just saved moves nothing back.
+        """
+        looked = written = 0
+        for block in self.behind_policy(owner_id, version):
+            histories = self.history(owner_id, list(block))
+            looked += len(block)
+            written += self.write_sla(
+                owner_id, ((one, deadline(histories.get(one, []), repository)) for one, repository in block.items())
+            )
+        return looked, written
 
     def write_sla(self, owner_id: UUID, deadlines: Iterable[tuple[UUID, SlaRow]]) -> int:
         """Brings deadlines up to date; how many rows."""

@@ -187,7 +187,6 @@ order by a.at, a.id limit :limit
 _ITEMS = """
 select item_id, array[finding_id] as findings from finding_analyses where (owner_id = :owner) and (item_id = any(:ids))
 union all select item_id, array[finding_id] from dismissals where (owner_id = :owner) and (item_id = any(:ids))
-union all select item_id, array[finding_id] from dismissals where (owner_id = :owner) and (item_id = any(:ids))
 union all select item_id, array(select distinct one from unnest(findings || finding_id) as one order by one) from remediations
     where (owner_id = :owner) and (item_id = any(:ids))
 """

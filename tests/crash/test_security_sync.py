@@ -37,6 +37,10 @@ READS = {
     "owners",
     "changed_owners",
     "policy",
+    "page",
+    "summary",
+    "work",
+    "behind_policy",
     "deadlines_csv",
 }
 # Written by the assets' recomputing, which begins anew whatever was written before.

@@ -16,7 +16,8 @@ from kilo_pipelines.jobs import requested_security_sync, settle_quiet_items
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.sensors import work_once
-from kilo_pipelines.store import Store
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
+from kilo_pipelines.store import Claimed, Store
 from tests.conftest import Database
 from tests.support.security import Owner, syncing
 from tests.support.twin import Twin
@@ -104,6 +105,37 @@ def test_a_sync_that_could_not_read_everything_has_failed_and_may_be_asked_for_a
     assert ended(owner, item) == ("failed", Reason.SYNC_PARTLY, True)
     again = ask(owner)
     assert isinstance(again, UUID) and again != item
+
+
+def test_a_policy_whose_recomputing_was_lost_is_caught_up_with_by_the_next_sync(database: Database, twin: Twin) -> None:
+    """Settings are saved, and the process dies before the deadlines follow."""
+    owner = Owner(database, twin, 1, 30)
+    owner.sync()
+    config = SecurityConfig(sla_preset="strict").model_dump(mode="json")
+    owner.store.owners.put_config(owner.id, SERVICE, config, enabled=True, expected_revision=1, actor="x")
+    assert owner.sync().rows_written == 0, "no alert has changed"
+    critical = owner.store.findings.listed(owner.id, severity="critical", limit=100)
+    assert critical and {one["budget_days"] for one in critical} == {7}
+    assert owner.store.findings.policy(owner.id) is not None and owner.store.findings.follow_policy(owner.id, 2, _none) == (0, 0)
+
+
+def _none(_history: object, _repository: int) -> Any:
+    raise AssertionError("nothing is left to recompute")
+
+
+def test_one_sync_an_owner_runs_at_a_time(database: Database, twin: Twin, instance: DagsterInstance) -> None:
+    owner, other = Owner(database, twin, 1, 20), Owner(database, twin, 1, 20)
+    item = ask(owner, owner.repositories[0]["repository_id"])
+    second, elsewhere = ask(owner), ask(other)
+    held = owner.store.queue.claim(item, "security_sync", run_id="x", pools=lambda _kind, _plan: {"security_sync": 1}, lease_s=30)
+    assert isinstance(held, Claimed)
+    for waits in (second, elsewhere):
+        assert requested_security_sync.execute_in_process(
+            run_config={"ops": {"sync_requested": {"config": {"ids": [str(waits)]}}}},
+            resources={"store": TheStore(), "github": GitHubResource()},
+            instance=instance,
+        ).success
+    assert ended(owner, second)[0] == "waiting" and ended(other, elsewhere)[0] == "completed"
 
 
 def test_an_agent_that_was_switched_off_meanwhile_reads_nothing(

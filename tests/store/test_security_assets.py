@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from kilo_pipelines.assets.security import chunks, compliance_table, recompute
-from kilo_pipelines.ops.security_sync import history_of, policy_for
+from kilo_pipelines.ops.security_sync import policy_for
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SecurityConfig
 from tests.conftest import Database
@@ -34,7 +34,7 @@ def mixed(database: Database) -> Synced:
 
 def _expected(synced: Synced, policy: sla.SlaPolicy, now: datetime) -> dict[str, sla.SlaState]:
     found = synced.store.findings.history(synced.owner, [one["id"] for one in synced.all()])
-    return {str(key): sla.evaluate(history_of(steps), policy, synced.repository, now) for key, steps in found.items()}
+    return {str(key): sla.evaluate(sla.steps_of(steps), policy, synced.repository, now) for key, steps in found.items()}
 
 
 def _stored(synced: Synced) -> dict[str, tuple[datetime | None, datetime | None, int]]:

@@ -101,24 +101,38 @@ class Side:
             self.admin.execute(
                 "update finding_sla set due_at = null where owner_id = %s and finding_id = %s", (self.owner, row["id"])
             )
-        for row in chance.sample(self.rows(), FINDINGS * 3 // 4):
+        for row in chance.sample(self.rows(), FINDINGS // 2):
             for _ in range(chance.randint(1, 3)):
                 self.analyse(chance, row["id"], row["repository_id"])
+        # Ids are random, and so is what the world above holds: these are there in any case.
+        free = (one for one in self.rows() if one["outcome"] == "not_analyzed")
+        for state, triage, deep in (
+            ("waiting", None, None),
+            ("failed", None, None),
+            ("completed", None, {"exploitable": True, "action": "open_pr"}),
+            ("completed", None, {"exploitable": False, "action": "dismiss"}),
+            ("completed", {"action": "dismiss"}, None),
+            ("completed", {"action": "manual_review"}, None),
+            ("completed", {"action": "analyze_codebase"}, None),
+            ("completed", {"action": "analyze_codebase"}, {"exploitable": "unknown", "action": "monitor"}),
+        ):
+            one = next(free)
+            self.open(one["id"], one["repository_id"], state, triage, deep, now)
 
     def analyse(self, chance: random.Random, finding: UUID, repository: int) -> None:
         state = chance.choice(["waiting", "completed", "completed", "completed", "failed", "cancelled"])
         triage = chance.choice([None, {"action": chance.choice(["dismiss", "analyze_codebase", "manual_review"])}])
         deep = chance.choice(DEEP)
+        at = self.database.clock.now() - timedelta(minutes=chance.randint(1, 10_000))
+        self.open(finding, repository, state, triage, deep and {**deep, "action": chance.choice(ACTIONS)}, at)
+
+    def open(self, finding: UUID, repository: int, state: str, triage: Any, deep: Any, at: datetime) -> None:
         details = {"finding_id": str(finding), "origin": "manual", "requested_by": "test", "mode": "auto"}
         if state == "completed":
-            made = deep and {**deep, "action": chance.choice(ACTIONS)}
-            at = self.database.clock.now() - timedelta(minutes=chance.randint(1, 10_000))
-            details |= {"triage": triage, "deep": made, "completed_at": at.isoformat()}
+            details |= {"triage": triage, "deep": deep, "completed_at": at.isoformat()}
         item = NewItem("security_analysis", f"finding:{finding}", repository, 0, details)
         opened = self.database.store.queue.open(self.owner, item, actor="test")
-        if opened is None:  # one waits already
-            return
-        if state != "waiting":
+        if opened is not None and state != "waiting":  # None: one waits already
             self.admin.execute("update work_items set state = %s, ended_at = now() where id = %s", (state, opened))
 
 

@@ -255,6 +255,14 @@ def test_saving_changes_deadlines_at_once_as_the_table_would(synced: Synced) -> 
     assert (again.looked, again.changed) == (0, 0), "the same policy moves nothing"
 
 
+def test_an_older_policy_moves_no_deadline_back(synced: Synced) -> None:
+    """A sync that began before the settings were saved."""
+    synced.take(*(alert(number) for number in range(1, 9)))
+    save(synced, 1, sla_preset="strict")
+    assert acts.recompute_deadlines(synced.store, synced.owner, synced.policy, synced.world.clock.now()) == (0, 0)
+    assert {one["budget_days"] for one in synced.all(severity="critical")} == {7}
+
+
 def test_saving_enables_nothing_and_keeps_what_is_not_named(synced: Synced) -> None:
     """Contract 17.1 and 17.2."""
     synced.store.owners.enable_service(synced.owner, SERVICE, False, actor="test")

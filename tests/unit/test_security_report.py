@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -24,7 +24,7 @@ from kilo_pipelines.services.security.sla import HistoryEvent, SlaPolicy
 OWNER = UUID(int=1)
 NOW = datetime(2026, 6, 15, 12, 30, tzinfo=UTC)
 START = datetime(2026, 3, 4, tzinfo=UTC)
-POLICY = SlaPolicy({"critical": 2, "high": 4, "medium": 6, "low": 8}, version=3)
+POLICY = SlaPolicy({"critical": 1, "high": 2, "medium": 3, "low": 4}, version=3)
 HOSTILE = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 days = st.dates(date(2026, 1, 1), date(2026, 12, 31))
 
@@ -128,6 +128,10 @@ def slow_verdict(steps: list[tuple[str, int]], severity: str, policy: SlaPolicy,
     return ended
 
 
+@settings(max_examples=400)
+@example([("ignored", 25)], "critical", False, True, 0, 30)
+@example([("ignored", 24)], "critical", False, True, 0, 30)
+@example([("ignored", 20), ("reopened", 90), ("ignored", 5)], "critical", False, True, 0, 200)
 @given(
     kinds,
     st.sampled_from(["critical", "high", "medium", "low"]),
@@ -151,7 +155,7 @@ def test_the_verdict_is_that_of_a_countdown_by_the_hour(
 
 def test_what_happens_later_changes_no_verdict() -> None:
     history = [HistoryEvent(START, "opened", "high"), HistoryEvent(START + timedelta(days=10), "fixed")]
-    assert verdict(history, POLICY, 7, START + timedelta(days=3)) == "open_within_deadline"
+    assert verdict(history, POLICY, 7, START + timedelta(days=1)) == "open_within_deadline"
     assert verdict(history, POLICY, 7, START + timedelta(days=5)) == "open_past_deadline"
     assert verdict(history, POLICY, 7, START + timedelta(days=10)) == "terminal_missed"
     assert verdict([], POLICY, 7, START) == "unknown"

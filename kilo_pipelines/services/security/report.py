@@ -284,12 +284,12 @@ def _finding(
         alert=finding.source_id,
         # The severity of that time: what it became later is another report's.
         severity=state.severity or finding.severity,
-        package=_told(finding.package_name),
-        ecosystem=_told(finding.package_ecosystem),
-        manifest=_told(finding.manifest_path),
-        title=_told(finding.title),
-        cve=finding.cve_id,
-        ghsa=finding.ghsa_id,
+        package=told(finding.package_name),
+        ecosystem=told(finding.package_ecosystem),
+        manifest=told(finding.manifest_path),
+        title=told(finding.title),
+        cve=told(finding.cve_id) if finding.cve_id else None,
+        ghsa=told(finding.ghsa_id) if finding.ghsa_id else None,
         url=finding.html_url,
         status=status_at(history, at),
         sla=verdict(history, policy, finding.repository_id, at),
@@ -326,14 +326,14 @@ def evidence_of(action: str, data: Mapping[str, Any]) -> dict[str, Scalar]:
     for name in EVIDENCE.get(action, ()):
         value = data[name] if name in data else nested.get(name)
         if isinstance(value, str):
-            found[name] = _told(value)
+            found[name] = told(value)
         elif isinstance(value, bool | int | float):
             found[name] = value
     return found
 
 
-def _told(text: str) -> str:
-    """One line without e-mail addresses and what looks like a credential."""
+def told(text: str) -> str:
+    """One line of outside text, without e-mail addresses and what looks like a credential."""
     return without_addresses(redact(" ".join(clean(text).split())))[:VALUE_LIMIT]
 
 
@@ -397,4 +397,4 @@ def as_csv(report: AuditReport) -> bytes:
 
 def as_json(report: AuditReport) -> bytes:
     """The same as one JSON document."""
-    return report.model_dump_json(by_alias=True, indent=1).encode() + b"\n"
+    return report.model_dump_json(by_alias=True).encode() + b"\n"

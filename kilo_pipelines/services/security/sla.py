@@ -67,6 +67,11 @@ class HistoryEvent:
     reconstructed: bool = False
 
 
+def steps_of(stored: Iterable[Any]) -> list[HistoryEvent]:
+    """Stored steps as these rules read them."""
+    return [HistoryEvent(one.at, one.kind, one.severity, one.reconstructed) for one in stored]
+
+
 @dataclass(frozen=True)
 class SlaState:
     """Where a finding stands. `due_at` is None while it is paused (it depends on when it comes back) and when untracked."""

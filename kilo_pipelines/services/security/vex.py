@@ -14,9 +14,8 @@ from typing import Any, Literal
 from urllib.parse import quote
 from uuid import UUID, uuid5
 
-from kilo_pipelines.core.text import clean
-from kilo_pipelines.services.security.alerts import without_addresses
 from kilo_pipelines.services.security.analysis import is_fresh
+from kilo_pipelines.services.security.report import told
 
 # Of the documents' serial numbers; made once, by chance.
 NAMESPACE = UUID("5f1c7d0e-6a43-4a0b-9a53-0f4f9a3a7c11")
@@ -146,7 +145,7 @@ def document(owner_id: UUID, findings: Iterable[Any], analyses: Mapping[UUID, An
             "tools": {"components": [{"type": "application", "name": "kilo-pipelines"}]},
         },
     }
-    return json.dumps({**head, **body}, ensure_ascii=True, indent=1).encode() + b"\n"
+    return json.dumps({**head, **body}, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
 
 
 def _components(findings: Iterable[Any], repositories: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -164,7 +163,7 @@ def _components(findings: Iterable[Any], repositories: Mapping[int, str]) -> lis
                 {
                     "type": "library",
                     "bom-ref": f"repository:{repository_id}/{purl}",
-                    "name": name,
+                    "name": told(name),
                     "purl": purl,
                 }
                 for purl, name in sorted({purl_of(ecosystem, name): name for ecosystem, name in sorted(used)}.items())
@@ -202,14 +201,14 @@ def _vulnerability(finding: Any, said: Statement) -> dict[str, Any]:
         "references": [{"id": one, "source": _source(one)} for one in names[1:] if _source(one)],
         "ratings": [rating],
         "cwes": sorted({int(one[4:]) for one in finding.cwe_ids if re.fullmatch(r"CWE-[1-9][0-9]{0,5}", one)}),
-        "description": without_addresses(" ".join(clean(finding.title).split())),
+        "description": told(finding.title),
         "created": _text(finding.detected_at),
         "analysis": analysis,
         "affects": [affected],
-        "properties": [{"name": "kilo:manifest", "value": finding.manifest_path}],
+        "properties": [{"name": "kilo:manifest", "value": told(finding.manifest_path)}],
     }
     if finding.patched_version:
-        found["recommendation"] = f"Update to {clean(finding.patched_version)}."
+        found["recommendation"] = f"Update to {told(finding.patched_version)}."
     if finding.html_url:
         found["advisories"] = [{"url": finding.html_url}]
     return found

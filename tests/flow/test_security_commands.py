@@ -1,0 +1,125 @@
+"""`kilo-pipelines security report|summary|findings|settings` over a real database: documents, figures, refusals and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kilo_pipelines.cli.main import main
+from kilo_pipelines.settings import write_secret
+from kilo_pipelines.store import Cipher
+from tests.conftest import Database
+from tests.store.test_findings import Synced
+from tests.support.alerts import alert
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def synced(database: Database) -> Synced:
+    made = Synced(database, 440_001)
+    made.take(*(alert(number, **{"security_advisory.summary": "=1+1"}) for number in range(1, 9)))
+    made.take(alert(2, state="fixed", fixed_at="2026-02-01T00:00:00Z"))
+    Synced(database, 440_001).take(alert(1))
+    return made
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, synced: Synced) -> Iterator[Run]:
+    """A command of the operator for the owner, in this process."""
+    for name in [one for one in os.environ if one.startswith("KILO_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KILO_HOME", str(tmp_path))
+    monkeypatch.setenv("KILO_DATABASE_URL", "postgresql://given/elsewhere")
+    write_secret(tmp_path / "secrets" / "database.json", json.dumps(database.logins))
+    write_secret(tmp_path / "secrets" / "encryption.key", Cipher.new_key_file())
+
+    def invoke(*arguments: str, owner: object = synced.owner) -> Result:
+        done = CliRunner().invoke(main, ["security", *arguments, *(["--owner", str(owner)] if owner else [])])
+        with warnings.catch_warnings():  # connections, which end with a process of their own
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+        return done
+
+    yield invoke
+
+
+def told(done: Result) -> Any:
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_a_report_goes_to_standard_output_or_to_a_new_file(run: Run, tmp_path: Path) -> None:
+    rows = list(csv.reader(io.StringIO(run("report").stdout_bytes.decode(), newline="")))
+    assert len(rows) == 10 and "'=1+1" in rows[1]  # a header and nine events
+    place = tmp_path / "report.json"
+    assert told(run("report", "--format", "json", "--output", str(place), "--json"))["bytes"] == place.stat().st_size
+    assert json.loads(place.read_bytes())["event_count"] == 9
+    again = run("report", "--format", "json", "--output", str(place))
+    assert again.exit_code == 1 and "exists" in again.stderr, "nothing is written over"
+    wrapped = told(run("report", "--format", "vex", "--json"))
+    assert json.loads(wrapped["document"])["specVersion"] == "1.6"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--from", "2026-05-02", "--to", "2026-05-01"],
+        ["--to", "9999-01-01"],
+        ["--from", "2025-01-01", "--to", "2026-01-01"],
+        ["--format", "vex", "--from", "2026-05-02"],
+        ["--from", "tomorrow"],
+        ["--format", "pdf"],
+        ["--repository", "0"],
+    ],
+)
+def test_what_is_no_period_or_format_is_said(run: Run, arguments: list[str]) -> None:
+    done = run("report", *arguments)
+    assert done.exit_code == 2 and done.stderr and "Traceback" not in done.output and not done.stdout
+
+
+def test_an_owner_that_nobody_is_or_that_is_not_named_is_said(run: Run) -> None:
+    for command in ("report", "summary", "findings"):
+        assert run(command, owner=uuid4()).exit_code == 1
+        assert run(command, owner=None).exit_code == 2
+
+
+def test_figures_are_shown_for_people_and_programs(run: Run) -> None:
+    figures = told(run("summary", "--json"))
+    assert figures["by_status"] == {"open": 7, "fixed": 1, "ignored": 0} and figures["analysis"]["not_analyzed"] == 7
+    assert told(run("summary", "--json", "--repository", "1"))["findings"] == 0
+    text = run("summary").stdout
+    assert "8 findings: 7 open, 1 fixed, 0 ignored" in text and "7 not_analyzed" in text and "octo/demo" in text
+    assert run("summary", "--repository", "1").exit_code == 0, "nothing to measure is no error"
+
+
+def test_findings_are_narrowed_and_sorted(run: Run) -> None:
+    assert len(told(run("findings", "--json"))) == 7
+    assert [one["source_id"] for one in told(run("findings", "--status", "closed", "--json"))] == ["2"]
+    assert told(run("findings", "--outcome", "exploitable", "--json")) == []
+    assert told(run("findings", "--repository", "7", "--json")) == []
+    ranks = [one["severity"] for one in told(run("findings", "--sort", "severity_asc", "--json"))]
+    assert ranks[0] == "low" and ranks[-1] == "critical"
+    due = [one["due_at"] for one in told(run("findings", "--sort", "sla_due_at_asc", "--json"))]
+    assert due == sorted(due)
+    assert run("findings", "--limit", "0").exit_code == 2
+
+
+def test_settings_are_saved_and_refused(run: Run, synced: Synced) -> None:
+    assert told(run("settings", "--set", 'sla_preset="strict"', "--json"))["sla_preset"] == "strict"
+    assert {one["budget_days"] for one in synced.all(severity="critical")} == {7}, "deadlines follow at once"
+    refused = run("settings", "--set", "sla_preset=7", "--json")
+    assert refused.exit_code == 2 and "sla_preset" in json.loads(refused.stdout)["error"]
+    assert run("settings", "--set", "sla_preset").exit_code == 2
+    assert told(run("settings", "--json"))["sla_preset"] == "strict"

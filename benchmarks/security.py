@@ -25,7 +25,8 @@ from benchmarks.homes import Server, Tenant, server
 from benchmarks.results import Machine, Row, database_conditions, keep_raw
 from kilo_pipelines.assets.security import compliance_table, recompute
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
+from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.schedules import owner_chunks
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.services.security.sla import SlaPolicy

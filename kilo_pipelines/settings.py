@@ -85,6 +85,10 @@ class Settings(BaseSettings):
         default={},
         description="Package registries that owners may allow for write sessions: JSON of name and base address.",
     )
+    known_exploited_file: Path | None = Field(
+        default=None,
+        description="Catalogue of exploited vulnerabilities (CISA's JSON). Without one nothing is dismissed automatically.",
+    )
 
     # A redelivery comes within days; a quarter's bodies help to understand a dispute.
     keep_delivery_bodies_days: float = Field(

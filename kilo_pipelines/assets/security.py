@@ -23,14 +23,13 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
+from kilo_pipelines.ops.findings import deadline, policy_for
 from kilo_pipelines.ops.security_sync import (
     SEVERITIES,
     SHOWN,
     compliance_metadata,
-    deadline,
     deadline_metadata,
     findings_metadata,
-    policy_for,
     sync_owner,
     worst,
 )

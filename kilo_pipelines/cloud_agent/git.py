@@ -59,6 +59,10 @@ _STATUS: dict[str, EntryStatus] = {
 }
 
 
+# Uses of one package: a megabyte of such lines is no ground that a person could look at.
+MAX_HITS_BYTES = 2**20
+
+
 class GitError(Exception):
     """git could not do it; `reason` is a code, the text is scrubbed of tokens."""
 
@@ -230,6 +234,40 @@ def _hex(value: str, reason: Reason = Reason.HEAD_MOVED) -> str:
     if not _HEX.match(value):
         raise GitError(reason, "not an object id")
     return value
+
+
+def blobs_at(bare: Path, commit: str, paths: list[str]) -> dict[str, str]:
+    """Ids of those of these files that a commit has, by path; an id is a hash of the content."""
+    listed = _run(bare, "ls-tree", "-z", "--full-tree", _hex(commit), "--", *paths)
+    found = {}
+    for line in listed.split(b"\0"):
+        meta, _, path = line.partition(b"\t")
+        if path:
+            found[path.decode(errors="replace")] = meta.split()[2].decode()
+    return found
+
+
+def lines_with(bare: Path, commit: str, texts: list[str]) -> list[tuple[str, str]]:
+    """Lines of a commit's text files that hold one of these literal texts, as (path, line); GitError when there are too many."""
+    if not texts:
+        return []
+    patterns = [part for text in texts for part in ("-e", text)]
+    command = ("grep", "-I", "-F", "-z", "--full-name", "--no-color", "--threads=1", *patterns, _hex(commit))
+    try:
+        with _reading(bare, *command, reason=Reason.REPOSITORY_TOO_LARGE) as output:
+            content = output.read(MAX_HITS_BYTES + 1)
+    except GitError as failure:
+        if failure.detail.endswith(": "):  # status 1 and no word: nothing is found
+            return []
+        raise
+    if len(content) > MAX_HITS_BYTES:
+        raise GitError(Reason.REPOSITORY_TOO_LARGE, "the search hits more than a dismissal can rest on")
+    found = []
+    for line in content.split(b"\n"):
+        path, _, text = line.partition(b"\0")
+        if path:
+            found.append((path.decode(errors="replace").removeprefix(f"{commit}:"), text.decode(errors="replace")))
+    return found
 
 
 def read_facts(bare: Path, *, base: str, head: str, policy_commit: str | None) -> WorkspaceFacts:

@@ -23,6 +23,8 @@ class EffectKind(StrEnum):
     GITHUB_REVIEW = "github.review"
     GITHUB_SUMMARY_COMMENT = "github.summary_comment"
     GITHUB_REACTION = "github.reaction"
+    GITHUB_DISMISS_ALERT = "github.dismiss_alert"
+    GITHUB_REOPEN_ALERT = "github.reopen_alert"
     GITHUB_PULL_REQUEST = "github.pull_request"
 
 
@@ -31,6 +33,8 @@ DELIVERY: dict[EffectKind, Delivery] = {
     EffectKind.GITHUB_REVIEW: Delivery.READ_BACK,
     EffectKind.GITHUB_SUMMARY_COMMENT: Delivery.READ_BACK,
     EffectKind.GITHUB_REACTION: Delivery.IDEMPOTENT,  # GitHub answers 200 with the existing reaction
+    EffectKind.GITHUB_DISMISS_ALERT: Delivery.READ_BACK,  # the alert's own state tells
+    EffectKind.GITHUB_REOPEN_ALERT: Delivery.READ_BACK,
     EffectKind.GITHUB_PULL_REQUEST: Delivery.READ_BACK,  # found by its branch, which is ours alone
 }
 

@@ -32,3 +32,12 @@ def analysis_pools(*, automatic: bool) -> dict[str, int]:
 def remediation_pools(repository_id: int) -> dict[str, int]:
     """One remediation at a time of an owner, and of an owner's repository; another owner's count for nothing here (contract 13.2)."""
     return {"remediation": 1, f"remediation:{repository_id}": 1}
+
+
+# Dismissals at once: each fetches the repository, and five fetches of one owner beside each other are what a host bears.
+DISMISSALS = 5
+
+
+def dismissal_pools(_kind: str, _plan: str) -> dict[str, int]:
+    """The pool that a dismissal takes a slot from."""
+    return {"dismissal": DISMISSALS}

@@ -75,6 +75,16 @@ class Reason(StrEnum):
     SETTINGS_STALE = "settings_stale"
     OWNER_NOT_NAMED = "owner_not_named"
     ROLE_NOT_ALLOWED = "role_not_allowed"
+    # dismissal
+    INVALID_DISMISS_TARGET = "invalid_dismiss_target"
+    DISMISSED = "dismissed"
+    AUTO_DISMISS_DISABLED = "auto_dismiss_disabled"
+    NEVER_DISMISSED = "never_dismissed"
+    CATALOGUE_MISSING = "catalogue_missing"
+    ANALYSIS_SPEAKS_AGAINST = "analysis_speaks_against"
+    CONFIDENCE_TOO_LOW = "confidence_too_low"
+    DISMISSAL_ACTIVE = "dismissal_active"
+    GROUND_CHANGED = "ground_changed"
     # remediation
     FINDING_NOT_FOUND = "finding_not_found"
     REPO_NOT_IN_SCOPE = "repo_not_in_scope"
@@ -377,6 +387,24 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.ALERT_OUTDATED: ("A later state of the alert is known.", "Nothing; events come late and in any order."),
     Reason.NOT_SYNCED_YET: ("The owner's alerts were never read.", "Nothing; the first sync brings this one too."),
+    Reason.INVALID_DISMISS_TARGET: ("The alert's number isn't one.", "Dismiss it at its source."),
+    Reason.DISMISSED: ("The finding was dismissed.", "Nothing."),
+    Reason.AUTO_DISMISS_DISABLED: ("Automatic dismissal is off for this owner.", "Switch `auto_dismiss_enabled` on."),
+    Reason.NEVER_DISMISSED: ("Critical and known exploited vulnerabilities are dismissed by people only.", "Dismiss it by hand."),
+    Reason.CATALOGUE_MISSING: (
+        "There is no catalogue of exploited vulnerabilities, so nothing is dismissed automatically.",
+        "Set KILO_KNOWN_EXPLOITED_FILE to a readable one.",
+    ),
+    Reason.ANALYSIS_SPEAKS_AGAINST: (
+        "The analysis doesn't say that the finding can be dismissed.",
+        "Read it: `kilo-pipelines security show`.",
+    ),
+    Reason.CONFIDENCE_TOO_LOW: (
+        "The analysis is less sure than the owner's settings ask for.",
+        "Dismiss it by hand, or lower `auto_dismiss_confidence`.",
+    ),
+    Reason.DISMISSAL_ACTIVE: ("The finding is being dismissed.", "Nothing."),
+    Reason.GROUND_CHANGED: ("What a dismissal rested on has changed.", "Have the finding analysed again."),
     Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
     Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),
     Reason.NO_CAPACITY: ("The host runs as many sessions as it can.", "Wait, raise KILO_AGENTS_MAX, or add a host."),

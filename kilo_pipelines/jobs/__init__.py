@@ -13,6 +13,7 @@ from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.items import settle_quietly
 from kilo_pipelines.ops.security_analysis import launch_analyses, settle_analyses, sweep_analyses
+from kilo_pipelines.ops.security_dismissal import apply_dismissals
 from kilo_pipelines.ops.security_remediation import launch_remediations, settle_remediations
 from kilo_pipelines.ops.security_sync import sync_owners, sync_requested
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
@@ -140,6 +141,15 @@ def settle_remediation() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "dismissal"},
+    description="Claims waiting dismissals and dismisses findings here and at their source.",
+)
+def dismissal() -> None:
+    apply_effects(start=apply_dismissals())
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
     description="Notes the ends of dismissals, notices and requested syncs that were cancelled or given up.",
 )
@@ -161,6 +171,7 @@ def default_jobs() -> list[JobDefinition]:
         settle_security_analysis,
         security_sweep,
         requested_security_sync,
+        dismissal,
         remediation,
         settle_remediation,
         settle_quiet_items,

@@ -15,6 +15,8 @@ from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.ops.items import Log, provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.security_dismissal import after_analysis
+from kilo_pipelines.ops.security_remediation import after_analysis as remediate_after
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -28,6 +30,8 @@ from kilo_pipelines.store import Claimed, FindingRow, NewFindingEvent, SettleTx,
 SERVICE = "security_analysis"
 # Findings of an owner that one sweep brings in line; the next one goes on, the worst first.
 SWEPT = 1_000
+# What a run that died left undone is drawn from an analysis later; after a day the settings may mean something else.
+FOLLOWED = timedelta(days=1)
 
 
 class _RefusedError(Exception):
@@ -177,6 +181,8 @@ def _complete(context: OpExecutionContext, store: Store, claim: Claimed, finding
     step = _step(claim.owner_id, finding.id, claim.item_id, claim.attempt, "analysis_completed", found, None)
     note = noted(claim.owner_id, finding.id, [step], actor="platform", now=now)
     done = store.queue.complete(claim, Reason.ANALYSED, details=details, effects=[], also=note)
+    if done:
+        follow(store, claim.owner_id, finding.id, context.log)
     say(context, claim.item_id, Reason.ANALYSED if done else Reason.MOVED_ON)
 
 
@@ -214,6 +220,7 @@ def settle_analyses(context: OpExecutionContext, config: Ids, store: StoreResour
 
 
 def _settle(context: OpExecutionContext, store: Store, item_id: UUID) -> None:
+    analysed: tuple[UUID, UUID] | None = None
     with store.settlements.open(item_id) as tx:
         if tx is None:
             return
@@ -225,9 +232,21 @@ def _settle(context: OpExecutionContext, store: Store, item_id: UUID) -> None:
             said = Reason.MOVED_ON
         elif session.state == "completed":
             said = _conclude(tx, session.result or {}, session.evidence)
+            analysed = (tx.item.owner_id, UUID(tx.item.details["finding_id"]))
         else:
             said = _failed(store, tx, Reason(session.reason or Reason.AGENT_CRASHED), session.evidence)
+    if analysed is not None:
+        follow(store, *analysed, context.log)
     say(context, item_id, said)
+
+
+def follow(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> None:
+    """What the owner's rules draw from an analysis: a dismissal or a pull request, or a word why neither.
+
+    Asked again by every sweep for a day, so that a run that died in between loses nothing; what was opened isn't opened twice.
+    """
+    after_analysis(store, owner_id, finding_id, log)
+    remediate_after(store, owner_id, finding_id, log)
 
 
 def _conclude(tx: SettleTx, result: dict[str, Any], evidence: dict[str, Any] | None) -> str:
@@ -331,7 +350,11 @@ def sweep_analyses(context: OpExecutionContext, config: Ids, store: StoreResourc
         if setting is None or not setting.enabled:
             context.log.info(f"owner {owner_id}: {Reason.SECURITY_DISABLED}")
             return
-        opened = queue_analyses(platform, owner_id, SecurityConfig.model_validate(setting.config), context.log)
+        config = SecurityConfig.model_validate(setting.config)
+        opened = queue_analyses(platform, owner_id, config, context.log)
+        if config.auto_dismiss_enabled or config.auto_remediation_enabled:
+            for finding_id in platform.analyses.completed_since(owner_id, FOLLOWED):
+                follow(platform, owner_id, finding_id, context.log)
         context.log.info(f"owner {owner_id}: {opened} analyses opened")
 
     each(context, config.ids, sweep)

@@ -12,9 +12,11 @@ from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionCon
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
+from kilo_pipelines.ops.findings import as_events, deadline, policy_for
 from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.ops.items import Log, reopened_by_person, say
 from kilo_pipelines.ops.security_analysis import queue_analyses
+from kilo_pipelines.ops.security_dismissal import reexamine
 from kilo_pipelines.ops.security_remediation import follow_up
 from kilo_pipelines.ops.tables import table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
@@ -22,15 +24,13 @@ from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.security import alerts as rules
 from kilo_pipelines.services.security import findings as lifecycle
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, policy_of, selects
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, selects
 from kilo_pipelines.store import (
     Change,
     FindingEventRow,
     FindingRow,
-    NewFindingEvent,
     PageCount,
     Refused,
-    SlaRow,
     Store,
     SyncTarget,
 )
@@ -158,30 +158,6 @@ class AlertTaker:
         )
 
 
-def as_events(steps: Sequence[lifecycle.Step]) -> list[NewFindingEvent]:
-    """Steps as the store takes them."""
-    return [NewFindingEvent(**vars(one)) for one in steps]
-
-
-def deadline(
-    history: Sequence[FindingEventRow], added: Sequence[lifecycle.Step], policy: sla.SlaPolicy, repository_id: int, now: datetime
-) -> SlaRow:
-    """The deadline that follows from a finding's history and what is added to it."""
-    steps = sla.steps_of([*history, *(one for one in added if one.kind is not None)])
-    return row_of(sla.evaluate(steps, policy, repository_id, now))
-
-
-def row_of(state: sla.SlaState) -> SlaRow:
-    """A computed state as it is stored."""
-    return SlaRow(**sla.kept(state))
-
-
-def policy_for(store: Store, owner_id: UUID, config: SecurityConfig, *, actor: str) -> sla.SlaPolicy:
-    """The owner's policy, kept as a version when its settings say something new."""
-    policy = policy_of(config)
-    return policy.at_version(store.findings.keep_policy(owner_id, policy.stored(), actor=actor))
-
-
 def sync_owner(
     store: Store, github: GitHubResource, owner_id: UUID, log: Log, *, only: int | None = None, whole: bool = False
 ) -> OwnerSync:
@@ -223,6 +199,7 @@ def sync_owner(
         done.repositories[target.full_name] = outcome
         if outcome in ("synced", "unchanged"):
             follow_up(store, github, owner_id, target.repository_id, log)
+            reexamine(store, github, owner_id, target, policy, log)
         if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
             done.complete = False
             log.warning(f"{target.full_name}: {outcome}")

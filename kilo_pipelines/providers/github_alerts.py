@@ -107,6 +107,11 @@ def dismiss_alert(installation: GitHubInstallation, full_name: str, number: int,
     return _one(installation, "PATCH", full_name, number, json=body)
 
 
+def reopen_alert(installation: GitHubInstallation, full_name: str, number: int) -> dict[str, Any]:
+    """Opens a dismissed alert again; the alert as GitHub has it then. Needs DISMISS_ALERTS. Raises ProviderError."""
+    return _one(installation, "PATCH", full_name, number, json={"state": "open"})
+
+
 def _one(installation: GitHubInstallation, method: str, full_name: str, number: int, **more: Any) -> dict[str, Any]:
     answer, body = _ask(installation, method, full_name, f"/{number}", **more)
     if answer.status == "ok" and not isinstance(body, dict):

@@ -22,6 +22,7 @@ from kilo_pipelines.core.diff import commentable, hunks_of
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import cut, one_line
+from kilo_pipelines.providers import github_alerts
 from kilo_pipelines.providers.github import GitHubInstallation, ProviderError
 
 # GitHub refuses longer bodies of reviews, comments and check summaries (65,536 characters); the rest is for the cut's own note.
@@ -84,6 +85,20 @@ class ReactionPayload(_Payload):
     content: Literal["+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"]
 
 
+class DismissAlertPayload(_Payload):
+    """`github.dismiss_alert`: an open alert is dismissed; one that isn't open stays what its repository or a person made of it."""
+
+    number: int
+    reason: Literal["fix_started", "inaccurate", "no_bandwidth", "not_used", "tolerable_risk"]
+    comment: str
+
+
+class ReopenAlertPayload(_Payload):
+    """`github.reopen_alert`: a dismissed alert is opened again."""
+
+    number: int
+
+
 class PullRequestPayload(_Payload):
     """`github.pull_request`: from a branch that we pushed, at the commit that we pushed; found by that branch, which is ours alone."""
 
@@ -113,6 +128,10 @@ def apply(installation: GitHubInstallation, intent: EffectIntent, before_write: 
             receipt = _review(installation, ReviewPayload.model_validate(intent.payload), gate)
         elif intent.kind is EffectKind.GITHUB_SUMMARY_COMMENT:
             receipt = _summary_comment(installation, SummaryPayload.model_validate(intent.payload), gate)
+        elif intent.kind is EffectKind.GITHUB_DISMISS_ALERT:
+            receipt = _dismiss_alert(installation, DismissAlertPayload.model_validate(intent.payload), gate)
+        elif intent.kind is EffectKind.GITHUB_REOPEN_ALERT:
+            receipt = _reopen_alert(installation, ReopenAlertPayload.model_validate(intent.payload), gate)
         elif intent.kind is EffectKind.GITHUB_PULL_REQUEST:
             receipt = _pull_request(installation, PullRequestPayload.model_validate(intent.payload), gate)
         else:
@@ -300,3 +319,40 @@ def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, 
         draft=wanted.draft,
     )
     return EffectReceipt(external_id=str(made.number), url=made.url, created=True)
+
+
+def _dismiss_alert(installation: GitHubInstallation, wanted: DismissAlertPayload, gate: Callable[[], None]) -> EffectReceipt:
+    return _alert(
+        installation,
+        wanted,
+        "open",
+        lambda: github_alerts.dismiss_alert(installation, wanted.full_name, wanted.number, wanted.reason, wanted.comment),
+        gate,
+    )
+
+
+def _reopen_alert(installation: GitHubInstallation, wanted: ReopenAlertPayload, gate: Callable[[], None]) -> EffectReceipt:
+    return _alert(
+        installation,
+        wanted,
+        "dismissed",
+        lambda: github_alerts.reopen_alert(installation, wanted.full_name, wanted.number),
+        gate,
+    )
+
+
+def _alert(
+    installation: GitHubInstallation,
+    wanted: DismissAlertPayload | ReopenAlertPayload,
+    leaves: str,
+    write: Callable[[], dict[str, Any]],
+    gate: Callable[[], None],
+) -> EffectReceipt:
+    """Writes only where the alert still is in the state that the write leaves: what was fixed or decided meanwhile stands."""
+    found = github_alerts.get_alert(installation, wanted.full_name, wanted.number)
+    written = found.get("state") == leaves
+    if written:
+        gate()
+        found = write()
+    url = found.get("html_url")
+    return EffectReceipt(external_id=str(wanted.number), url=url if isinstance(url, str) else None, created=written)

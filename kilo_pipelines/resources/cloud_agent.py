@@ -12,14 +12,16 @@ from dagster import ConfigurableResource
 from kilo_pipelines.cloud_agent.adapters import AgentAdapter
 from kilo_pipelines.cloud_agent.adapters.kilo import KiloAdapter
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
+from kilo_pipelines.cloud_agent.git import GitError
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
 from kilo_pipelines.cloud_agent.proxy_client import ProxyError, ask
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
+from kilo_pipelines.cloud_agent.tree import read_tree
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.providers.github import BranchHead, PullState
+from kilo_pipelines.providers.github import BranchHead, ProviderError, PullState
 from kilo_pipelines.settings import Settings, current
 
 CALLBACK_SECONDS = 10  # contract A9
@@ -40,6 +42,16 @@ def sandbox_of(settings: Settings) -> Sandbox:
             raise SandboxUnavailableError("KILO_SANDBOX=none works only with the offline twin: unset it")
         return Unsandboxed()
     return Sandbox.find(package_directory())
+
+
+def read_branch(
+    owner_id: UUID, at: BranchHead, token: str, reads: list[tuple[list[str], list[str]]]
+) -> tuple[str, list[tuple[dict[str, str], list[tuple[str, str]]]]]:
+    """The default branch's commit and what it holds (`cloud_agent.tree.read_tree`); ProviderError when it can't be read."""
+    try:
+        return read_tree(current().repos_dir, owner_id, at.repository_id, at.clone_url, at.default_branch, token, reads)
+    except GitError as failure:
+        raise ProviderError(failure.reason, retryable=failure.reason is Reason.FETCH_FAILED, detail=failure.detail) from None
 
 
 class CloudAgentResource(ConfigurableResource[None]):

@@ -25,6 +25,11 @@ __all__ = ["AlertPage", "BranchHead", "GitHubResource", "LostLeaseError", "Provi
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
 POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
 OPEN_PULL = {"metadata": "read", "contents": "read", "pull_requests": "write"}
+PERMISSIONS = {
+    EffectKind.GITHUB_PULL_REQUEST: OPEN_PULL,
+    EffectKind.GITHUB_DISMISS_ALERT: github_alerts.DISMISS_ALERTS,
+    EffectKind.GITHUB_REOPEN_ALERT: github_alerts.DISMISS_ALERTS,
+}
 
 # What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests; a new
 # pull request asks once more, which its rarity makes up for.
@@ -93,5 +98,5 @@ class GitHubResource(ConfigurableResource[None]):
 
         `before_write` is asked right before the write: False (somebody else has the effect by now) and nothing is written.
         """
-        permissions = OPEN_PULL if intent.kind is EffectKind.GITHUB_PULL_REQUEST else POST
+        permissions = PERMISSIONS.get(intent.kind, POST)
         return github_effects.apply(self._app().installation(installation_id, [repository_id], permissions), intent, before_write)

@@ -12,7 +12,7 @@ from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
-from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, PageCount, noted
+from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
@@ -81,6 +81,7 @@ __all__ = [
     "NewDelivery",
     "NewFindingEvent",
     "NewItem",
+    "NotDisposedError",
     "Offer",
     "Owner",
     "PageCount",

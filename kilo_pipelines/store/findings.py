@@ -12,10 +12,11 @@ from uuid import UUID, uuid4
 from sqlalchemy import Connection, text
 
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.finding_lists import Wanted, count_wanted, read_page, read_summary, read_work
-from kilo_pipelines.store.queue import audit, lock_subject
+from kilo_pipelines.store.queue import audit, intend, lock_subject
 from kilo_pipelines.store.rows import FindingEventRow, FindingRow, NewFindingEvent, SlaRow, SyncRow
 
 # What a sync may write of a finding. The disposition is ours: no sync touches it.
@@ -102,6 +103,10 @@ class PageCount:
     changed: int = 0
     unchanged: int = 0
     rows_written: int = 0
+
+
+class NotDisposedError(Exception):
+    """The finding moved on before it was decided about: whatever was to be committed with the decision isn't."""
 
 
 class Findings:
@@ -252,6 +257,76 @@ class Findings:
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
             return self._dispose(connection, owner_id, finding_id, disposition, decide, actor, now)
+
+    def disposing(
+        self,
+        owner_id: UUID,
+        finding_id: UUID,
+        disposition: Mapping[str, Any],
+        decide: Callable[[FindingRow, list[FindingEventRow]], Change | None],
+        *,
+        actor: str,
+    ) -> Callable[[Connection], None]:
+        """`dispose` in a transaction of the queue's, which it ends with NotDisposedError where `decide` says None."""
+
+        def also(connection: Connection) -> None:
+            if not self._dispose(connection, owner_id, finding_id, disposition, decide, actor, self._clock.now()):
+                raise NotDisposedError(str(finding_id))
+
+        return also
+
+    def undo(
+        self,
+        owner_id: UUID,
+        finding_id: UUID,
+        decide: Callable[[FindingRow, list[FindingEventRow]], Change | None],
+        *,
+        item_id: UUID,
+        effects: list[EffectIntent],
+        actor: str,
+    ) -> bool:
+        """Takes a dismissal of ours back, with the effects that its item wants now, in one transaction; False when `decide` says None."""
+        now = self._clock.now()
+        with self._database.owner(owner_id) as connection:
+            done = self._dispose(connection, owner_id, finding_id, None, decide, actor, now)
+            if done:
+                intend(connection, owner_id, item_id, effects, now)
+        return done
+
+    def bound(self, owner_id: UUID, repository_id: int) -> list[FindingRow]:
+        """Findings of a repository that were dismissed here on a ground that can be looked at again."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.repository_id = :repository and f.disposition = 'dismissed'"
+                " and f.upstream_state in ('open', 'dismissed') and f.disposition_evidence ? 'binding' order by f.id",
+                owner=owner_id,
+                repository=repository_id,
+            )
+        return [FindingRow(**row) for row in found]
+
+    def dismissed_on(self, owner_id: UUID, analysis_id: UUID) -> bool:
+        """Whether an analysis was drawn on for a dismissal before, whatever became of it."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select exists (select 1 from dismissals where owner_id = :owner and analysis_id = :analysis) as known",
+                owner=owner_id,
+                analysis=analysis_id,
+            )
+        return bool(row and row["known"])
+
+    def rebind(self, owner_id: UUID, finding_id: UUID, commit: str) -> None:
+        """The same ground was found at a later commit."""
+        with self._database.owner(owner_id) as connection:
+            changed(
+                connection,
+                "update findings set disposition_evidence = jsonb_set(disposition_evidence, '{binding,commit}', to_jsonb(cast(:commit as text)))"
+                " where owner_id = :owner and id = :id and disposition = 'dismissed'",
+                owner=owner_id,
+                id=finding_id,
+                commit=commit,
+            )
 
     def _dispose(
         self,

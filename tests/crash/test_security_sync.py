@@ -36,6 +36,8 @@ READS = {
     "offenders",
     "owners",
     "changed_owners",
+    "bound",
+    "dismissed_on",
     "policy",
     "page",
     "summary",

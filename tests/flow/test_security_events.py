@@ -14,7 +14,8 @@ import pytest
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.admission import admit
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
+from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.providers.github_webhooks import event_of_shape, shape_matches
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import NewDelivery

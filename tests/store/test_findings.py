@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import text
 
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for, supersede
+from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, supersede
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import PageCount
 from tests.conftest import Database

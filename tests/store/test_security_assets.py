@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from kilo_pipelines.assets.security import chunks, compliance_table, recompute
-from kilo_pipelines.ops.security_sync import policy_for
+from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SecurityConfig
 from tests.conftest import Database

@@ -17,7 +17,8 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
+from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import NewItem, Repository, Wanted
 from kilo_pipelines.store.finding_lists import ANALYZED, NEEDS_ACTION, ORDERS, OUTCOMES, STATUSES

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_remediation import admit
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.security.analysis import snapshot_of
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import Claimed, FindingRow, NewItem, RemediationRow

@@ -10,7 +10,8 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, policy_for
+from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import Claimed, NewItem, SessionClaim

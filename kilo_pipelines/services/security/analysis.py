@@ -7,7 +7,7 @@ schema, and nothing is read out of prose.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
@@ -49,6 +49,10 @@ class Triage(BaseModel):
         return self
 
 
+# A literal text on one line: shorter ones would be found everywhere.
+SearchText = Annotated[str, Field(min_length=3, max_length=200, pattern=r"^[^\r\n\x00]+$")]
+
+
 class Location(BaseModel):
     """Where the package is used; lines are 1-based."""
 
@@ -66,7 +70,7 @@ class DeepAnalysis(BaseModel):
     exploitable: StrictBool | Literal["unknown"]
     reasoning: str = Field(max_length=8_000)
     locations: list[Location] = Field(default=[], max_length=200)
-    search: list[str] = Field(
+    search: list[SearchText] = Field(
         default=[], max_length=10, description="Literal texts that show a use of the package; what they hit binds a dismissal."
     )
     suggested_fix: str = Field(default="", max_length=8_000)

@@ -1,0 +1,239 @@
+"""Dismissals end to end: here and at the twin, bound to the twin's git, by people and by rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from dagster import DagsterInstance
+from sqlalchemy import text
+
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ops.security_analysis import analyse
+from kilo_pipelines.ops.security_dismissal import dismiss, dismiss_many
+from kilo_pipelines.services.security.config import SERVICE
+from kilo_pipelines.services.security.dismissal import units
+from kilo_pipelines.store import FindingRow
+from tests.conftest import Database
+from tests.support.git import git
+from tests.support.security import Dispatcher, Owner, Storefront, syncing, with_model
+from tests.support.twin import Twin
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
+    home = tmp_path_factory.mktemp("d")
+    catalogue = home / "known.json"
+    catalogue.write_text(json.dumps({"vulnerabilities": [{"cveID": "CVE-2026-1234567"}]}))
+    with syncing(home) as running, with_model(running), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILO_KNOWN_EXPLOITED_FILE", str(catalogue))
+        yield running
+
+
+@pytest.fixture
+def desk(database: Database, tmp_path: Path) -> Iterator[Dispatcher]:
+    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+        yield Dispatcher(database, instance)
+
+
+@pytest.fixture(autouse=True)
+def alone(database: Database) -> None:
+    """The twin has one installation, and nothing is written through one that two owners hold."""
+    for one in database.store.owners.all():
+        with database.store.database.owner(one.id) as connection:
+            connection.execute(text("update integrations set disconnected_at = now() where disconnected_at is null"))
+
+
+class Orders(Owner):
+    """The twin's repository with history, and alerts."""
+
+    def __init__(self, database: Database, twin: Twin, **config: Any) -> None:
+        self.twin, self.store, self.clock = twin, database.store, database.clock
+        self.repositories = twin.control("seed-alerts", count=60, repositories=["orders"])["repositories"][:1]
+        self.names = [str(one["repository"]) for one in self.repositories]
+        self.id = self.store.owners.create("organization", "orders").id
+        self.connect(int(self.repositories[0]["repository_id"]), self.names[0])
+        self.store.owners.put_config(self.id, SERVICE, config, enabled=True, expected_revision=0, actor="test")
+
+
+def upstream(owner: Owner, finding: FindingRow) -> dict[str, Any]:
+    """The alert as the twin has it."""
+    page = owner.twin.app().installation(
+        owner.twin.credentials["installation_id"], [finding.repository_id], {"metadata": "read", "vulnerability_alerts": "read"}
+    )
+    from kilo_pipelines.providers.github_alerts import get_alert
+
+    return get_alert(page, owner.names[0], int(finding.source_id))
+
+
+def again(owner: Owner, finding: FindingRow) -> FindingRow:
+    row = owner.store.findings.get(owner.id, finding.id)
+    assert row is not None
+    return row
+
+
+def asked(owner: Owner, finding: FindingRow, comment: str = "") -> UUID:
+    item = dismiss(owner.store, finding, role="owner", actor="test", reason="tolerable_risk", comment=comment)
+    assert isinstance(item, UUID), item
+    return item
+
+
+def push(twin: Twin, full_name: str, path: str, content: str) -> None:
+    """A commit on the default branch, behind everybody's back."""
+    bare = twin.home / "git" / f"{full_name}.git"
+    work = twin.home / f"work-{bare.stem}"
+    if not work.exists():
+        git(twin.home, "clone", "-q", str(bare), str(work))
+    git(work, "pull", "-q")
+    (work / path).parent.mkdir(parents=True, exist_ok=True)
+    (work / path).write_text(content)
+    git(work, "add", "-A")
+    git(work, "-c", "user.name=t", "-c", "user.email=t@t.test", "commit", "-q", "-m", "Change")
+    git(work, "push", "-q", "origin", "HEAD:main")
+
+
+def test_a_persons_dismissal_stands_here_and_at_the_source_with_a_comment_that_fits(
+    database: Database, twin: Twin, desk: Dispatcher
+) -> None:
+    owner = Owner(database, twin, 1, 30)
+    owner.sync()
+    finding = owner.findings(status="open", severity="critical", disposition=None)[:1] or owner.findings(status="open")[:1]
+    (one,) = finding
+    asked(owner, one, "Because. " * 60 + "\U0001f600" * 40)
+    desk.work(owner.id)
+    row, there = again(owner, one), upstream(owner, one)
+    assert (row.status, row.disposition_by, row.disposition_actor, row.disposition_reason) == (
+        "ignored",
+        "manual",
+        "test",
+        "tolerable_risk",
+    )
+    assert (there["state"], there["dismissed_reason"]) == ("dismissed", "tolerable_risk")
+    assert units(there["dismissed_comment"]) <= 280 and there["dismissed_comment"].startswith("[kilo-pipelines] Because.")
+    assert len([one for one in owner.audited("security.finding.dismissed") if "item" in one]) == 1
+    owner.sync()
+    after = again(owner, one)
+    assert (after.status, after.disposition_by, after.disposition_actor) == ("ignored", "manual", "test"), (
+        "a sync changes nothing of ours"
+    )
+
+
+def test_the_source_being_away_changes_nothing_here_and_is_asked_again(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    owner = Owner(database, twin, 1, 30)
+    owner.sync()
+    one = owner.findings(status="open")[0]
+    twin.fault("PATCH", "/dependabot/alerts/", status=503)
+    item = asked(owner, one)
+    desk.once(owner.id)
+    assert again(owner, one).status == "ignored" and upstream(owner, one)["state"] == "open"
+    assert [one["state"] for one in owner.store.outbox.of_item(item)] == ["pending"]
+    for _ in range(3):
+        database.clock.advance(timedelta(minutes=2))
+        desk.work(owner.id)
+    assert upstream(owner, one)["state"] == "dismissed"
+
+
+def test_whoever_opens_it_again_at_the_source_has_the_last_word(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    owner = Owner(database, twin, 1, 30)
+    owner.sync()
+    one = owner.findings(status="open")[0]
+    asked(owner, one)
+    desk.work(owner.id)
+    owner.sync()
+    twin.control("move-alert", repository=owner.names[0], number=int(one.source_id), action="reopened")
+    owner.sync()
+    row = again(owner, one)
+    assert (row.status, row.disposition) == ("open", None)
+
+
+def test_roles_and_states_are_refused_with_their_reasons(database: Database, twin: Twin) -> None:
+    owner = Owner(database, twin, 1, 30)
+    owner.sync()
+    one, fixed = owner.findings(status="open")[0], owner.findings(status="fixed")[0]
+
+    def refusal(finding: FindingRow, role: str) -> object:
+        return dismiss(owner.store, finding, role=role, actor="test", reason="not_used", comment="")
+
+    assert refusal(one, "member") is Reason.ROLE_NOT_ALLOWED and refusal(one, "reader") is Reason.ROLE_NOT_ALLOWED
+    assert refusal(fixed, "owner") is Reason.FINDING_NOT_OPEN
+    asked(owner, one)
+    assert refusal(one, "owner") is Reason.DISMISSAL_ACTIVE
+
+
+def test_what_nobody_imports_is_dismissed_by_the_rules_and_comes_back_when_somebody_does(
+    database: Database, twin: Twin, desk: Dispatcher
+) -> None:
+    shop = Storefront(database, twin, auto_dismiss_enabled=True)
+    shop.sync()
+    unused = next(one for one in shop.findings() if one.package_name == "twin-tables")
+    reached = next(one for one in shop.findings() if one.package_name == "twin-unpack")
+    for one in (unused, reached):
+        assert isinstance(analyse(shop.store, one, role="owner", actor="test"), UUID)
+    desk.work(shop.id)
+    row = again(shop, unused)
+    assert (row.status, row.disposition_by) == ("ignored", "auto-sandbox") and again(shop, reached).status == "open"
+    assert upstream(shop, unused)["state"] == "dismissed"
+    bound = (row.disposition_evidence or {})["binding"]
+    assert set(bound["files"]) == {"package.json", "package-lock.json"} and bound["hits"] == 0
+    shop.sync()
+    assert again(shop, unused).status == "ignored"
+    push(twin, shop.names[0], "docs/notes.md", "Nothing of interest.\n")
+    shop.sync()
+    kept = again(shop, unused)
+    assert kept.status == "ignored" and (kept.disposition_evidence or {})["binding"]["commit"] != bound["commit"]
+    push(twin, shop.names[0], "src/report.js", "const { table } = require('twin-tables');\n")
+    shop.sync()
+    database.clock.advance(timedelta(seconds=20))  # what no run of its own applies is offered soon after
+    desk.work(shop.id)
+    assert upstream(shop, unused)["state"] == "open"
+    shop.sync()
+    assert (again(shop, unused).status, again(shop, unused).disposition) == ("open", None)
+    assert [one["reason"] for one in shop.audited("security.finding.reopened")] == [str(Reason.GROUND_CHANGED)]
+
+
+def test_bulk_counts_first_and_dismisses_only_what_the_metadata_let_go(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    owner = Orders(database, twin, analysis_mode="shallow")
+    owner.sync()
+    owner.configure(auto_analysis_enabled=True, auto_analysis_include_existing=True, auto_analysis_min_severity="all")
+    owner.sync()
+    for _ in range(40):
+        desk.work(owner.id)
+        database.clock.advance(timedelta(seconds=31))
+    tools = [one for one in owner.findings(status="open", dependency_scope="development") if one.severity in ("medium", "low")]
+    assert tools and dismiss_many(owner.store, owner.id, role="member", actor="test", apply=True) is Reason.ROLE_NOT_ALLOWED
+    counted = dismiss_many(owner.store, owner.id, role="owner", actor="test", apply=False)
+    assert not isinstance(counted, Reason) and counted["confidence high"] == len(tools)
+    assert owner.items("dismissal") == []
+    dismiss_many(owner.store, owner.id, role="owner", actor="test", apply=True)
+    desk.work(owner.id)
+    for _ in range(len(tools)):
+        database.clock.advance(timedelta(seconds=31))
+        desk.work(owner.id)
+    ours = owner.findings(disposition="dismissed")
+    assert {one.id for one in ours} == {one.id for one in tools}
+    assert {one.disposition_by for one in ours} == {"auto-triage-bulk"}
+
+
+def test_another_owner_of_the_repository_decides_for_itself(database: Database, twin: Twin, desk: Dispatcher) -> None:
+    theirs = Owner(database, twin, 1, 20)
+    theirs.sync()
+    with theirs.store.database.owner(theirs.id) as connection:
+        connection.execute(text("update integrations set disconnected_at = now()"))
+    mine = Owner(database, twin, 1, 1)
+    mine.repositories, mine.names = theirs.repositories, theirs.names
+    mine.connect(int(mine.repositories[0]["repository_id"]), mine.names[0])
+    mine.sync()
+    one = mine.findings(status="open")[0]
+    asked(mine, one)
+    desk.work(mine.id)
+    other = [
+        row
+        for row in theirs.store.findings.of_repository(theirs.id, one.repository_id, open_or_superseded=False)
+        if row.source_id == one.source_id
+    ]
+    assert [(row.disposition, row.status) for row in other] == [(None, "open")]

@@ -71,16 +71,7 @@ def _owner(store: Store, owner_id: UUID) -> _Owner:
 
 def _earlier(found: Sequence[RemediationRow], finding_id: UUID, apart_from: UUID | None) -> list[rules.Earlier]:
     return [
-        rules.Earlier(
-            rules.earlier_state(
-                one.state,
-                one.reason,
-                one.pull_state,
-                confirmed=one.confirmed_at is not None,
-                flagged=one.flagged_at is not None,
-            ),
-            one.fingerprint,
-        )
+        rules.Earlier(rules.earlier_state(one), one.fingerprint)
         for one in found
         if finding_id in one.findings and one.item_id != apart_from
     ]
@@ -266,22 +257,21 @@ def _launch(
     assert finding is not None  # noqa: S101  # a foreign key holds it
     ((_, case),) = _cases(store, claim.owner_id, [finding], apart_from=item_id)
     origin: Origin = claim.details["origin"]
-    # What was admitted once is no duplicate of what ended meanwhile: that is what a retry is (contract 13.2).
     stop = rules.refusal(case, origin)
-    if stop is not None and stop is not Reason.DUPLICATE_ANALYSIS_RESULT:
+    if stop is not None:
         _stop(context, store, claim, stop)
         return
     assert case.analysis is not None  # noqa: S101  # without one it was refused
     group, analyses = _group(store, finding)
     target = next(one for one in store.owners.sync_targets(claim.owner_id) if one.repository_id == claim.repository_id)
     try:
-        covered = _open_pull(store, github, claim, target.full_name)
+        covered = _covering(store, github, claim, target.full_name)
         at = github.default_branch(claim.installation_id, claim.repository_id, target.full_name)
     except ProviderError as failure:
         provider_failed(context, store, claim, failure)
         return
     if covered is not None:
-        _stop(context, store, claim, Reason.COVERED_BY_OPEN_PULL, pull_request=covered)
+        _stop(context, store, claim, Reason.COVERED_BY_OPEN_PULL, pull_request=covered.pull_url)
         return
     session_id = uuid4()
     branch = rules.branch_of(item_id, claim.attempt, finding)
@@ -320,14 +310,15 @@ def _stop(context: OpExecutionContext, store: Store, claim: Claimed, reason: Rea
     say(context, claim.item_id, reason, **links)
 
 
-def _open_pull(store: Store, github: GitHubResource, claim: Claimed, full_name: str) -> str | None:
-    """Address of another pull request of ours for the same package that is open now, as GitHub says."""
+def _covering(store: Store, github: GitHubResource, claim: Claimed, full_name: str) -> RemediationRow | None:
+    """Another remediation of the same package whose pull request is about to be opened, or is open now, as GitHub says."""
     for one in store.remediations.of_subject(claim.owner_id, claim.subject_key):
-        if one.item_id == claim.item_id or one.pull_number is None or one.pull_state in ("merged", "closed"):
+        if one.item_id == claim.item_id or rules.earlier_state(one) != "pull_open" or one.pull_state == "merged":
             continue
-        pull = github.reader(claim.installation_id, claim.repository_id).pull(full_name, one.pull_number)
-        if pull.state == "open":
-            return pull.url
+        if one.pull_number is None:
+            return one
+        if github.reader(claim.installation_id, claim.repository_id).pull(full_name, one.pull_number).state == "open":
+            return one
     return None
 
 
@@ -432,6 +423,7 @@ def _failed(store: Store, tx: SettleTx, reason: Reason, evidence: dict[str, Any]
     return _end(tx, WorkState.CANCELLED if stopped else WorkState.FAILED, reason, evidence)
 
 
+_UNSEEN = {"pull_state": None, "merged_at": None, "syncs_since_merge": 0, "confirmed_at": None, "flagged_at": None}
 # What an end is called in the audit log (contract 14); a pushed change is `pr_opened` once its pull request was seen.
 _ACTION = {
     Reason.REMEDIATED: "pushed",
@@ -459,7 +451,8 @@ def _end(
         verdict={"conclusion": action, "reason": str(reason), **(found.model_dump(exclude={"nonce"}) if found else {})},
         evidence=evidence,
         effects=list(effects),
-        details={"commit_sha": commit, "summary": clean(found.summary) if found else None},
+        # Of an item that is done over, the former pull request is another one's business.
+        details={**_UNSEEN, "commit_sha": commit, "summary": clean(found.summary) if found else None},
         also=note_all(tx.item.owner_id, _notes(tx, action, reason=str(reason), **told), actor="platform", now=datetime.now(UTC)),
     )
     return reason

@@ -53,17 +53,23 @@ class Case:
     earlier: Sequence[Earlier] = ()
 
 
-def earlier_state(item_state: str, reason: str | None, pull_state: str | None, *, confirmed: bool, flagged: bool) -> EarlierState:
-    """What a remediation's row says of it. A merged pull request counts as open until its fix has shown, or was missed."""
-    if item_state in ("failed", "cancelled"):
-        return "failed" if item_state == "failed" else "cancelled"
-    if item_state != "completed":
+def earlier_state(row: Any) -> EarlierState:
+    """What a remediation's row says of it.
+
+    A merged pull request counts as open until its fix has shown, or was missed; one that could not be opened has failed.
+    """
+    if row.state in ("failed", "cancelled"):
+        return "failed" if row.state == "failed" else "cancelled"
+    if row.state != "completed":
         return "active"
-    if reason == Reason.REMEDIATION_BLOCKED:
+    if row.reason == Reason.REMEDIATION_BLOCKED:
         return "blocked"
-    if reason == Reason.NO_CHANGES_NEEDED:
+    if row.reason == Reason.NO_CHANGES_NEEDED:
         return "no_changes_needed"
-    return "pull_done" if pull_state == "closed" or confirmed or flagged else "pull_open"
+    if row.effect_state in ("dropped", "dead"):
+        return "failed"
+    over = row.pull_state == "closed" or row.confirmed_at is not None or row.flagged_at is not None
+    return "pull_done" if over else "pull_open"
 
 
 def may_act(role: str | None) -> Reason | None:

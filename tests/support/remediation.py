@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+from sqlalchemy import text
 
 from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_remediation import admit
@@ -47,9 +48,15 @@ def analysed(owner: Owner, finding: FindingRow, **deep: Any) -> UUID:
     assert item is not None
     claim = owner.store.queue.claim(item, "security_analysis", run_id="test", pools=lambda _kind, _plan: {}, lease_s=60)
     assert isinstance(claim, Claimed), claim
-    details = {"snapshot": snapshot_of(finding), "deep": DEEP | deep, "completed_at": datetime.now(UTC).isoformat()}
+    details = {"snapshot": snapshot_of(finding), "deep": DEEP | deep, "completed_at": owner.clock.now().isoformat()}
     assert owner.store.queue.complete(claim, "analysed", details=details, effects=[])
     return item
+
+
+def leave(database: Database, owner_id: UUID) -> None:
+    """An owner's installation is nobody's again: two owners of one are held apart by writing for neither (threats, rule 16)."""
+    with database.store.database.owner(owner_id) as connection:
+        connection.execute(text("update integrations set disconnected_at = now() where owner_id = :owner"), {"owner": owner_id})
 
 
 class Shop(Owner):

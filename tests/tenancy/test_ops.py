@@ -40,7 +40,9 @@ from kilo_pipelines.jobs import (
     audit_seal,
     code_review,
     default_jobs,
+    dismissal,
     outbox,
+    remediation,
     requested_security_sync,
     retention,
     security_analysis,
@@ -48,8 +50,10 @@ from kilo_pipelines.jobs import (
     security_sync,
     settle_code_review,
     settle_quiet_items,
+    settle_remediation,
     settle_security_analysis,
 )
+from kilo_pipelines.ops.security_dismissal import dismiss
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
@@ -274,6 +278,39 @@ def _analysis_settled(stage: Stage) -> None:
     item = _findings_of_b(stage)
     assert stage.database.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
     stage.run(settle_security_analysis, "settle_analyses", [item])
+    told = stage.database.store.queue.get(item)
+    assert told is not None and told.announced
+
+
+def _dismissed(stage: Stage) -> None:
+    """B's finding is dismissed here and asked for at the source as B's; A's equal one stays as it is."""
+    stage.b.findings()
+    stage.database.store.queue.cancel(stage.b.opened["dismissal"], reason=Reason.USER_CANCELLED, actor="test")
+    row = stage.database.store.queue.get(stage.b.opened["dismissal"])
+    assert row is not None
+    finding = stage.database.store.findings.get(stage.b.owner.id, UUID(row.details["finding_id"]))
+    assert finding is not None
+    item = dismiss(stage.database.store, finding, role="owner", actor="test", reason="not_used", comment="")
+    assert isinstance(item, UUID)
+    stage.run(dismissal, "apply_dismissals", [item])
+    mine = stage.database.store.findings.get(stage.b.owner.id, finding.id)
+    assert mine is not None and mine.status == "ignored" and stage.effects(item) == [("applied", None)]
+
+
+def _remediation_launched(stage: Stage) -> None:
+    """Without a completed analysis of B's own the item ends; A's of an equal finding still waits."""
+    stage.b.findings()
+    item = stage.b.opened["remediation"]
+    stage.run(remediation, "launch_remediations", [item])
+    row = stage.database.store.queue.get(item)
+    assert row is not None and (row.state, row.reason) == ("cancelled", Reason.ANALYSIS_REQUIRED)
+
+
+def _remediation_settled(stage: Stage) -> None:
+    stage.b.findings()
+    item = stage.b.opened["remediation"]
+    assert stage.database.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
+    stage.run(settle_remediation, "settle_remediations", [item])
     told = stage.database.store.queue.get(item)
     assert told is not None and told.announced
 
@@ -521,6 +558,9 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op sweep_analyses": _analyses_swept,
     "schedule security_sweeps": _sweeps_schedule,
     "sensor security_changes": _changes,
+    "op apply_dismissals": _dismissed,
+    "op launch_remediations": _remediation_launched,
+    "op settle_remediations": _remediation_settled,
     "op settle_quietly": _quietly,
     "op apply_effects": _launch,
     "op apply_waiting_effects": _outbox,

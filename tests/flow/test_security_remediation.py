@@ -330,3 +330,17 @@ def test_one_command_reaches_every_open_finding_whatever_their_number(database: 
     assert isinstance(again, Bulk) and again.admitted == [] and again.skipped[Reason.REMEDIATION_ACTIVE] == 2
     for item in done.admitted:
         owner.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
+
+
+@pytest.mark.agent_cli
+def test_the_kilo_cli_remediates_in_the_sandbox(shop: Shop, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILO_AGENT", "kilo")
+    item = _remediated(shop, desk)
+    (pull,) = shop.pulls()
+    assert pull["number"] == shop.row(item).pull_number
+    lock = json.loads(_git(shop, "show", f"{shop.row(item).commit_sha}:package-lock.json"))
+    assert lock["packages"]["node_modules/twin-unpack"]["version"] == "1.4.3"
+    assert _git(shop, "diff", "--name-only", "main", str(shop.row(item).commit_sha)).split() == [
+        "package-lock.json",
+        "package.json",
+    ]

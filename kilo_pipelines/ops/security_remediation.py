@@ -181,13 +181,16 @@ def after_analysis(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> 
 
 
 def cancel(store: Store, owner_id: UUID, item_id: UUID, *, actor: str, role: str) -> Reason | None:
-    """Ends a remediation that waits or runs, its session with it (contract 13.4); None when done, else why not."""
+    """Ends a remediation that waits or runs, its session with it (contract 13.4); None when done, else why not.
+
+    Another owner's is answered like one that is over: who asks learns nothing of it.
+    """
     refused = rules.may_act(role)
     if refused is not None:
         return refused
     item = store.queue.get(item_id)
     if item is None or item.owner_id != owner_id or item.service != SERVICE:
-        return Reason.FINDING_NOT_FOUND
+        return Reason.MOVED_ON
     return None if store.queue.cancel(item_id, reason=Reason.USER_CANCELLED, actor=actor) else Reason.MOVED_ON
 
 

@@ -20,7 +20,9 @@ from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store.sessions import QUEUE_SECONDS
 from tests.conftest import Database
+from tests.crash.test_security_remediation import SENDS
 from tests.crash.test_security_work import ENGINE_STEPS
+from tests.crash.test_security_work import SENDS as OTHER_SENDS
 from tests.support.engine import Engine
 from tests.support.figures import Figures
 
@@ -53,7 +55,15 @@ NO_STEP = {
 }
 # Rooms of the store that people and events of the installation use, not the engine's way of an item; syncs: test_security_sync.py,
 # the Security Agent's items: test_security_work.py.
-NOT_THE_ENGINE = ("store.owners.", "store.audit.", "store.retention.", "store.keys.", "store.findings.", "store.analyses.")
+NOT_THE_ENGINE = (
+    "store.owners.",
+    "store.audit.",
+    "store.retention.",
+    "store.keys.",
+    "store.findings.",
+    "store.analyses.",
+    "store.remediations.",
+)
 
 
 def _opens(node: ast.AST) -> bool:
@@ -80,7 +90,7 @@ def places() -> set[str]:
                 if isinstance(one, ast.FunctionDef) and _opens(one):
                     found.add(f"{prefix}.{one.name}")
     engine = {one for one in found if not one.startswith(NOT_THE_ENGINE) and one not in NO_STEP | ENGINE_STEPS}
-    return engine | {f"send.{kind}" for kind in EffectKind}
+    return engine | {f"send.{kind}" for kind in EffectKind} - SENDS - OTHER_SENDS
 
 
 LATE_SECONDS = 0.2

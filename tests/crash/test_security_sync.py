@@ -36,6 +36,8 @@ READS = {
     "offenders",
     "owners",
     "changed_owners",
+    "open_after",
+    "open_of_package",
     "bound",
     "dismissed_on",
     "policy",
@@ -46,13 +48,15 @@ READS = {
     "deadlines_csv",
 }
 # Written by the assets' recomputing, which begins anew whatever was written before.
+# Kills there: test_security_work.py.
+DISMISSALS = {"undo", "rebind"}
 RECOMPUTED = {"write_sla"}
 
 
 def test_every_commit_of_the_room_is_a_step_or_a_reading() -> None:
     (room,) = [one for one in ast.parse(FINDINGS.read_text()).body if isinstance(one, ast.ClassDef) and one.name == "Findings"]
     named = {one.name for one in room.body if isinstance(one, ast.FunctionDef) and "_database." in ast.unparse(one)}
-    assert named == set(STEPS) | READS | RECOMPUTED
+    assert named == set(STEPS) | READS | RECOMPUTED | DISMISSALS
 
 
 @pytest.fixture(scope="module")

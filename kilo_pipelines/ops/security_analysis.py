@@ -197,11 +197,9 @@ def _step(
     reason: str | None = None,
 ) -> NewFindingEvent:
     """The audit event of an analysis (contract 14): what was concluded, none of the model's words."""
-    data: dict[str, Any] = {"item": str(item_id), "attempt": attempt}
-    data |= (
-        {"triage": {"action": shallow.action, "confidence": shallow.confidence, "fallback": shallow.fallback}} if shallow else {}
-    )
-    data |= {"deep": {"exploitable": deep.exploitable, "action": deep.action}} if deep else {}
+    data: dict[str, Any] = {"item": str(item_id), "attempt": attempt, "mode": "deep" if deep or reason else "shallow"}
+    data |= {"action": shallow.action, "confidence": shallow.confidence, "fallback": shallow.fallback} if shallow else {}
+    data |= {"exploitable": deep.exploitable, "action": deep.action} if deep else {}
     data |= {"reason": reason} if reason else {}
     return NewFindingEvent(
         at=datetime.now(UTC),

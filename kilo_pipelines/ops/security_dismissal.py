@@ -199,7 +199,12 @@ def _commit(
         },
     }
     action = "auto_dismissed" if grounds else "dismissed"
-    data = {"item": str(claim.item_id), "reason": claim.details["reason"], "by": disposition["by"]}
+    data = {
+        "item": str(claim.item_id),
+        "reason": claim.details["reason"],
+        "origin": claim.details["origin"],
+        "by": disposition["by"],
+    }
     change = _change("ignored", action, policy, now, str(claim.item_id), data, only_from="open")
     effect = rules.dismiss_effect(claim.item_id, finding, target.full_name, claim.details["reason"], claim.details["comment"])
     verdict = {"conclusion": "dismissed", "reason": str(Reason.DISMISSED)}

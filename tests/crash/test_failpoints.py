@@ -63,6 +63,7 @@ NOT_THE_ENGINE = (
     "store.findings.",
     "store.analyses.",
     "store.remediations.",
+    "store.reports.",
 )
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.security_analysis import analyse
 from kilo_pipelines.services.security import triage
-from kilo_pipelines.store import AnalysisRow, FindingRow
+from kilo_pipelines.store import AnalysisRow, Claimed, FindingRow
 from tests.conftest import Database
 from tests.support.security import Dispatcher, Owner, Storefront, syncing, with_model
 from tests.support.twin import Twin
@@ -66,7 +66,7 @@ def test_reading_the_repository_tells_a_package_that_is_reached_from_one_that_no
     assert other.deep and other.deep["exploitable"] is False and other.deep["action"] == "dismiss"
     assert found.commit_sha and found.commit_sha == other.commit_sha
     assert {"security_analysis", "agent_session", "settle_security_analysis"} <= set(desk.runs)
-    assert sorted(one["deep"]["exploitable"] for one in shop.audited("security.finding.analysis_completed")) == [False, True]
+    assert sorted(one["exploitable"] for one in shop.audited("security.finding.analysis_completed")) == [False, True]
 
 
 def test_an_alert_that_its_metadata_settle_takes_no_session(database: Database, twin: Twin, desk: Dispatcher) -> None:
@@ -154,17 +154,12 @@ def test_what_was_due_and_isnt_analysed_for_a_day_is_shown(database: Database, t
         desk.work(owner.id)
         database.clock.advance(timedelta(seconds=31))
     assert shown() == 0
-    item = owner.items("security_analysis")[0]
-    with owner.store.database.owner(owner.id) as connection:
-        connection.execute(
-            text(
-                "update work_items set state = 'running', ended_at = null, deadline = now() + interval '9 hours' where id = :id"
-            ),
-            {"id": item.id},
-        )
+    item = _asked(owner, owner.findings(status="open")[0])
+    claimed = owner.store.queue.claim(item, "security_analysis", run_id="r", pools=lambda _kind, _plan: {"x": 1}, lease_s=60)
+    assert isinstance(claimed, Claimed)
     database.clock.advance(timedelta(hours=3))
-    assert [one["item"] for one in owner.store.findings.offenders("stale_running")] == [item.id]
-    owner.store.queue.cancel(item.id, reason=Reason.USER_CANCELLED, actor="test")
+    assert [one["item"] for one in owner.store.findings.offenders("stale_running")] == [item]
+    owner.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
 
 
 def test_a_person_goes_before_what_nobody_asked_for_and_only_once(database: Database, twin: Twin) -> None:

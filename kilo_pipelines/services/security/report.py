@@ -34,27 +34,30 @@ Scalar = str | int | float | bool | None
 
 # What a report tells of each action; everything else of an event stays here. Free text of people and models is in none of them.
 _CHANGE = ("before", "after")
+_PULL = ("pull_request", "number")
 EVIDENCE: dict[str, tuple[str, ...]] = {
     "security.finding.created": ("severity", "upstream_state"),
     "security.finding.severity_changed": _CHANGE,
     "security.finding.status_change": _CHANGE,
     "security.finding.reopened": ("canonical", "reason"),
     "security.finding.dismissed": (*_CHANGE, "reason", "origin"),
-    "security.finding.auto_dismissed": (*_CHANGE, "reason", "origin", "confidence"),
+    "security.finding.auto_dismissed": (*_CHANGE, "reason", "origin"),
     "security.finding.superseded": ("canonical",),
-    "security.finding.analysis_completed": ("mode", "exploitable", "action", "confidence", "commit_sha"),
+    "security.finding.analysis_completed": ("mode", "exploitable", "action", "confidence"),
     "security.finding.analysis_failed": ("mode", "reason"),
     "security.finding.deleted": (),
     "security.remediation.queued": ("origin",),
-    "security.remediation.pr_opened": ("origin", "pull_number", "pull_url", "branch"),
+    "security.remediation.retried": ("origin",),
+    "security.remediation.pushed": (),
+    "security.remediation.pr_opened": _PULL,
+    "security.remediation.pr_merged": _PULL,
+    "security.remediation.pr_closed": _PULL,
+    "security.remediation.confirmed": _PULL,
+    "security.remediation.unconfirmed": _PULL,
     "security.remediation.failed": ("reason",),
     "security.remediation.blocked": ("reason",),
     "security.remediation.no_changes_needed": ("reason",),
     "security.remediation.cancelled": ("reason",),
-    # The engine's own word for work that needed no session.
-    "security_analysis.done": ("reason",),
-    "dismissal.done": ("reason",),
-    "remediation.done": ("reason",),
 }
 _STATUS_AFTER = {"opened": "open", "reopened": "open", "ignored": "ignored", "fixed": "fixed"}
 _SYSTEM = frozenset({"platform", "dependabot", "system"})

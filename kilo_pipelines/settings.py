@@ -85,6 +85,12 @@ class Settings(BaseSettings):
         default={},
         description="Package registries that owners may allow for write sessions: JSON of name and base address.",
     )
+    smtp_url: str | None = Field(
+        default=None,
+        description="Mail server of notices: smtps://user@host or smtp://host:587. Its password: secrets/smtp-password.",
+    )
+    smtp_from: str | None = Field(default=None, description="Sender of notices.")
+    slack_api_url: str = Field(default="https://slack.com/api", description="Slack. The bot's token: secrets/slack-token.")
     known_exploited_file: Path | None = Field(
         default=None,
         description="Catalogue of exploited vulnerabilities (CISA's JSON). Without one nothing is dismissed automatically.",
@@ -178,6 +184,16 @@ class Settings(BaseSettings):
     @property
     def webhook_secret_file(self) -> Path:
         return self.secrets_dir / "github-webhook-secret"
+
+    @property
+    def smtp_password_file(self) -> Path:
+        """Password of the mail server."""
+        return self.secrets_dir / "smtp-password"
+
+    @property
+    def slack_token_file(self) -> Path:
+        """Token of the Slack app's bot."""
+        return self.secrets_dir / "slack-token"
 
     @property
     def model_key_file(self) -> Path:

@@ -28,6 +28,7 @@ from kilo_pipelines.cli import (
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
     security_dismissal,  # noqa: F401
+    security_notices,  # noqa: F401
     security_remediation,  # noqa: F401
     security_report,  # noqa: F401
     setup,

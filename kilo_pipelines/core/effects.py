@@ -26,6 +26,9 @@ class EffectKind(StrEnum):
     GITHUB_DISMISS_ALERT = "github.dismiss_alert"
     GITHUB_REOPEN_ALERT = "github.reopen_alert"
     GITHUB_PULL_REQUEST = "github.pull_request"
+    NOTICE_EMAIL = "notice.email"
+    NOTICE_SLACK = "notice.slack"
+    NOTICE_WEBHOOK = "notice.webhook"
 
 
 DELIVERY: dict[EffectKind, Delivery] = {
@@ -33,10 +36,18 @@ DELIVERY: dict[EffectKind, Delivery] = {
     EffectKind.GITHUB_REVIEW: Delivery.READ_BACK,
     EffectKind.GITHUB_SUMMARY_COMMENT: Delivery.READ_BACK,
     EffectKind.GITHUB_REACTION: Delivery.IDEMPOTENT,  # GitHub answers 200 with the existing reaction
+    # Nobody can be asked whether a mail or a message arrived: after a lost answer a person looks.
+    EffectKind.NOTICE_EMAIL: Delivery.AT_MOST_ONCE,
+    EffectKind.NOTICE_SLACK: Delivery.AT_MOST_ONCE,
+    EffectKind.NOTICE_WEBHOOK: Delivery.IDEMPOTENT,  # its id is the same each time, and the receiver sorts it out
     EffectKind.GITHUB_DISMISS_ALERT: Delivery.READ_BACK,  # the alert's own state tells
     EffectKind.GITHUB_REOPEN_ALERT: Delivery.READ_BACK,
     EffectKind.GITHUB_PULL_REQUEST: Delivery.READ_BACK,  # found by its branch, which is ours alone
 }
+
+
+# To people, past the provider: they take nothing of its budget.
+NOTICES = frozenset({EffectKind.NOTICE_EMAIL, EffectKind.NOTICE_SLACK, EffectKind.NOTICE_WEBHOOK})
 
 
 class EffectState(StrEnum):

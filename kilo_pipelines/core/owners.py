@@ -41,3 +41,12 @@ DISMISSALS = 5
 def dismissal_pools(_kind: str, _plan: str) -> dict[str, int]:
     """The pool that a dismissal takes a slot from."""
     return {"dismissal": DISMISSALS}
+
+
+# Notices at once: each only decides; what is slow is sending, which the outbox does.
+NOTICES = 4
+
+
+def notice_pools(_kind: str, _plan: str) -> dict[str, int]:
+    """The pool that a notice takes a slot from."""
+    return {"notice": NOTICES}

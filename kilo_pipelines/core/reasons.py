@@ -75,6 +75,13 @@ class Reason(StrEnum):
     SETTINGS_STALE = "settings_stale"
     OWNER_NOT_NAMED = "owner_not_named"
     ROLE_NOT_ALLOWED = "role_not_allowed"
+    # notices
+    NOTICE_NOT_WANTED = "notice_not_wanted"
+    NOTIFIED = "notified"
+    CHANNEL_MISSING = "channel_missing"
+    CHANNEL_REFUSED = "channel_refused"
+    CHANNEL_UNAVAILABLE = "channel_unavailable"
+    ADDRESS_REFUSED = "address_refused"
     # dismissal
     INVALID_DISMISS_TARGET = "invalid_dismiss_target"
     DISMISSED = "dismissed"
@@ -405,6 +412,18 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.DISMISSAL_ACTIVE: ("The finding is being dismissed.", "Nothing."),
     Reason.GROUND_CHANGED: ("What a dismissal rested on has changed.", "Have the finding analysed again."),
+    Reason.NOTICE_NOT_WANTED: ("What was to be told doesn't hold any more.", "Nothing."),
+    Reason.NOTIFIED: ("The people who are to be told are told.", "Nothing; `security notices list` shows each message."),
+    Reason.CHANNEL_MISSING: (
+        "The channel isn't configured.",
+        "Set KILO_SMTP_URL and KILO_SMTP_FROM, or store the Slack token; then `effects retry`.",
+    ),
+    Reason.CHANNEL_REFUSED: ("The receiver refused the message.", "Mend the address or the access, then `effects retry`."),
+    Reason.CHANNEL_UNAVAILABLE: ("The receiver can't be reached now.", "Nothing; it is tried again."),
+    Reason.ADDRESS_REFUSED: (
+        "The webhook's host is not a public address.",
+        "Name one that is reachable from the internet over https.",
+    ),
     Reason.MOVED_ON: ("The item is not waiting any more.", "Nothing; another run has it."),
     Reason.NO_SLOT: ("The owner has as many active reviews as its plan allows.", "Wait, or raise the plan."),
     Reason.NO_CAPACITY: ("The host runs as many sessions as it can.", "Wait, raise KILO_AGENTS_MAX, or add a host."),

@@ -14,6 +14,7 @@ from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.items import settle_quietly
 from kilo_pipelines.ops.security_analysis import launch_analyses, settle_analyses, sweep_analyses
 from kilo_pipelines.ops.security_dismissal import apply_dismissals
+from kilo_pipelines.ops.security_notices import send_notices, stage_notices
 from kilo_pipelines.ops.security_remediation import launch_remediations, settle_remediations
 from kilo_pipelines.ops.security_sync import sync_owners, sync_requested
 from kilo_pipelines.ops.upkeep import remove_old, seal_audit
@@ -150,6 +151,24 @@ def dismissal() -> None:
 
 @job(
     executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH, tags.SERVICE: "notice"},
+    description="Claims waiting notices and tells people of findings by mail, Slack and webhooks.",
+)
+def notice() -> None:
+    apply_effects(start=send_notices())
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    description="Opens the notices that people of the named owners are due.",
+)
+def security_notices() -> None:
+    stage_notices()
+
+
+@job(
+    executor_def=in_process_executor,
     tags={tags.QUEUE: tags.QUEUE_DISPATCH},
     description="Notes the ends of dismissals, notices and requested syncs that were cancelled or given up.",
 )
@@ -172,6 +191,8 @@ def default_jobs() -> list[JobDefinition]:
         security_sweep,
         requested_security_sync,
         dismissal,
+        notice,
+        security_notices,
         remediation,
         settle_remediation,
         settle_quiet_items,

@@ -7,10 +7,11 @@ from uuid import UUID
 
 from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, Out, RetryPolicy, op
 
-from kilo_pipelines.core.effects import DELIVERY, Delivery
+from kilo_pipelines.core.effects import DELIVERY, NOTICES, Delivery, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.ids import Ids, ids_of_run
 from kilo_pipelines.resources.github import GitHubResource, LostLeaseError, ProviderError
+from kilo_pipelines.resources.notices import send
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import ClaimedEffect, Store
 
@@ -29,9 +30,7 @@ def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubRe
     applied = 0
     for effect in _due(store, github, item_ids):
         try:
-            receipt = github.apply(
-                effect.installation_id, effect.repository_id, effect.intent, partial(store.outbox.renew, effect)
-            )
+            receipt = _applied(store, github, effect)
         except LostLeaseError:
             context.log.warning(f"{effect.intent.kind}: another run has it by now")
             continue
@@ -46,6 +45,18 @@ def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubRe
     return applied
 
 
+def _applied(store: Store, github: GitHubResource, effect: ClaimedEffect) -> EffectReceipt:
+    """At GitHub, or by a channel to people."""
+    renew = partial(store.outbox.renew, effect)
+    if effect.intent.kind not in NOTICES:
+        return github.apply(effect.installation_id, effect.repository_id, effect.intent, renew)
+    # Right before it is sent: what was fixed or ignored since is nobody's worry any more.
+    facts = store.notices.facts(effect.owner_id, UUID(effect.intent.payload["finding"]))
+    if facts is None or facts["status"] != "open":
+        raise ProviderError(Reason.NOTICE_NOT_WANTED, retryable=False)
+    return send(effect.intent, store.cipher.derive(f"notice-webhook:{effect.owner_id}"), renew)
+
+
 def _due(store: Store, github: GitHubResource, item_ids: list[str]) -> Iterator[ClaimedEffect]:
     """Effects of these items one after the other, as long as there are due ones."""
     for item_id in item_ids:
@@ -54,9 +65,9 @@ def _due(store: Store, github: GitHubResource, item_ids: list[str]) -> Iterator[
 
 
 def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, failure: ProviderError) -> None:
-    if failure.reason == Reason.OWNER_CHANGED:
+    if failure.reason in (Reason.OWNER_CHANGED, Reason.NOTICE_NOT_WANTED):
         store.outbox.drop(effect, failure.reason)
-        context.log.warning(f"{effect.intent.kind} dropped: the repository left this owner's installation")
+        context.log.warning(f"{effect.intent.kind} dropped: {failure.reason}")
         return
     lost = failure.reason == Reason.PROVIDER_UNAVAILABLE
     if lost and DELIVERY[effect.intent.kind] is Delivery.AT_MOST_ONCE:

@@ -17,6 +17,7 @@ from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.ops.items import Log, reopened_by_person, say
 from kilo_pipelines.ops.security_analysis import queue_analyses
 from kilo_pipelines.ops.security_dismissal import reexamine
+from kilo_pipelines.ops.security_notices import stage
 from kilo_pipelines.ops.security_remediation import follow_up
 from kilo_pipelines.ops.tables import table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
@@ -205,6 +206,7 @@ def sync_owner(
             log.warning(f"{target.full_name}: {outcome}")
     done.outcome = "synced" if done.complete else "partly"
     done.analyses = queue_analyses(store, owner_id, config, log)
+    stage(store, owner_id)
     return done
 
 

@@ -16,7 +16,7 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import audit_seal, retention, security_sweep, security_sync
+from kilo_pipelines.jobs import audit_seal, retention, security_notices, security_sweep, security_sync
 from kilo_pipelines.partitions import OWNERS, OWNERS_NAME
 from kilo_pipelines.resources.store import StoreResource
 
@@ -136,6 +136,23 @@ def security_sweeps(context: ScheduleEvaluationContext, store: StoreResource) ->
     return owner_chunks(security_sweep.name, "sweep_analyses", owners, context.scheduled_execution_time.isoformat())
 
 
+# Contract 7.1.
+NOTICES_CRON = "15 * * * *"
+
+
+@schedule(
+    cron_schedule=NOTICES_CRON,
+    job=security_notices,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Tells the people of every owner of new findings, of near deadlines and of passed ones.",
+)
+def notices(context: ScheduleEvaluationContext, store: StoreResource) -> list[RunRequest] | SkipReason:
+    owners = [str(owner) for owner in store.get().notices.owners()]
+    if not owners:
+        return SkipReason("no owner named anybody to tell")
+    return owner_chunks(security_notices.name, "stage_notices", owners, context.scheduled_execution_time.isoformat())
+
+
 # After the syncs have begun, and in between for what webhooks brought.
 POSTURE_CRON = "45 * * * *"
 
@@ -166,4 +183,4 @@ recompute_sla = define_asset_job(
 
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes, reconcilers, seals, sweeps, security_syncs, security_sweeps, posture]
+    return [outcomes, reconcilers, seals, sweeps, security_syncs, security_sweeps, notices, posture]

@@ -16,6 +16,7 @@ from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, No
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
+from kilo_pipelines.store.notices import Notices
 from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
 from kilo_pipelines.store.queue import Queue
@@ -131,4 +132,5 @@ class Store:
         self.analyses = Analyses(self.database, clock)
         self.reports = Reports(self.database, clock)
         self.remediations = Remediations(self.database, clock)
+        self.notices = Notices(self.database, clock)
         self.listener = self.database.listener

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
+from kilo_pipelines.core.effects import NOTICES, EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
@@ -94,7 +94,8 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             )
             assert place is not None  # noqa: S101  # the foreign keys say so
             # What is gone is dropped without asking the provider.
-            wait_until = None if place["gone"] else take_budget(connection, owner_id, place["integration_id"], costs, now)
+            asked = () if place["gone"] or row["kind"] in NOTICES else costs
+            wait_until = take_budget(connection, owner_id, place["integration_id"], asked, now)
             if wait_until is not None:
                 changed(
                     connection,

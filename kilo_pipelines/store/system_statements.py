@@ -463,6 +463,12 @@ ANALYSING_OWNERS = SystemStatement(
     " order by c.owner_id",
     "one schedule keeps the analyses of every owner in line",
 )
+NOTIFIED_OWNERS = SystemStatement(
+    "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
+    " and c.action_required is null and o.enabled and jsonb_array_length(coalesce(c.config -> 'notice_recipients', '[]')) > 0"
+    " order by c.owner_id",
+    "one schedule tells the people of every owner who named some",
+)
 FINDING_OWNER = SystemStatement(
     "select min(owner_id::text)::uuid as owner_id from findings where id = :id having count(*) = 1",
     "a command names a finding; whose it is is the question",

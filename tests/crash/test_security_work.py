@@ -18,15 +18,18 @@ from sqlalchemy import text
 
 from kilo_pipelines import failpoints
 from kilo_pipelines.core.clock import ManualClock
-from kilo_pipelines.core.effects import EffectKind
+from kilo_pipelines.core.effects import NOTICES, EffectKind
 from kilo_pipelines.ops.security_analysis import analyse
 from kilo_pipelines.ops.security_dismissal import dismiss
 from kilo_pipelines.ops.security_sync import sync_owner
 from kilo_pipelines.providers.github_alerts import get_alert
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.services.security.dismissal import binding
-from kilo_pipelines.store import FindingRow, Store
+from kilo_pipelines.services.security.notices import subject_key
+from kilo_pipelines.settings import Settings, write_secret
+from kilo_pipelines.store import FindingRow, NewItem, Store
 from tests.conftest import Database
+from tests.support.channels import channels
 from tests.support.figures import Figures
 from tests.support.security import LOG, Dispatcher, Owner, syncing, with_model
 from tests.support.twin import Twin
@@ -36,7 +39,7 @@ STORE = Path(failpoints.__file__).parent / "store"
 ROOMS = ("analyses",)
 READS = {"of_finding", "latest", "owners", "candidates", "waiting_automatic", "completed_since"}
 # Steps of the engine that only this service's items take.
-SENDS = {f"send.{one}" for one in (EffectKind.GITHUB_DISMISS_ALERT, EffectKind.GITHUB_REOPEN_ALERT)}
+SENDS = {f"send.{one}" for one in (EffectKind.GITHUB_DISMISS_ALERT, EffectKind.GITHUB_REOPEN_ALERT, *NOTICES)}
 # Of the room of findings: what takes a dismissal back, and what notes that its ground still stands.
 FINDING_STEPS = {f"store.findings.Findings.{one}" for one in ("undo", "rebind")}
 ENGINE_STEPS = {f"store.queue.Queue.{one}" for one in ("keep", "complete", "block_service", "unblock_service")}
@@ -103,7 +106,7 @@ def _through(owner: Owner, database: Database, points: Path, first: Callable[[St
         kills += killed
         database.clock.advance(timedelta(minutes=31))  # longer than any lease and than the first wait without credit
         database.store.recovery.reap()
-        items = [one for service in ("security_analysis", "dismissal") for one in owner.items(service)]
+        items = [one for service in ("security_analysis", "dismissal", "notice") for one in owner.items(service)]
         live = [one for one in items if one.state in ("waiting", "starting", "running")]
         waiting = [one for item in items for one in owner.store.outbox.of_item(item.id) if one["state"] == "pending"]
         if not killed and not live and not waiting:
@@ -192,6 +195,37 @@ def _still(owner: Owner, database: Database, points: Path) -> tuple[int, list[st
     return kills, [] if kept and _both(owner, finding) == ("ignored", "dismissed") else ["lost: the ground"]
 
 
+def _noticed(owner: Owner, database: Database, points: Path) -> tuple[int, list[str]]:
+    """One passed deadline, told by mail, Slack and webhook."""
+    row = next(one for one in owner.store.findings.listed(owner.id, status="open", overdue=True, limit=100))
+    with channels() as told, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILO_SMTP_URL", told.smtp)
+        patch.setenv("KILO_SMTP_FROM", "kilo@acme.test")
+        patch.setenv("KILO_SLACK_API_URL", f"{told.http}/slack")
+        write_secret(Settings().slack_token_file, "xoxb-test")
+        to = [
+            {"kind": "email", "address": "ada@acme.test"},
+            {"kind": "slack", "channel": "#security"},
+            {"kind": "webhook", "url": f"{told.http}/hook"},
+        ]
+        owner.configure(notice_recipients=to, sla_notice_min_severity="all")
+        details = {"finding_id": str(row["id"]), "kind": "sla_breach"}
+        new = NewItem("notice", subject_key(row["id"], "sla_breach"), row["repository_id"], 0, details)
+
+        def ask(store: Store) -> object:
+            return None if owner.items("notice") else store.queue.open(owner.id, new, actor="test")
+
+        kills = _through(owner, database, points, ask)
+        slack = [one for one in told.posts if one[0].startswith("/slack")]
+        hooks = [{name.lower(): value for name, value in one[1].items()}["webhook-id"] for one in told.posts if one[0] == "/hook"]
+    states = [one["state"] for one in owner.store.outbox.of_item(owner.items("notice")[0].id)]
+    wrong = [] if len(told.mails) <= 1 and len(slack) <= 1 and len(set(hooks)) == 1 else ["twice: a message"]
+    # Whoever died with a mail in hand can't say whether it went out: a person is shown that.
+    fine = {"applied"} if not kills else {"applied", "unknown"}
+    wrong += [] if len(states) == 3 and set(states) <= fine else [f"lost: {states}"]
+    return kills, wrong
+
+
 def _both(owner: Owner, finding: FindingRow) -> tuple[str, str]:
     row = owner.store.findings.get(owner.id, finding.id)
     return (row.status if row else "none", _upstream(owner, finding))
@@ -204,7 +238,7 @@ def _upstream(owner: Owner, finding: FindingRow) -> str:
     return str(get_alert(installation, owner.names[0], int(finding.source_id))["state"])
 
 
-SCENARIOS = {"analysed": _analysed, "blocked": _blocked, "dismissed": _dismissed, "still": _still}
+SCENARIOS = {"analysed": _analysed, "blocked": _blocked, "dismissed": _dismissed, "still": _still, "noticed": _noticed}
 
 
 def test_every_step_is_reached_and_a_kill_there_loses_nothing_and_doubles_nothing(

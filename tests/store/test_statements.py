@@ -106,7 +106,7 @@ def _use_everything(database: Database) -> None:
     assert {name: store.invariants.offenders(name) for name in INVARIANTS}
     store.queue.counters()
     assert store.findings.posture() == [] and store.findings.owners() == [] and store.findings.owner_of(uuid4()) is None
-    assert store.analyses.owners() == [] and store.findings.changed_owners(10) == []
+    assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)
     store.owners.disconnect(integration)
 

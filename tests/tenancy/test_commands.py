@@ -58,6 +58,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "effects drop": ("operator", [str(uuid4())]),
     "security findings": ("operator", ["--owner", str(uuid4())]),
     "security show": ("operator", [str(uuid4())]),
+    "security notices list": ("operator", ["--owner", str(uuid4())]),
+    "security notices webhook-secret": ("operator", ["--owner", str(uuid4())]),
     "security dismiss": ("operator", [str(uuid4()), "--reason", "not_used"]),
     "security analyze": ("operator", [str(uuid4())]),
     "security summary": ("operator", ["--owner", str(uuid4())]),

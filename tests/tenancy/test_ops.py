@@ -41,11 +41,13 @@ from kilo_pipelines.jobs import (
     code_review,
     default_jobs,
     dismissal,
+    notice,
     outbox,
     remediation,
     requested_security_sync,
     retention,
     security_analysis,
+    security_notices,
     security_sweep,
     security_sync,
     settle_code_review,
@@ -59,7 +61,7 @@ from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import AlertPage, GitHubResource
 from kilo_pipelines.resources.store import StoreResource
-from kilo_pipelines.schedules import default_schedules, outcomes, security_sweeps, security_syncs
+from kilo_pipelines.schedules import default_schedules, notices, outcomes, security_sweeps, security_syncs
 from kilo_pipelines.sensors import default_sensors, recovery, security_changes, work_once
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import Repository, SessionClaim, Store
@@ -280,6 +282,43 @@ def _analysis_settled(stage: Stage) -> None:
     stage.run(settle_security_analysis, "settle_analyses", [item])
     told = stage.database.store.queue.get(item)
     assert told is not None and told.announced
+
+
+def _noticed(stage: Stage) -> None:
+    """Nobody of B's is to be told: its item ends; A's of the same finding still waits."""
+    stage.b.findings()
+    item = stage.b.opened["notice"]
+    stage.run(notice, "send_notices", [item])
+    row = stage.database.store.queue.get(item)
+    assert row is not None and (row.state, row.reason) == ("cancelled", Reason.NOTICE_NOT_WANTED)
+
+
+def _notices_staged(stage: Stage) -> None:
+    """B named a webhook and has findings past their deadlines; A, whose findings are the same, gets no item."""
+    stage.b.findings()
+    setting = stage.database.store.owners.config(stage.b.owner.id, SECURITY)
+    assert setting is not None
+    config = {"notice_recipients": [{"kind": "webhook", "url": "https://hooks.acme.test/b"}], "sla_notice_min_severity": "all"}
+    stage.database.store.owners.put_config(
+        stage.b.owner.id, SECURITY, config, enabled=True, expected_revision=setting.revision, actor="test"
+    )
+    stage.admin.execute("update finding_sla set due_at = now() - interval '1 day' where owner_id = %s", (stage.b.owner.id,))
+    stage.run(security_notices, "stage_notices", [stage.b.owner.id])
+    look = "select owner_id, count(*) from notices where kind = 'sla_breach' group by 1"
+    assert [row for row in stage.admin.execute(look).fetchall() if row[0] in (stage.a.owner.id, stage.b.owner.id)] == [
+        (stage.b.owner.id, 3)
+    ]
+
+
+def _notices_schedule(stage: Stage) -> None:
+    """It names owners and nothing of theirs."""
+    _notices_staged(stage)
+    with build_schedule_context(
+        instance=stage.instance, resources=RESOURCES, scheduled_execution_time=stage.database.clock.now()
+    ) as context:
+        requests = notices(context)
+    carried = {one for request in requests for one in _ids(request)}  # type: ignore[union-attr]
+    assert str(stage.b.owner.id) in carried and str(stage.a.owner.id) not in carried
 
 
 def _dismissed(stage: Stage) -> None:
@@ -558,6 +597,9 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op sweep_analyses": _analyses_swept,
     "schedule security_sweeps": _sweeps_schedule,
     "sensor security_changes": _changes,
+    "op send_notices": _noticed,
+    "op stage_notices": _notices_staged,
+    "schedule notices": _notices_schedule,
     "op apply_dismissals": _dismissed,
     "op launch_remediations": _remediation_launched,
     "op settle_remediations": _remediation_settled,
@@ -599,6 +641,7 @@ OVER_ALL = {
     "asset security_posture",
     "schedule security_syncs",
     "schedule security_sweeps",
+    "schedule notices",
     "schedule security_postures",
 }
 

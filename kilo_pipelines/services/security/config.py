@@ -35,6 +35,36 @@ class SlaDays(BaseModel):
     low: Days
 
 
+class _Recipient(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Email(_Recipient):
+    """A mailbox."""
+
+    kind: Literal["email"]
+    address: str = Field(
+        max_length=254, pattern=r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*$"
+    )
+
+
+class Slack(_Recipient):
+    """A channel, by its id or name."""
+
+    kind: Literal["slack"]
+    channel: str = Field(pattern=r"^[#A-Za-z0-9_-]{2,80}$")
+
+
+class Webhook(_Recipient):
+    """An address that takes signed JSON; plain http only for this machine, which only the offline world may send to."""
+
+    kind: Literal["webhook"]
+    url: str = Field(max_length=2_000, pattern=r"^(https://[^\s@\\#]+|http://(localhost|127\.0\.0\.1)(:\d{1,5})?/[^\s@\\#]*)$")
+
+
+Recipient = Annotated[Email | Slack | Webhook, Field(discriminator="kind")]
+
+
 class SecurityConfig(BaseModel):
     """Validated settings; unknown keys are refused."""
 
@@ -94,6 +124,18 @@ class SecurityConfig(BaseModel):
         default=[], description="Patterns of protected paths that a remediation may change."
     )
 
+    notice_recipients: list[Recipient] = Field(
+        default=[], max_length=20, description="Who is told: mailboxes, Slack channels, webhooks."
+    )
+    new_finding_notices: bool = Field(default=False, description="Tell of new findings.")
+    new_finding_notice_min_severity: Threshold = Field(default="high", description="Only these and worse.")
+    sla_notices: bool = Field(default=True, description="Tell before a deadline and when it has passed.")
+    sla_notice_min_severity: Threshold = Field(default="high", description="Only these and worse.")
+    sla_notice_warning_days: int = Field(default=3, ge=1, le=365, description="Days before the deadline.")
+    notices_enabled_at: datetime | None = Field(
+        default=None, description="Since when there is somebody to tell; kept by the platform."
+    )
+
     @model_validator(mode="after")
     def _preset_or_days(self) -> Self:
         if (self.sla_preset == "custom") != (self.sla_days is not None):
@@ -118,10 +160,15 @@ def activated(before: SecurityConfig | None, wanted: SecurityConfig, now: dateti
     Off to on stamps `now`; what stays on keeps its moment, and gets one when it has none.
     """
     moments: dict[str, datetime | None] = {}
-    for name in ("auto_analysis", "auto_remediation"):
-        was_on = before is not None and getattr(before, f"{name}_enabled")
+    switches = {
+        "auto_analysis": "auto_analysis_enabled",
+        "auto_remediation": "auto_remediation_enabled",
+        "notices": "notice_recipients",
+    }
+    for name, switch in switches.items():
+        was_on = before is not None and bool(getattr(before, switch))
         since = getattr(before, f"{name}_enabled_at") if before is not None else None
-        on = getattr(wanted, f"{name}_enabled")
+        on = bool(getattr(wanted, switch))
         moments[f"{name}_enabled_at"] = (since or now if was_on else now) if on else since
     return wanted.model_copy(update=moments)
 

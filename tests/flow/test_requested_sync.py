@@ -80,7 +80,9 @@ def test_a_requested_sync_reads_the_owners_alerts(database: Database, twin: Twin
     assert ended(owner, item) == ("completed", Reason.ALERTS_SYNCED, True)
     assert sum(owner.by_status().values()) == 40 and set(owner.fresh().values()) == {True}
     assert [one.asset_key.to_user_string() for one in done.asset_materializations_for_node("sync_requested")] == [
-        "security_findings"
+        "security_findings",
+        "finding_sla",
+        "sla_compliance",
     ]
 
 

@@ -62,6 +62,7 @@ NOT_THE_ENGINE = (
     "store.keys.",
     "store.findings.",
     "store.analyses.",
+    "store.notices.",
     "store.remediations.",
     "store.reports.",
 )

@@ -21,7 +21,7 @@ from kilo_pipelines.services.security.dismissal import units
 from kilo_pipelines.store import FindingRow
 from tests.conftest import Database
 from tests.support.git import git
-from tests.support.security import Dispatcher, Owner, Storefront, syncing, with_model
+from tests.support.security import Dispatcher, Owner, Storefront, seeded, syncing, with_model
 from tests.support.twin import Twin
 
 
@@ -54,7 +54,7 @@ class Orders(Owner):
 
     def __init__(self, database: Database, twin: Twin, **config: Any) -> None:
         self.twin, self.store, self.clock = twin, database.store, database.clock
-        self.repositories = twin.control("seed-alerts", count=60, repositories=["orders"])["repositories"][:1]
+        self.repositories = seeded(twin, 60, ["orders"])[:1]
         self.names = [str(one["repository"]) for one in self.repositories]
         self.id = self.store.owners.create("organization", "orders").id
         self.connect(int(self.repositories[0]["repository_id"]), self.names[0])

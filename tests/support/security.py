@@ -119,9 +119,8 @@ class Dispatcher:
         return len(asked)
 
 
-def _seeded(twin: Twin, alerts: int, repositories: int) -> list[dict[str, Any]]:
+def seeded(twin: Twin, alerts: int, names: list[str]) -> list[dict[str, Any]]:
     """New repositories with alerts. The twin's one storefront is told of when it is made, and kept in mind here."""
-    names = [next(_names) for _ in range(repositories)]
     made: list[dict[str, Any]] = twin.control("seed-alerts", count=alerts, repositories=names)["repositories"]
     for one in made:
         if one["repository"].endswith("/storefront"):
@@ -134,7 +133,7 @@ class Owner:
 
     def __init__(self, database: Database, twin: Twin, repositories: int, alerts: int, **config: Any) -> None:
         self.twin, self.store, self.clock = twin, database.store, database.clock
-        made = _seeded(twin, alerts, repositories)
+        made = seeded(twin, alerts, [next(_names) for _ in range(repositories)])
         self.repositories = made[:repositories]
         self.names = [str(one["repository"]) for one in self.repositories]
         self.id = self.store.owners.create("organization", self.names[0]).id
@@ -213,7 +212,7 @@ class Storefront(Owner):
 
     def __init__(self, database: Database, twin: Twin, **config: Any) -> None:
         self.twin, self.store, self.clock = twin, database.store, database.clock
-        _seeded(twin, 1, 1)
+        seeded(twin, 1, [next(_names)])
         self.repositories = [_storefronts[twin.port]]
         self.names = [str(one["repository"]) for one in self.repositories]
         self.id = self.store.owners.create("organization", next(_names)).id

@@ -10,10 +10,10 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.acts import security as acts
+from kilo_pipelines.acts.security import config_of
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING, Reason
-from kilo_pipelines.ingress import security_acts as acts
-from kilo_pipelines.ingress.security_acts import config_of
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE
 from kilo_pipelines.services.security.report import Refusal

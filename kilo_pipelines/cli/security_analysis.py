@@ -6,6 +6,7 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.acts.analysis import analyse
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.cli.security import finding_of, security
 from kilo_pipelines.core.reasons import MEANING, Reason
@@ -18,9 +19,6 @@ from kilo_pipelines.core.reasons import MEANING, Reason
 @as_json
 def security_analyze(finding: UUID, deep: bool, restart: bool, plain: bool) -> None:
     """Has a finding analysed; the item that does it is watched with `items show`."""
-    # The orchestrator's library takes seconds to load.
-    from kilo_pipelines.ops.security_analysis import analyse
-
     _, store = open_store(plain)
     answer = analyse(store, finding_of(store, finding, plain), role="owner", actor=OPERATOR, deep=deep, restart=restart)
     if isinstance(answer, Reason):

@@ -6,6 +6,7 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.acts.dismissal import dismiss, dismiss_many
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.cli.security import finding_of, owner_of, owner_option, security
 from kilo_pipelines.core.reasons import MEANING, Reason
@@ -35,9 +36,6 @@ def security_dismiss(
 
 
 def _one(store: Store, finding: UUID, reason: str, comment: str, plain: bool) -> None:
-    # The orchestrator's library takes seconds to load.
-    from kilo_pipelines.ops.security_dismissal import dismiss
-
     answer = dismiss(store, finding_of(store, finding, plain), role="owner", actor=OPERATOR, reason=reason, comment=comment)
     if isinstance(answer, Reason):
         _refused(answer, plain)
@@ -45,8 +43,6 @@ def _one(store: Store, finding: UUID, reason: str, comment: str, plain: bool) ->
 
 
 def _many(store: Store, owner: UUID, apply: bool, plain: bool) -> None:
-    from kilo_pipelines.ops.security_dismissal import dismiss_many
-
     counted = dismiss_many(store, owner, role="owner", actor=OPERATOR, apply=apply)
     if isinstance(counted, Reason):
         _refused(counted, plain)

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.acts.remediation import admit, remediate_all
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.cli.security import finding_of, owner_of, owner_option, security
 from kilo_pipelines.core.reasons import MEANING, Reason
@@ -31,9 +32,6 @@ def security_remediate(finding: UUID | None, retry: bool, bulk: bool, owner: UUI
 
 
 def _one(store: Store, finding: UUID, retry: bool, plain: bool) -> None:
-    # The orchestrator's library takes seconds to load.
-    from kilo_pipelines.ops.security_remediation import admit
-
     row = finding_of(store, finding, plain)
     answer = admit(store, row.owner_id, row.id, origin="manual", actor=OPERATOR, role="owner", retry=retry)
     if isinstance(answer, Reason):
@@ -42,8 +40,6 @@ def _one(store: Store, finding: UUID, retry: bool, plain: bool) -> None:
 
 
 def _all(store: Store, owner: UUID, plain: bool) -> None:
-    from kilo_pipelines.ops.security_remediation import remediate_all
-
     done = remediate_all(store, owner, actor=OPERATOR, role="owner")
     if isinstance(done, Reason):
         _refused(done, plain)

@@ -10,10 +10,10 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.acts import security as acts
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.cli.security import owner_of, owner_option, security
 from kilo_pipelines.core.reasons import MEANING
-from kilo_pipelines.ingress import security_acts as acts
 from kilo_pipelines.services.security.report import Refusal
 
 _day = click.DateTime(["%Y-%m-%d"])

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from uuid import UUID
 
+from kilo_pipelines.acts.analysis import analyse
+from kilo_pipelines.acts.dismissal import dismiss
+from kilo_pipelines.acts.remediation import admit
 from kilo_pipelines.cli import setup
 from kilo_pipelines.cli.supervisor import Platform
 from kilo_pipelines.cli.world import DEMO_ALERTS
-from kilo_pipelines.ops.security_analysis import analyse
-from kilo_pipelines.ops.security_dismissal import dismiss
-from kilo_pipelines.ops.security_remediation import admit
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import AnalysisRow, FindingRow, Store

@@ -27,10 +27,17 @@ _CLOSING = re.compile(
     r"\b(clos(?:e|es|ed|ing)|fix(?:es|ed|ing)?|resolv(?:e|es|ed|ing))(\s*:?\s+)(?=#|GH-|https?://|[\w.-]+/[\w.-]+#)",
     re.IGNORECASE,
 )
+# What UTF-8 has no bytes for.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LINK = re.compile(r"\]\(\s*(?!https?://)[^)]*\)")
 
 # An invisible joiner behind the sign keeps the text readable, in code too, and breaks tag, mention and command.
 _JOINER = "\u2060"
+
+
+def storable(text: str) -> str:
+    """The same text without what PostgreSQL refuses: NUL characters and lone surrogates."""
+    return _SURROGATE.sub("\ufffd", text.replace("\x00", ""))
 
 
 def clean(text: str) -> str:

@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Route
 
 from kilo_pipelines.core.clock import Clock, SystemClock
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import storable
 from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.bodies import (
     CALLBACK_BYTES,
@@ -30,7 +31,6 @@ from kilo_pipelines.ingress.bodies import (
     parse_object,
     parsed,
     read_body,
-    storable,
 )
 from kilo_pipelines.ingress.openapi import description
 from kilo_pipelines.ingress.security import security_routes

@@ -33,7 +33,6 @@ _parsed = asyncio.Semaphore(1)
 
 # Strings as a whole (an unfinished one to the end), so that brackets inside them are not counted.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BodyError(Exception):
@@ -102,11 +101,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(decoded, dict):
         raise BodyError(400, Reason.BODY_NOT_JSON)
     return decoded
-
-
-def storable(text: str) -> str:
-    """The same text without what PostgreSQL refuses: NUL characters and lone surrogates."""
-    return _SURROGATE.sub("\ufffd", text.replace("\x00", ""))
 
 
 def _no_number(word: str) -> NoReturn:

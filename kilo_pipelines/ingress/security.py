@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from kilo_pipelines.acts import security as acts
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress import security_acts as acts
 from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, BodyError, parse_object, read_body
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig

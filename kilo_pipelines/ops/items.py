@@ -1,7 +1,6 @@
 """What the launch and settle ops of every service do alike: say what became of an item, reopen it, give it back."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
 from uuid import UUID
 
 from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
@@ -15,13 +14,6 @@ from kilo_pipelines.ops.ids import Ids, each
 from kilo_pipelines.resources.github import ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.store import Claimed, Store
-
-
-class Log(Protocol):
-    """Where work outside of a run's own log tells what it did."""
-
-    def info(self, msg: object, /) -> None: ...
-    def warning(self, msg: object, /) -> None: ...
 
 
 def say(context: OpExecutionContext, item_id: UUID, word: str, **links: str | None) -> None:

@@ -8,15 +8,16 @@ from uuid import UUID, uuid4
 from dagster import Nothing, OpExecutionContext, Out, op
 from pydantic import ValidationError
 
+from kilo_pipelines.acts import dismissal, remediation
+from kilo_pipelines.acts.analysis import queue_analyses
+from kilo_pipelines.acts.common import Log
 from kilo_pipelines.core import retry
 from kilo_pipelines.core.owners import analysis_pools
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import Log, provider_failed, reopened_by_person, say
-from kilo_pipelines.ops.security_dismissal import after_analysis
-from kilo_pipelines.ops.security_remediation import after_analysis as remediate_after
+from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -28,8 +29,6 @@ from kilo_pipelines.services.security.findings import event_key
 from kilo_pipelines.store import Claimed, FindingRow, NewFindingEvent, SettleTx, Store, noted
 
 SERVICE = "security_analysis"
-# Findings of an owner that one sweep brings in line; the next one goes on, the worst first.
-SWEPT = 1_000
 # What a run that died left undone is drawn from an analysis later; after a day the settings may mean something else.
 FOLLOWED = timedelta(days=1)
 
@@ -243,8 +242,8 @@ def follow(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> None:
 
     Asked again by every sweep for a day, so that a run that died in between loses nothing; what was opened isn't opened twice.
     """
-    after_analysis(store, owner_id, finding_id, log)
-    remediate_after(store, owner_id, finding_id, log)
+    dismissal.after_analysis(store, owner_id, finding_id, log)
+    remediation.after_analysis(store, owner_id, finding_id, log)
 
 
 def _conclude(tx: SettleTx, result: dict[str, Any], evidence: dict[str, Any] | None) -> str:
@@ -289,50 +288,6 @@ def _end(tx: SettleTx, state: WorkState, reason: Reason, evidence: dict[str, Any
         also=noted(item.owner_id, finding_id, [step], actor="platform", now=now),
     )
     return reason
-
-
-def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig, log: Log) -> int:
-    """Brings the queue of automatic analyses in line with settings and findings; how many were opened.
-
-    What is due and was never analysed is opened, what came back is opened again (at most twice), and what waits without being due
-    any more ends. Nothing is lost by a crash between a sync and this: the next sweep finds the same findings.
-    """
-    severities = eligibility.severities(config)
-    for finding_id, item_id in store.analyses.waiting_automatic(owner_id).items():
-        finding = store.findings.get(owner_id, finding_id)
-        refusal = eligibility.automatic(config, finding.status, finding.severity) if finding else Reason.FINDING_NOT_FOUND
-        if refusal is not None:
-            store.queue.cancel(item_id, reason=refusal, actor="platform")
-    if not severities:
-        return 0
-    since = None if config.auto_analysis_include_existing else config.auto_analysis_enabled_at
-    due = store.analyses.candidates(owner_id, severities, since, limit=SWEPT)
-    for finding_id in due.get("looping", []):
-        log.warning(f"finding {finding_id}: {Reason.ANALYSIS_LOOP}")
-    return sum(
-        len(store.analyses.open(owner_id, due.get(origin, []), origin=origin, mode="auto", actor="platform"))
-        for origin in ("automatic", "reopened")
-    )
-
-
-def analyse(
-    store: Store, finding: FindingRow, *, role: str, actor: str, deep: bool = False, restart: bool = False
-) -> UUID | Reason:
-    """A person asks for an analysis: the item that does it, or why there is none (contract 10.4)."""
-    refusal = eligibility.by_person(role, finding.status)
-    if refusal is not None:
-        return refusal
-    setting = store.owners.config(finding.owner_id, SETTINGS)
-    if setting is None or not setting.enabled:
-        return Reason.SECURITY_DISABLED
-    for live in store.analyses.of_finding(finding.owner_id, finding.id):
-        # What only waits because nobody asked for it gives way to who asks.
-        if live.ended_at is None and (restart or (live.origin != "manual" and live.state == WorkState.WAITING)):
-            store.queue.cancel(live.item_id, reason=Reason.SUPERSEDED, actor=actor)
-    opened = store.analyses.open(
-        finding.owner_id, [finding.id], origin="manual", mode="deep" if deep or restart else "auto", actor=actor
-    )
-    return opened[0] if opened else Reason.ANALYSIS_ACTIVE
 
 
 @op(

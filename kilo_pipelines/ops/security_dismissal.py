@@ -1,6 +1,5 @@
 """Dismissals: asked for by people, by rules or in bulk; carried out by a run; taken back when their ground changes."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -8,124 +7,36 @@ from uuid import UUID
 
 from dagster import Nothing, OpExecutionContext, Out, op
 
+from kilo_pipelines.acts.common import Log, enabled_config
+from kilo_pipelines.acts.known_exploited import known_exploited
 from kilo_pipelines.core.owners import dismissal_pools
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.findings import as_events, deadline, policy_for
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import Log, provider_failed, reopened_by_person, say
-from kilo_pipelines.resources.catalogue import known_exploited
+from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import read_branch
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.security import dismissal as rules
 from kilo_pipelines.services.security import findings as lifecycle
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE as SETTINGS
 from kilo_pipelines.services.security.config import SecurityConfig
-from kilo_pipelines.services.security.dismissal import SERVICE, Grounds, Origin
-from kilo_pipelines.services.security.permissions import may
+from kilo_pipelines.services.security.dismissal import SERVICE, Grounds
 from kilo_pipelines.store import (
     AnalysisRow,
     Change,
     Claimed,
     FindingEventRow,
     FindingRow,
-    NewItem,
     NotDisposedError,
     Store,
     SyncTarget,
 )
 
-# Findings that are looked at together.
-PAGE = 200
 # Fetching and searching a repository before the claim's lease is over.
 LEASE_SECONDS = 400.0
-
-
-# -- asking for one -------------------------------------------------------------------------------------------------------
-
-
-def dismiss(store: Store, finding: FindingRow, *, role: str, actor: str, reason: str, comment: str) -> UUID | Reason:
-    """A person dismisses a finding: the item that does it, or why there is none (contract 11.1)."""
-    refusal = rules.by_person(role, finding)
-    if refusal is not None:
-        return refusal
-    analysis = store.analyses.latest(finding.owner_id, [finding.id]).get(finding.id)
-    return _open(store, finding, "manual", actor, reason, comment, analysis) or Reason.DISMISSAL_ACTIVE
-
-
-def after_analysis(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> None:
-    """What a completed analysis dismisses by itself, where its owner wants that; each analysis at most once."""
-    answer = _automatic(store, owner_id, finding_id)
-    log.info(f"finding {finding_id}: " + (f"no dismissal ({answer})" if isinstance(answer, Reason) else f"dismissal {answer}"))
-
-
-def _automatic(store: Store, owner_id: UUID, finding_id: UUID) -> UUID | Reason:
-    finding = store.findings.get(owner_id, finding_id)
-    config = _config(store, owner_id)
-    if finding is None or config is None:
-        return Reason.FINDING_NOT_FOUND if finding is None else Reason.SECURITY_DISABLED
-    analysis = store.analyses.latest(owner_id, [finding_id]).get(finding_id)
-    grounds = rules.automatic(config, finding, analysis, known_exploited())
-    if isinstance(grounds, Reason):
-        return grounds
-    assert analysis is not None  # noqa: S101  # without one there are no grounds
-    # Whoever opened it again has the last word on this analysis.
-    if store.findings.dismissed_on(owner_id, analysis.item_id):
-        return Reason.DUPLICATE_ANALYSIS_RESULT
-    opened = _open(store, finding, "automatic", "platform", "not_used", grounds.reasoning, analysis)
-    return opened or Reason.DISMISSAL_ACTIVE
-
-
-def dismiss_many(store: Store, owner_id: UUID, *, role: str, actor: str, apply: bool) -> Counter[str] | Reason:
-    """What a bulk dismissal finds among all open findings, by confidence or by the reason why not; with `apply` they are asked for."""
-    config = _config(store, owner_id)
-    if config is None:
-        return Reason.SECURITY_DISABLED
-    if not may(role, "dismiss"):
-        return Reason.ROLE_NOT_ALLOWED
-    counted: Counter[str] = Counter()
-    catalogue = known_exploited()
-    after = None
-    while page := store.findings.open_after(owner_id, after, limit=PAGE):
-        after = page[-1].id
-        analyses = store.analyses.latest(owner_id, [one.id for one in page])
-        for finding in page:
-            analysis = analyses.get(finding.id)
-            grounds = rules.bulk(config, finding, analysis, catalogue)
-            if isinstance(grounds, Reason):
-                counted[str(grounds)] += 1
-            elif apply and _open(store, finding, "bulk", actor, "not_used", grounds.reasoning, analysis) is None:
-                counted[str(Reason.DISMISSAL_ACTIVE)] += 1
-            else:
-                assert analysis is not None and analysis.triage is not None  # noqa: S101  # the grounds are out of it
-                counted[f"confidence {analysis.triage['confidence']}"] += 1
-    return counted
-
-
-def _config(store: Store, owner_id: UUID) -> SecurityConfig | None:
-    """The owner's settings; None while the Security Agent is off."""
-    setting = store.owners.config(owner_id, SETTINGS)
-    return SecurityConfig.model_validate(setting.config) if setting is not None and setting.enabled else None
-
-
-def _open(
-    store: Store, finding: FindingRow, origin: Origin, actor: str, reason: str, comment: str, analysis: AnalysisRow | None
-) -> UUID | None:
-    details = {
-        "finding_id": str(finding.id),
-        "origin": origin,
-        "requested_by": actor,
-        "reason": reason,
-        "comment": comment,
-        "analysis_id": str(analysis.item_id) if analysis else None,
-    }
-    # A person waits for it; what nobody asked for doesn't stand before him.
-    priority = 100 if origin == "manual" else 0
-    new = NewItem(SERVICE, f"finding:{finding.id}", finding.repository_id, priority, details)
-    return store.queue.open(finding.owner_id, new, actor=actor)
 
 
 # -- carrying it out ------------------------------------------------------------------------------------------------------
@@ -169,7 +80,7 @@ def _apply(context: OpExecutionContext, store: Store, github: GitHubResource, it
 
 def _grounds(store: Store, claim: Claimed, finding: FindingRow, analysis: AnalysisRow | None) -> Grounds | Reason | None:
     """Under the facts as they are now: grounds of an automatic one, None for a person's, or why it isn't made after all."""
-    config = _config(store, claim.owner_id)
+    config = enabled_config(store, claim.owner_id)
     if config is None:
         return Reason.SECURITY_DISABLED
     origin = claim.details["origin"]
@@ -186,7 +97,7 @@ def _commit(
     """Here, with history, deadline and audit, and the intent at the source: all or nothing. False when it moved on meanwhile."""
     now = datetime.now(UTC)
     actor = claim.details["requested_by"]
-    policy = policy_for(store, claim.owner_id, _config(store, claim.owner_id) or SecurityConfig(), actor="platform")
+    policy = policy_for(store, claim.owner_id, enabled_config(store, claim.owner_id) or SecurityConfig(), actor="platform")
     disposition = {
         "disposition": "dismissed",
         "reason": claim.details["reason"],

@@ -9,13 +9,14 @@ from uuid import UUID
 
 from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, TableMetadataValue, op
 
+from kilo_pipelines.acts.analysis import queue_analyses
+from kilo_pipelines.acts.common import Log
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.findings import as_events, deadline, policy_for
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import Log, reopened_by_person, say
-from kilo_pipelines.ops.security_analysis import queue_analyses
+from kilo_pipelines.ops.items import reopened_by_person, say
 from kilo_pipelines.ops.security_dismissal import reexamine
 from kilo_pipelines.ops.security_notices import stage
 from kilo_pipelines.ops.security_remediation import follow_up

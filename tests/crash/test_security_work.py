@@ -17,10 +17,10 @@ from dagster import DagsterInstance
 from sqlalchemy import text
 
 from kilo_pipelines import failpoints
+from kilo_pipelines.acts.analysis import analyse
+from kilo_pipelines.acts.dismissal import dismiss
 from kilo_pipelines.core.clock import ManualClock
 from kilo_pipelines.core.effects import NOTICES, EffectKind
-from kilo_pipelines.ops.security_analysis import analyse
-from kilo_pipelines.ops.security_dismissal import dismiss
 from kilo_pipelines.ops.security_sync import sync_owner
 from kilo_pipelines.providers.github_alerts import get_alert
 from kilo_pipelines.resources.github import GitHubResource

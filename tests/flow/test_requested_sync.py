@@ -10,8 +10,8 @@ from uuid import UUID
 import pytest
 from dagster import DagsterInstance
 
+from kilo_pipelines.acts.security import request_sync
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress.security_acts import request_sync
 from kilo_pipelines.jobs import requested_security_sync, settle_quiet_items
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.resources.store import StoreResource

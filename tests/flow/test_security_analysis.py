@@ -11,8 +11,8 @@ import pytest
 from dagster import DagsterInstance
 from sqlalchemy import text
 
+from kilo_pipelines.acts.analysis import analyse
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ops.security_analysis import analyse
 from kilo_pipelines.services.security import triage
 from kilo_pipelines.store import AnalysisRow, Claimed, FindingRow
 from tests.conftest import Database

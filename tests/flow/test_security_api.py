@@ -21,8 +21,8 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from starlette.applications import Starlette
 
+from kilo_pipelines.acts import security as acts
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress import security_acts as acts
 from kilo_pipelines.ingress.application import Ingress, admin_application
 from kilo_pipelines.ingress.security import OPERATIONS
 from kilo_pipelines.services.security.config import PRESETS

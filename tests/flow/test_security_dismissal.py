@@ -13,9 +13,9 @@ import pytest
 from dagster import DagsterInstance
 from sqlalchemy import text
 
+from kilo_pipelines.acts.analysis import analyse
+from kilo_pipelines.acts.dismissal import dismiss, dismiss_many
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ops.security_analysis import analyse
-from kilo_pipelines.ops.security_dismissal import dismiss, dismiss_many
 from kilo_pipelines.services.security.config import SERVICE
 from kilo_pipelines.services.security.dismissal import units
 from kilo_pipelines.store import FindingRow

@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from dagster import DagsterInstance
 from sqlalchemy import text
 
+from kilo_pipelines.acts.remediation import PAGE, Bulk, admit, after_analysis, cancel, remediate_all
 from kilo_pipelines.cli.main import main
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.retry import CLASS_OF
-from kilo_pipelines.ops.security_remediation import PAGE, Bulk, admit, after_analysis, cancel, remediate_all
 from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS
 from kilo_pipelines.settings import write_secret
 from kilo_pipelines.store import Cipher

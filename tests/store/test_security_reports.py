@@ -15,9 +15,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from kilo_pipelines.acts import security as acts
 from kilo_pipelines.assets.security import recompute
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress import security_acts as acts
 from kilo_pipelines.ops.security_sync import supersede
 from kilo_pipelines.services.security import report
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig

@@ -10,8 +10,8 @@ from uuid import UUID
 
 from sqlalchemy import text
 
+from kilo_pipelines.acts.remediation import admit
 from kilo_pipelines.ops.findings import policy_for
-from kilo_pipelines.ops.security_remediation import admit
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.security.analysis import snapshot_of
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig

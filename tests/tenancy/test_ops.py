@@ -28,13 +28,14 @@ from dagster import (
 from sqlalchemy import event
 
 from kilo_pipelines import tags
+from kilo_pipelines.acts.dismissal import dismiss
+from kilo_pipelines.acts.security import request_sync
 from kilo_pipelines.assets import default_assets, review_outcomes
 from kilo_pipelines.assets.engine import reconciliation
 from kilo_pipelines.assets.security import finding_sla, security_findings, security_posture, sla_compliance
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress.security_acts import request_sync
 from kilo_pipelines.jobs import (
     agent_session,
     audit_seal,
@@ -55,7 +56,6 @@ from kilo_pipelines.jobs import (
     settle_remediation,
     settle_security_analysis,
 )
-from kilo_pipelines.ops.security_dismissal import dismiss
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource

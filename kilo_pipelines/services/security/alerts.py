@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.text import clean
+from kilo_pipelines.core.text import clean, storable
 
 # Descriptions are for people and the model, which sees less; advisories of real life stay far below.
 DESCRIPTION_LIMIT = 20_000
@@ -33,14 +33,9 @@ def _utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC)
 
 
-def _storable(value: str) -> str:
-    """Lone surrogates are no text for the database."""
-    return value.encode("utf-8", "replace").decode()
-
-
-Line = Annotated[str, Field(strict=True, max_length=65_536), AfterValidator(lambda text: _storable(clean(text))[:500])]
-Name = Annotated[str, Field(strict=True, min_length=1, max_length=1_000), AfterValidator(lambda text: _storable(clean(text)))]
-Body = Annotated[str, Field(strict=True), AfterValidator(lambda text: _storable(_shorten(text)))]
+Line = Annotated[str, Field(strict=True, max_length=65_536), AfterValidator(lambda text: storable(clean(text))[:500])]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=1_000), AfterValidator(lambda text: storable(clean(text)))]
+Body = Annotated[str, Field(strict=True), AfterValidator(lambda text: storable(_shorten(text)))]
 Moment = Annotated[AwareDatetime, BeforeValidator(lambda value: value if isinstance(value, str) else None), AfterValidator(_utc)]
 Severity = Literal["critical", "high", "medium", "low"]
 

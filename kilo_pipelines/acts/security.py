@@ -15,7 +15,7 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress.bodies import storable
+from kilo_pipelines.core.text import storable
 from kilo_pipelines.services.security import report, sla, vex
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of, selects
 from kilo_pipelines.services.security.permissions import may

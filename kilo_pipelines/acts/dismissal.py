@@ -8,6 +8,7 @@ from uuid import UUID
 from kilo_pipelines.acts.common import Log, enabled_config
 from kilo_pipelines.acts.known_exploited import known_exploited
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import storable
 from kilo_pipelines.services.security import dismissal as rules
 from kilo_pipelines.services.security.dismissal import SERVICE, Origin
 from kilo_pipelines.services.security.permissions import may
@@ -83,7 +84,7 @@ def _open(
         "origin": origin,
         "requested_by": actor,
         "reason": reason,
-        "comment": comment,
+        "comment": storable(comment),
         "analysis_id": str(analysis.item_id) if analysis else None,
     }
     # A person waits for it; what nobody asked for doesn't stand before him.

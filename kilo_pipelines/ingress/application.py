@@ -32,8 +32,10 @@ from kilo_pipelines.ingress.bodies import (
     parsed,
     read_body,
 )
+from kilo_pipelines.ingress.control import Desk
 from kilo_pipelines.ingress.openapi import description
 from kilo_pipelines.ingress.security import security_routes
+from kilo_pipelines.ingress.security_work import security_work_routes
 from kilo_pipelines.ingress.together import Together
 from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,
@@ -286,6 +288,8 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starl
             return None
         return await anyio.to_thread.run_sync(ingress.store.owners.principal, key)
 
+    desk = Desk(ingress.store, principal)
+
     async def show_metrics(request: Request) -> Response:
         found = await principal(request)
         if found is None or found[1] != "operator":
@@ -377,7 +381,8 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starl
         Route("/api/v1/reviews/{item}/cancel", cancel_review, methods=["POST"]),
         Route("/api/v1/owners", list_owners, methods=["GET"]),
         Route("/api/v1/integrations", list_integrations, methods=["GET"]),
-        *security_routes(ingress.store, principal, ingress.clock),
+        *security_routes(desk, ingress.clock),
+        *security_work_routes(desk),
         Route("/api/v1/openapi.json", describe, methods=["GET"]),
     ]
     return _guarded(ingress, [*routes, *door])

@@ -11,9 +11,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from kilo_pipelines import __version__
-from kilo_pipelines.ingress.security import OPERATIONS, Operation
+from kilo_pipelines.ingress import security, security_work
+from kilo_pipelines.ingress.control import Operation
 
 REFS = "#/components/schemas/{model}"
+OPERATIONS: dict[str, Operation] = security.OPERATIONS | security_work.OPERATIONS
 
 
 def description(routes: Iterable[Route]) -> dict[str, Any]:

@@ -1,42 +1,46 @@
-"""The control API of the Security Agent (contract 15 and 16): findings, figures, reports, settings.
-
-The owner is the key's. The operator's key, which has none, names one with `owner` where there are several. What is another owner's
-and what nobody has are answered alike.
-"""
+"""The control API of the Security Agent (contract 15 and 16): findings, figures, reports, settings, syncs."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date, datetime
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import anyio
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from kilo_pipelines.acts import security as acts
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, BodyError, parse_object, read_body
+from kilo_pipelines.ingress.control import (
+    BIG,
+    REFUSALS,
+    Asked,
+    AskedOfRepository,
+    Desk,
+    Operation,
+    Refused,
+    Strict,
+    StrictBody,
+    body_of,
+    not_found,
+    refused,
+    told,
+)
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.services.security.permissions import Act, may
 from kilo_pipelines.services.security.report import AuditReport, Refusal
 from kilo_pipelines.store import Store, Wanted
 
 # Contract 15.
 LIMIT, MOST = 50, 100
-# PostgreSQL's largest offset and repository id.
-BIG = 2**63 - 1
 # A report holds a connection and some ten megabytes for up to 25 s; webhooks want theirs meanwhile.
 REPORTS_AT_ONCE = 2
 
-Principal = Callable[[Request], Awaitable[tuple[UUID | None, str] | None]]
 Severity = Literal["critical", "high", "medium", "low"]
 Outcome = Literal[
     "all",
@@ -63,22 +67,7 @@ def _day(value: object) -> object:
 Day = Annotated[date, BeforeValidator(_day)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Asked(_Strict):
-    owner: UUID | None = Field(default=None, description="Whose; for the operator's key only.")
-
-
-Asked = TypeVar("Asked", bound=_Asked)
-
-
-class _AskedOfRepository(_Asked):
-    repository: int | None = Field(default=None, ge=1, le=BIG, description="Numeric id at the provider.")
-
-
-class FindingsQuery(_AskedOfRepository):
+class FindingsQuery(AskedOfRepository):
     """Filters, order and place of a list."""
 
     status: Literal["open", "fixed", "ignored", "closed"] | None = Field(default=None, description="closed: fixed or ignored.")
@@ -90,7 +79,7 @@ class FindingsQuery(_AskedOfRepository):
     offset: int = Field(default=0, ge=0, le=BIG)
 
 
-class ReportQuery(_AskedOfRepository):
+class ReportQuery(AskedOfRepository):
     """Which document; days are UTC, both included."""
 
     first: Day | None = Field(default=None, alias="from")
@@ -98,15 +87,7 @@ class ReportQuery(_AskedOfRepository):
     form: acts.Form = Field(default="json", alias="format")
 
 
-class Refused(_Strict):
-    """What was refused, and why where a reason can be told."""
-
-    outcome: Literal["refused", "not_found"]
-    reason: str | None = None
-    detail: str | None = None
-
-
-class Listed(_Strict):
+class Listed(Strict):
     """A finding in a list."""
 
     id: UUID
@@ -135,7 +116,7 @@ class Listed(_Strict):
     outcome: str
 
 
-class FindingsPage(_Strict):
+class FindingsPage(Strict):
     """A page of findings and how many the filters let through."""
 
     findings: list[Listed]
@@ -144,7 +125,7 @@ class FindingsPage(_Strict):
     offset: int
 
 
-class Deadline(_Strict):
+class Deadline(Strict):
     """Where a finding's deadline stands, and how it came to be."""
 
     status: str
@@ -152,7 +133,7 @@ class Deadline(_Strict):
     explained: str
 
 
-class Step(_Strict):
+class Step(Strict):
     """One step of a finding's history."""
 
     at: datetime
@@ -161,7 +142,7 @@ class Step(_Strict):
     reconstructed: bool
 
 
-class Analysis(_Strict):
+class Analysis(Strict):
     """One analysis of a finding."""
 
     item_id: UUID
@@ -178,7 +159,7 @@ class Analysis(_Strict):
     ended_at: datetime | None
 
 
-class Effect(_Strict):
+class Effect(Strict):
     """What was, or is to be, written outside."""
 
     kind: str
@@ -187,7 +168,7 @@ class Effect(_Strict):
     url: str | None
 
 
-class Work(_Strict):
+class Work(Strict):
     """A work item of a finding."""
 
     id: UUID
@@ -200,7 +181,7 @@ class Work(_Strict):
     effects: list[Effect]
 
 
-class Facts(_Strict):
+class Facts(Strict):
     """What the source says of a finding and what was decided here."""
 
     id: UUID
@@ -237,7 +218,7 @@ class Facts(_Strict):
     first_seen_at: datetime
 
 
-class FindingAnswer(_Strict):
+class FindingAnswer(Strict):
     """One finding with all that is known of it."""
 
     finding: Facts
@@ -247,7 +228,7 @@ class FindingAnswer(_Strict):
     work: list[Work]
 
 
-class Standing(_Strict):
+class Standing(Strict):
     """Open findings with a deadline; the share is null where none has one."""
 
     total: int
@@ -256,7 +237,7 @@ class Standing(_Strict):
     compliance_percent: float | None
 
 
-class SlaFigures(_Strict):
+class SlaFigures(Strict):
     """Deadlines of open findings; due soon: within seven days; untracked: without a deadline."""
 
     overall: Standing
@@ -266,7 +247,7 @@ class SlaFigures(_Strict):
     untracked: int
 
 
-class AnalysisFigures(_Strict):
+class AnalysisFigures(Strict):
     """Open findings by outcome of their analysis; `analyzed` is the sum of the five results."""
 
     total: int
@@ -281,7 +262,7 @@ class AnalysisFigures(_Strict):
     failed: int
 
 
-class TimeToFix(_Strict):
+class TimeToFix(Strict):
     """Days from an alert to its fix, and the days that the policy gives."""
 
     fixed: int
@@ -290,14 +271,14 @@ class TimeToFix(_Strict):
     target_days: int | None
 
 
-class TimesToFix(_Strict):
+class TimesToFix(Strict):
     """The same in all and by severity."""
 
     overall: TimeToFix
     by_severity: dict[str, TimeToFix]
 
 
-class Overdue(_Strict):
+class Overdue(Strict):
     """An overdue finding; whole days."""
 
     id: UUID
@@ -310,7 +291,7 @@ class Overdue(_Strict):
     days_overdue: int
 
 
-class RepositoryHealth(_Strict):
+class RepositoryHealth(Strict):
     """Open findings of a repository."""
 
     repository_id: int
@@ -324,7 +305,7 @@ class RepositoryHealth(_Strict):
     needs_action: int
 
 
-class Summary(_Strict):
+class Summary(Strict):
     """The figures of an owner, or of one repository."""
 
     findings: int
@@ -338,7 +319,7 @@ class Summary(_Strict):
     repositories_open: int = Field(description="Repositories with open findings in all.")
 
 
-class Settings(_Strict):
+class Settings(Strict):
     """An owner's settings; `revision` 0: none saved yet."""
 
     settings: SecurityConfig
@@ -347,31 +328,27 @@ class Settings(_Strict):
     action_required: dict[str, Any] | None
 
 
-class SettingsChange(BaseModel):
+class SettingsChange(StrictBody):
     """Settings to change, over the revision that was read; what isn't named stays."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     expected_revision: int = Field(ge=0, le=2**31 - 1)
     settings: dict[str, Any]
 
 
-class SyncWish(BaseModel):
+class SyncWish(StrictBody):
     """Of which repository (numeric id), selected or not; none: of all selected ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     repository: int | None = Field(default=None, ge=1, le=BIG)
 
 
-class SyncRequested(_Strict):
+class SyncRequested(Strict):
     """`waiting`: a sync waits or runs already, and this one is the same; else the work item that was opened."""
 
     outcome: Literal["accepted", "waiting"]
     item: UUID | None
 
 
-class SettingsSaved(_Strict):
+class SettingsSaved(Strict):
     """What is stored now, and how many deadlines were looked at and changed."""
 
     settings: SecurityConfig
@@ -381,126 +358,41 @@ class SettingsSaved(_Strict):
     deadlines_changed: int
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A route in OpenAPI's words; `documents`: media types of a 200 beside JSON."""
-
-    summary: str
-    answers: dict[int, type[BaseModel]]
-    query: type[BaseModel] | None = None
-    body: type[BaseModel] | None = None
-    documents: tuple[str, ...] = ()
-
-
-_REFUSALS: dict[int, type[BaseModel]] = {400: Refused, 401: Refused}
 OPERATIONS: dict[str, Operation] = {
-    "list_findings": Operation("Findings with their deadlines.", {200: FindingsPage, **_REFUSALS}, query=FindingsQuery),
+    "list_findings": Operation("Findings with their deadlines.", {200: FindingsPage, **REFUSALS}, query=FindingsQuery),
     "show_finding": Operation(
         "One finding: facts, deadline, history, analyses, work.", {200: FindingAnswer, 401: Refused, 404: Refused}
     ),
-    "show_summary": Operation("The owner's figures.", {200: Summary, **_REFUSALS}, query=_AskedOfRepository),
+    "show_summary": Operation("The owner's figures.", {200: Summary, **REFUSALS}, query=AskedOfRepository),
     "make_report": Operation(
         "An audit report of a period (csv, json), or a VEX document of the present.",
-        {200: AuditReport, **_REFUSALS, 413: Refused, 503: Refused},
+        {200: AuditReport, **REFUSALS, 413: Refused, 503: Refused},
         query=ReportQuery,
         documents=(acts.MEDIA_TYPES["csv"].split(";")[0], acts.MEDIA_TYPES["vex"].split(";")[0]),
     ),
-    "show_settings": Operation("The owner's settings.", {200: Settings, **_REFUSALS}, query=_Asked),
+    "show_settings": Operation("The owner's settings.", {200: Settings, **REFUSALS}, query=Asked),
     "save_settings": Operation(
         "Changes settings; never switches the service on or off. Deadlines follow before the answer.",
-        {200: SettingsSaved, **_REFUSALS, 409: Refused, 413: Refused, 422: Refused},
-        query=_Asked,
+        {200: SettingsSaved, **REFUSALS, 409: Refused, 413: Refused, 422: Refused},
+        query=Asked,
         body=SettingsChange,
     ),
     "request_sync": Operation(
         "Asks for a sync; a run begins as soon as a worker is free.",
-        {202: SyncRequested, **_REFUSALS, 409: Refused, 413: Refused},
-        query=_Asked,
+        {202: SyncRequested, **REFUSALS, 409: Refused, 413: Refused},
+        query=Asked,
         body=SyncWish,
     ),
 }
-_STATUS = {
-    Reason.ROLE_NOT_ALLOWED: 401,
-    Reason.SETTINGS_STALE: 409,
-    Reason.SECURITY_DISABLED: 409,
-    Reason.ACTION_REQUIRED: 409,
-    Reason.NO_REPOSITORIES: 409,
-    Reason.SETTINGS_INVALID: 422,
-    Reason.REPORT_TOO_LARGE: 413,
-    Reason.REPORT_OUT_OF_TIME: 503,
-}
 
 
-def refused(failure: Refusal) -> Response:
-    """A refusal with its reason; 400 unless its reason has a status of its own."""
-    answer = {"outcome": "refused", "reason": str(failure.reason), "detail": failure.detail}
-    return JSONResponse(answer, status_code=_STATUS.get(failure.reason, 400))
-
-
-def _unknown() -> Response:
-    return JSONResponse({"outcome": "refused"}, status_code=401)
-
-
-def _nothing() -> Response:
-    return JSONResponse({"outcome": "not_found"}, status_code=404)
-
-
-def _told(answer: BaseModel, status: int = 200) -> Response:
-    return Response(answer.model_dump_json(by_alias=True), status_code=status, media_type="application/json")
-
-
-Body = TypeVar("Body", bound=BaseModel)
-
-
-async def _body(request: Request, model: type[Body]) -> Body | Response:
-    """The body as a model, or what is wrong with it."""
-    try:
-        return model.model_validate(parse_object(await read_body(request, CALLBACK_BYTES)))
-    except ValidationError as failure:
-        return refused(Refusal(Reason.PAYLOAD_SHAPE_MISMATCH, acts.fields_of(failure)))
-    except BodyError as failure:
-        return JSONResponse({"outcome": "refused", "reason": str(failure.reason)}, status_code=failure.status)
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks: the owner that is asked about, the role, and the name that audit events bear."""
-
-    owner_id: UUID
-    role: str
-    actor: str
-
-
-def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Route]:
+def security_routes(desk: Desk, clock: Clock) -> list[Route]:
     """The routes; each asks who it is before it looks at anything else."""
+    store = desk.store
     reports = anyio.CapacityLimiter(REPORTS_AT_ONCE)
 
-    async def who(request: Request, act: Act) -> tuple[UUID | None, str] | Response:
-        found = await principal(request)
-        if found is None:
-            return _unknown()
-        return found if may(found[1], act) else refused(Refusal(Reason.ROLE_NOT_ALLOWED, found[1]))
-
-    async def caller(request: Request, act: Act, model: type[Asked]) -> tuple[Caller, Asked] | Response:
-        found = await who(request, act)
-        if isinstance(found, Response):
-            return found
-        asked = _asked(request, model)
-        if isinstance(asked, Refusal):
-            return refused(asked)
-        owner_id, role = found
-        if owner_id is not None:
-            if asked.owner is not None:
-                return refused(Refusal(Reason.QUERY_INVALID, "owner: it is the key's"))
-            return Caller(owner_id, role, f"owner:{owner_id}"), asked
-        known = [one.id for one in await anyio.to_thread.run_sync(store.owners.all)]
-        if asked.owner is None and len(known) != 1:
-            return refused(Refusal(Reason.OWNER_NOT_NAMED, f"{len(known)} owners"))
-        chosen = asked.owner or known[0]
-        return (Caller(chosen, role, "operator"), asked) if chosen in known else _nothing()
-
     async def list_findings(request: Request) -> Response:
-        found = await caller(request, "read", FindingsQuery)
+        found = await desk.caller(request, "read", FindingsQuery)
         if isinstance(found, Response):
             return found
         by, asked = found
@@ -508,32 +400,26 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         wanted = Wanted(asked.status, asked.severity, asked.repository, outcome, asked.overdue)
         look = partial(store.findings.page, by.owner_id, wanted, sort=asked.sort, limit=asked.limit, offset=asked.offset)
         page, total = await anyio.to_thread.run_sync(look)
-        return _told(FindingsPage(findings=[Listed(**one) for one in page], total=total, limit=asked.limit, offset=asked.offset))
+        return told(FindingsPage(findings=[Listed(**one) for one in page], total=total, limit=asked.limit, offset=asked.offset))
 
     async def show_finding(request: Request) -> Response:
-        found = await who(request, "read")
+        found = await desk.of_finding(request, "read")
         if isinstance(found, Response):
             return found
-        try:
-            finding_id = UUID(request.path_params["finding"])
-        except ValueError:
-            return _nothing()
-        owner_id = found[0] or await anyio.to_thread.run_sync(store.findings.owner_of, finding_id)
-        if owner_id is None:
-            return _nothing()
-        answer = await anyio.to_thread.run_sync(_finding, store, owner_id, finding_id, clock.now())
-        return _nothing() if answer is None else _told(answer)
+        by, finding_id = found
+        answer = await anyio.to_thread.run_sync(_finding, store, by.owner_id, finding_id, clock.now())
+        return not_found() if answer is None else told(answer)
 
     async def show_summary(request: Request) -> Response:
-        found = await caller(request, "read", _AskedOfRepository)
+        found = await desk.caller(request, "read", AskedOfRepository)
         if isinstance(found, Response):
             return found
         by, asked = found
         figures = await anyio.to_thread.run_sync(acts.summary_of, store, by.owner_id, asked.repository, clock.now())
-        return _told(Summary.model_validate(figures))
+        return told(Summary.model_validate(figures))
 
     async def make_report(request: Request) -> Response:
-        found = await caller(request, "read", ReportQuery)
+        found = await desk.caller(request, "read", ReportQuery)
         if isinstance(found, Response):
             return found
         by, asked = found
@@ -547,12 +433,12 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         return Response(made, media_type=acts.MEDIA_TYPES[asked.form], headers=headers)
 
     async def show_settings(request: Request) -> Response:
-        found = await caller(request, "read", _Asked)
+        found = await desk.caller(request, "read", Asked)
         if isinstance(found, Response):
             return found
         stored = await anyio.to_thread.run_sync(store.owners.config, found[0].owner_id, SERVICE)
         config = SecurityConfig.model_validate(stored.config if stored else {})
-        return _told(
+        return told(
             Settings(
                 settings=config,
                 enabled=stored.enabled if stored else False,
@@ -562,11 +448,11 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         )
 
     async def save_settings(request: Request) -> Response:
-        found = await caller(request, "settings", _Asked)
+        found = await desk.caller(request, "settings", Asked)
         if isinstance(found, Response):
             return found
         by, _ = found
-        wanted = await _body(request, SettingsChange)
+        wanted = await body_of(request, SettingsChange)
         if isinstance(wanted, Response):
             return wanted
         save = partial(
@@ -583,7 +469,7 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         saved = await anyio.to_thread.run_sync(save)
         if isinstance(saved, Refusal):
             return refused(saved)
-        return _told(
+        return told(
             SettingsSaved(
                 settings=saved.config,
                 enabled=saved.enabled,
@@ -594,18 +480,18 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         )
 
     async def request_sync(request: Request) -> Response:
-        found = await caller(request, "sync", _Asked)
+        found = await desk.caller(request, "sync", Asked)
         if isinstance(found, Response):
             return found
         by, _ = found
-        wish = await _body(request, SyncWish)
+        wish = await body_of(request, SyncWish)
         if isinstance(wish, Response):
             return wish
         ask = partial(acts.request_sync, store, by.owner_id, wish.repository, role=by.role, actor=by.actor)
         item = await anyio.to_thread.run_sync(ask)
         if isinstance(item, Refusal):
             return refused(item)
-        return _told(SyncRequested(outcome="waiting" if item is None else "accepted", item=item), 202)
+        return told(SyncRequested(outcome="waiting" if item is None else "accepted", item=item), 202)
 
     return [
         Route("/api/v1/security/sync", request_sync, methods=["POST"]),
@@ -616,17 +502,6 @@ def security_routes(store: Store, principal: Principal, clock: Clock) -> list[Ro
         Route("/api/v1/security/settings", show_settings, methods=["GET"]),
         Route("/api/v1/security/settings", save_settings, methods=["PUT"]),
     ]
-
-
-def _asked(request: Request, model: type[Asked]) -> Asked | Refusal:
-    """The query as a model; a name that is given twice is as wrong as an unknown one."""
-    given = request.query_params.multi_items()
-    if len(given) != len(dict(given)):
-        return Refusal(Reason.QUERY_INVALID, "a name is given twice")
-    try:
-        return model.model_validate(dict(given))
-    except ValidationError as failure:
-        return Refusal(Reason.QUERY_INVALID, acts.fields_of(failure))
 
 
 def _finding(store: Store, owner_id: UUID, finding_id: UUID, now: datetime) -> FindingAnswer | None:

@@ -24,7 +24,7 @@ from starlette.applications import Starlette
 from kilo_pipelines.acts import security as acts
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress.application import Ingress, admin_application
-from kilo_pipelines.ingress.security import OPERATIONS
+from kilo_pipelines.ingress.openapi import OPERATIONS
 from kilo_pipelines.services.security.config import PRESETS
 from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import NewItem
@@ -366,3 +366,126 @@ def test_a_reader_saves_nothing_and_a_stranger_is_nobody(desk: Desk) -> None:
     refused = put(desk, body, "reader")
     assert (refused.status_code, refused.json()["reason"]) == (401, Reason.ROLE_NOT_ALLOWED)
     assert put(desk, body, "stranger").status_code == 401
+
+
+# -- work ------------------------------------------------------------------------------------------------------------------
+
+
+def opened(desk: Desk, answer: httpx.Response) -> tuple[str, str, dict[str, Any]]:
+    """The accepted item: whose service it is, its state and what it is to do."""
+    assert answer.status_code == 202, answer.text
+    item = desk.synced.store.queue.get(UUID(answer.json()["item"]))
+    assert item is not None and item.owner_id == desk.synced.owner
+    return item.service, item.state, item.details
+
+
+def test_an_analysis_is_opened_once_and_started_over_when_asked(desk: Desk, description: dict[str, Any]) -> None:
+    finding = desk.synced.one(4).id
+    path = f"findings/{finding}/analyze"
+    first = desk.ask("POST", path, json={})
+    in_schema(description, "POST", f"{BASE}/findings/{{finding}}/analyze", first)
+    service, state, details = opened(desk, first)
+    assert (service, state, details["mode"], details["requested_by"]) == (
+        "security_analysis",
+        "waiting",
+        "auto",
+        f"owner:{desk.synced.owner}",
+    )
+    again = desk.ask("POST", path, json={"deep": True})
+    assert (again.status_code, again.json()["reason"]) == (409, Reason.ANALYSIS_ACTIVE)
+    in_schema(description, "POST", f"{BASE}/findings/{{finding}}/analyze", again)
+    _, _, details = opened(desk, desk.ask("POST", path, "operator", json={"restart": True}))
+    assert (details["mode"], details["requested_by"]) == ("deep", "operator")
+
+
+def test_a_dismissal_carries_reason_and_comment(desk: Desk, description: dict[str, Any]) -> None:
+    path = f"findings/{desk.synced.one(5).id}/dismiss"
+    asked = desk.ask("POST", path, content=rb'{"reason": "tolerable_risk", "comment": "behind\u0000 the proxy"}')
+    in_schema(description, "POST", f"{BASE}/findings/{{finding}}/dismiss", asked)
+    service, _, details = opened(desk, asked)
+    assert (service, details["reason"], details["comment"]) == ("dismissal", "tolerable_risk", "behind the proxy")
+    again = desk.ask("POST", path, json={"reason": "tolerable_risk"})
+    assert (again.status_code, again.json()["reason"]) == (409, Reason.DISMISSAL_ACTIVE)
+
+
+def test_a_remediation_says_why_there_is_none(desk: Desk, description: dict[str, Any]) -> None:
+    answer = desk.ask("POST", f"findings/{desk.synced.one(6).id}/remediate", json={})
+    assert (answer.status_code, answer.json()["reason"]) == (409, Reason.ANALYSIS_REQUIRED)
+    in_schema(description, "POST", f"{BASE}/findings/{{finding}}/remediate", answer)
+
+
+def test_a_waiting_remediation_is_listed_and_cancelled_once(desk: Desk, description: dict[str, Any]) -> None:
+    finding = desk.synced.one(7).id
+    details = {
+        "finding_id": str(finding), "origin": "manual", "requested_by": "x", "analysis_id": str(desk.synced.store.analyses.of_finding(desk.synced.owner, desk.finding())[0].item_id),
+        "fingerprint": "f", "findings": [str(finding)],
+    }  # fmt: skip
+    new = NewItem("remediation", f"remediation:{finding}", desk.synced.repository, 0, details)
+    item = desk.synced.store.remediations.open(desk.synced.owner, new, lambda _item: [], actor="x")
+    assert item is not None
+    listed = desk.ask("GET", "remediations", "reader")
+    in_schema(description, "GET", f"{BASE}/remediations", listed)
+    assert [(one["item_id"], one["state"]) for one in listed.json()["remediations"]] == [(str(item), "waiting")]
+    assert desk.ask("GET", "remediations", "other").json() == {"remediations": []}
+    path = f"remediations/{item}/cancel"
+    foreign = desk.ask("POST", path, "other")
+    assert (foreign.status_code, foreign.content) == (404, desk.ask("POST", f"remediations/{uuid4()}/cancel").content)
+    assert desk.ask("POST", path, "reader").status_code == 401
+    done = desk.ask("POST", path)
+    assert (done.status_code, done.json()) == (200, {"outcome": "cancelled"})
+    in_schema(description, "POST", f"{BASE}/remediations/{{item}}/cancel", done)
+    assert (desk.ask("POST", path, "operator").status_code, desk.ask("POST", path).json()["reason"]) == (409, Reason.MOVED_ON)
+
+
+def test_commands_over_all_open_findings_count_each_of_them(desk: Desk, description: dict[str, Any]) -> None:
+    before = len(desk.synced.store.queue.items(owner_id=desk.synced.owner, service="dismissal", limit=100))
+    counted = desk.ask("POST", "dismiss", json={})
+    in_schema(description, "POST", f"{BASE}/dismiss", counted)
+    assert counted.json()["applied"] is False and sum(counted.json()["counted"].values()) == 6
+    done = desk.ask("POST", "remediate", json={})
+    in_schema(description, "POST", f"{BASE}/remediate", done)
+    assert (done.json()["scanned"], done.json()["admitted"]) == (6, []) and sum(done.json()["skipped"].values()) == 6
+    after = desk.synced.store.queue.items(owner_id=desk.synced.owner, service="dismissal", limit=100)
+    assert len(after) == before
+
+
+def test_notices_and_quarantine_are_listed(desk: Desk, description: dict[str, Any]) -> None:
+    desk.synced.store.findings.quarantine(
+        desk.synced.owner, desk.synced.repository, [("99", str(Reason.ALERT_MALFORMED), "state: unknown")]
+    )
+    alerts = desk.ask("GET", "quarantine", "reader")
+    in_schema(description, "GET", f"{BASE}/quarantine", alerts)
+    assert [(one["source_id"], one["detail"]) for one in alerts.json()["alerts"]] == [("99", "state: unknown")]
+    finding = desk.synced.one(8).id
+    new = NewItem(
+        "notice", f"{finding}:sla_breach", desk.synced.repository, 0, {"finding_id": str(finding), "kind": "sla_breach"}
+    )
+    assert desk.synced.store.queue.open(desk.synced.owner, new, actor="platform") is not None
+    notices = desk.ask("GET", "notices")
+    in_schema(description, "GET", f"{BASE}/notices", notices)
+    assert [(one["kind"], one["messages"]) for one in notices.json()["notices"]] == [("sla_breach", [])]
+    assert desk.ask("GET", "quarantine", "other").json() == {"alerts": []}
+    assert desk.ask("GET", "notices", "other").json() == {"notices": []}
+
+
+@pytest.mark.parametrize("act", ["analyze", "dismiss", "remediate"])
+def test_asked_of_a_finding_that_is_anothers_or_nobodys_the_answer_is_one(desk: Desk, act: str) -> None:
+    ids = (desk.other.one(1).id, uuid4(), "x", "%00")
+    answers = {desk.ask("POST", f"findings/{one}/{act}", json={"reason": "not_used"}).content for one in ids}
+    assert answers == {b'{"outcome":"not_found"}'}
+    refused = desk.ask("POST", f"findings/{desk.synced.one(1).id}/{act}", "reader", json={})
+    assert (refused.status_code, refused.json()["reason"]) == (401, Reason.ROLE_NOT_ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("analyze", {"deep": "yes"}), ("analyze", {"x": 1}), ("analyze", []), ("dismiss", {}), ("dismiss", {"reason": "bored"}),
+        ("dismiss", {"reason": "not_used", "comment": "x" * 4_001}), ("dismiss", {"reason": None}), ("remediate", {"retry": 1}),
+        ("remediate", {"owner": "x"}),
+    ],
+)  # fmt: skip
+def test_wishes_in_another_shape_are_refused(desk: Desk, description: dict[str, Any], path: str, body: Any) -> None:
+    answer = desk.ask("POST", f"findings/{desk.finding()}/{path}", json=body)
+    assert answer.status_code == 400 and answer.json()["reason"] in (Reason.PAYLOAD_SHAPE_MISMATCH, Reason.BODY_NOT_JSON)
+    in_schema(description, "POST", f"{BASE}/findings/{{finding}}/{path}", answer)

@@ -122,9 +122,22 @@ _FINDINGS: dict[str, Ask] = {
 }
 
 
+def _finding_with(body: dict[str, Any]) -> dict[str, Ask]:
+    """The same, with a body."""
+
+    def told(ask: Ask) -> Ask:
+        return lambda stage, path: {**ask(stage, path), "json": body}
+
+    return {name: told(ask) for name, ask in _FINDINGS.items()}
+
+
 def finding_of(corner: Corner) -> UUID:
     """One of an owner's findings."""
     return UUID(str(corner.store.findings.listed(corner.owner.id)[0]["id"]))
+
+
+def _asking(body: dict[str, Any]) -> dict[str, Ask]:
+    return {"all": lambda _stage, path: {"path": path, "json": body}}
 
 
 def _pull(number: int) -> Ask:
@@ -153,6 +166,25 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "GET", "/api/v1/security/summary"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/security/report"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/security/settings"): Entry(served=_OWNERS),
+    ("admin", "POST", "/api/v1/security/findings/{finding}/analyze"): Entry(served=_WRITERS, asks=_finding_with({})),
+    ("admin", "POST", "/api/v1/security/findings/{finding}/dismiss"): Entry(
+        served=_WRITERS, asks=_finding_with({"reason": "inaccurate"})
+    ),
+    ("admin", "POST", "/api/v1/security/findings/{finding}/remediate"): Entry(served=_WRITERS, asks=_finding_with({})),
+    ("admin", "POST", "/api/v1/security/dismiss"): Entry(served=_WRITERS, asks=_asking({"apply": True})),
+    ("admin", "POST", "/api/v1/security/remediate"): Entry(served=_WRITERS, asks=_asking({})),
+    ("admin", "GET", "/api/v1/security/remediations"): Entry(served=_OWNERS),
+    ("admin", "POST", "/api/v1/security/remediations/{item}/cancel"): Entry(
+        served=_WRITERS,
+        asks={
+            "of A": _item(lambda stage: stage.a.opened["remediation"]),
+            "of nobody": _item(lambda _stage: UUID(int=7)),
+            "no id": _item(lambda _stage: "x"),
+            "another service's": _item(lambda stage: stage.a.waiting),
+        },
+    ),
+    ("admin", "GET", "/api/v1/security/notices"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/security/quarantine"): Entry(served=_OWNERS),
     ("admin", "POST", "/api/v1/security/sync"): Entry(
         served=_WRITERS,
         asks={"both hold it": lambda _stage, path: {"path": path, "json": {"repository": REPOSITORY}}},

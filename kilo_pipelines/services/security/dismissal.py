@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from uuid import UUID
 
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
@@ -22,7 +22,8 @@ from kilo_pipelines.services.security.permissions import may
 
 SERVICE = "dismissal"
 Origin = Literal["manual", "automatic", "bulk"]
-REASONS = ("fix_started", "no_bandwidth", "tolerable_risk", "inaccurate", "not_used")
+DismissalReason = Literal["fix_started", "no_bandwidth", "tolerable_risk", "inaccurate", "not_used"]
+REASONS: tuple[str, ...] = get_args(DismissalReason)
 # GitHub refuses longer comments (contract 11.3); it counts as the web does, in UTF-16 units.
 COMMENT_UNITS = 280
 CONFIDENCES = {"high": 0, "medium": 1, "low": 2}

@@ -7,6 +7,7 @@ through them (docs/decisions/0005). Nobody's directories change their mode.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import secrets
@@ -145,7 +146,19 @@ class EmbeddedPostgres:
 
 
 def _os_user() -> pwd.struct_passwd:
-    """The server's OS user, made when it is missing."""
+    """The server's OS user, made when it is missing.
+
+    One process at a time: two useradd side by side each make it, the second under another uid than the first one's files have.
+    """
+    directory = os.open("/etc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        return _made_os_user()
+    finally:
+        os.close(directory)
+
+
+def _made_os_user() -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(OS_USER)
     except KeyError:
@@ -155,6 +168,6 @@ def _os_user() -> pwd.struct_passwd:
             text=True,
             check=False,
         )
-        if made.returncode not in (0, 9):  # 9: another process made it meanwhile
+        if made.returncode:
             raise EmbeddedPostgresError(f"the OS user {OS_USER} can't be made: {made.stderr.strip()}") from None
         return pwd.getpwnam(OS_USER)

@@ -115,3 +115,29 @@ def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     key.chmod(0o640)
     with pytest.raises(CipherError, match="0600"):
         Cipher.from_file(key)
+
+
+_MAKE = """
+import sys, time
+from kilo_pipelines.store import embedded
+embedded.OS_USER = sys.argv[1]
+while time.time() < float(sys.argv[2]):
+    pass
+print(embedded._os_user().pw_uid)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes users")
+def test_the_first_servers_of_a_machine_agree_on_their_user() -> None:
+    """Several at once, as the workers of a test run: a user that is made twice has two uids, and one server the wrong files."""
+    for round_ in range(3):
+        name, at = f"kilo-e-{os.getpid()}-{round_}", time.time() + 1.5
+        made = [
+            subprocess.Popen([sys.executable, "-c", _MAKE, name, str(at + place * 0.004)], stdout=subprocess.PIPE, text=True)
+            for place in range(4)
+        ]
+        try:
+            assert len({process.communicate(timeout=60)[0] for process in made}) == 1
+            assert [process.returncode for process in made] == [0] * 4
+        finally:
+            subprocess.run(["userdel", name], check=False, capture_output=True)

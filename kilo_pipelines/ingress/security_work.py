@@ -165,6 +165,26 @@ class NoticeList(Strict):
     notices: list[Notice]
 
 
+class RepositoryState(Strict):
+    """A repository and how its last sync ended; `succeeded_at`: fresh as of then; `not_before`: not asked again earlier."""
+
+    repository_id: int
+    full_name: str
+    outcome: str | None
+    detail: str | None
+    alerts: int | None
+    attempted_at: datetime | None
+    succeeded_at: datetime | None
+    not_before: datetime | None
+    quarantined: int
+
+
+class RepositoryList(Strict):
+    """The repositories that the owner's installations see, by name."""
+
+    repositories: list[RepositoryState]
+
+
 class Quarantined(Strict):
     """An alert that could not be taken; `detail` names the wrong fields."""
 
@@ -205,6 +225,7 @@ OPERATIONS: dict[str, Operation] = {
     "cancel_remediation": Operation(
         "Ends a remediation that waits or runs.", {200: Cancelled, 401: Refused, 404: Refused, 409: Refused}
     ),
+    "list_repositories": Operation("Repositories and their syncs.", {200: RepositoryList, **REFUSALS}, query=Asked),
     "list_notices": Operation("Who was told what.", {200: NoticeList, **REFUSALS}, query=ListQuery),
     "list_quarantine": Operation("Alerts that could not be taken.", {200: Quarantine, **REFUSALS}, query=Asked),
 }
@@ -299,6 +320,14 @@ def security_work_routes(desk: Desk) -> list[Route]:
         answer = await anyio.to_thread.run_sync(cancel)
         return told(Cancelled()) if answer is None else _why_not(answer)
 
+    async def list_repositories(request: Request) -> Response:
+        found = await desk.caller(request, "read", Asked)
+        if isinstance(found, Response):
+            return found
+        rows = await anyio.to_thread.run_sync(store.findings.syncs, found[0].owner_id)
+        shown = [RepositoryState(**{name: one[name] for name in RepositoryState.model_fields}) for one in rows]
+        return told(RepositoryList(repositories=shown))
+
     async def list_notices(request: Request) -> Response:
         found = await desk.caller(request, "read", ListQuery)
         if isinstance(found, Response):
@@ -323,6 +352,7 @@ def security_work_routes(desk: Desk) -> list[Route]:
         Route(f"{at}/remediate", remediate_findings, methods=["POST"]),
         Route(f"{at}/remediations", list_remediations, methods=["GET"]),
         Route(f"{at}/remediations/{{item}}/cancel", cancel_remediation, methods=["POST"]),
+        Route(f"{at}/repositories", list_repositories, methods=["GET"]),
         Route(f"{at}/notices", list_notices, methods=["GET"]),
         Route(f"{at}/quarantine", list_quarantine, methods=["GET"]),
     ]

@@ -449,6 +449,16 @@ def test_commands_over_all_open_findings_count_each_of_them(desk: Desk, descript
     assert len(after) == before
 
 
+def test_repositories_tell_how_their_syncs_ended(desk: Desk, description: dict[str, Any]) -> None:
+    store, owner, repository = desk.synced.store, desk.synced.owner, desk.synced.repository
+    store.findings.begin_sync(owner, repository)
+    store.findings.end_sync(owner, repository, outcome="synced", complete=True, alerts=8)
+    answer = desk.ask("GET", "repositories", "reader")
+    in_schema(description, "GET", f"{BASE}/repositories", answer)
+    (one,) = answer.json()["repositories"]
+    assert (one["repository_id"], one["outcome"], one["alerts"]) == (repository, "synced", 8) and one["succeeded_at"]
+
+
 def test_notices_and_quarantine_are_listed(desk: Desk, description: dict[str, Any]) -> None:
     desk.synced.store.findings.quarantine(
         desk.synced.owner, desk.synced.repository, [("99", str(Reason.ALERT_MALFORMED), "state: unknown")]

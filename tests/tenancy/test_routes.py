@@ -183,6 +183,7 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
             "another service's": _item(lambda stage: stage.a.waiting),
         },
     ),
+    ("admin", "GET", "/api/v1/security/repositories"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/security/notices"): Entry(served=_OWNERS),
     ("admin", "GET", "/api/v1/security/quarantine"): Entry(served=_OWNERS),
     ("admin", "POST", "/api/v1/security/sync"): Entry(

@@ -201,6 +201,21 @@ def uses_of(package: str) -> list[str]:
     return [*quoted, f"import {module}", f"from {module} "]
 
 
+def places(output: str) -> list[dict[str, Any]]:
+    """Places in what a search tool printed: `path:line:text`, or `path:` and below it `Line n: text`."""
+    found, path = [], ""
+    for line in output.splitlines():
+        plain = re.match(r"^([^:\n]+):(\d+):", line)
+        below = re.match(r"^ +Line (\d+):", line)
+        if below and path:
+            found.append({"path": path, "line": int(below[1])})
+        elif plain:
+            found.append({"path": plain[1].removeprefix("./"), "line": int(plain[2])})
+        elif line.endswith(":"):
+            path = line[:-1].removeprefix("/work/repo/")
+    return found
+
+
 def _call(name: str, arguments: dict[str, Any], number: int) -> dict[str, Any]:
     return {"id": f"call_{number:04d}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
 
@@ -261,8 +276,8 @@ class Conversation:
         if unread and "read" in self.tools and not self._written:
             return [("read", {"filePath": path}) for path in unread[:4]]
         search = self._search()
-        if search and not self._written and "bash" in self.tools and "bash" not in names:
-            return [("bash", {"command": search, "description": "Looks for uses of the package"})]
+        if search and not self._written and "grep" in self.tools and "grep" not in names:
+            return [("grep", {"pattern": search})]
         update = self._update()
         if update and not self._written and "bash" in self.tools and "bash" not in names:
             return [("bash", {"command": update, "description": "Updates the package"})]
@@ -274,22 +289,20 @@ class Conversation:
         return "exploitable" in self._schema().get("properties", {})
 
     def _search(self) -> str:
-        """The command that finds uses of the package; empty when the brief doesn't ask for them."""
+        """The expression that finds uses of the package; empty when the brief doesn't ask for them."""
         package = self._field("Package")
         if not self._asks_for_uses() or not _PACKAGE.fullmatch(package):
             return ""
-        return "git grep -nF " + " ".join(f"-e {shlex.quote(one)}" for one in uses_of(package)) + " || true"
+        return "|".join(re.sub(r"([.()])", r"\\\1", one) for one in uses_of(package))
 
     def _analysis(self) -> dict[str, Any]:
         """Whether the package is used, by what the search showed."""
         package = self._field("Package")
-        hits = [
-            {"path": match[1], "line": int(match[2])}
-            for name, _, output in self.calls
-            if name == "bash"
-            for match in map(re.compile(r"^([^:\n]+):(\d+):").match, output.splitlines())
-            if match and not match[1].endswith(_NO_CODE)
-        ]
+        said = [output for name, _, output in self.calls if name == "grep"]
+        hits = [one for output in said for one in places(output) if not one["path"].endswith(_NO_CODE)]
+        if not any(places(output) or output.startswith("No files found") for output in said):
+            # A tool that was denied or broken has found nothing out.
+            return self._undecided(package)
         patched = bool(_VERSION.fullmatch(self._field("Patched version")))
         told = f"{package} is taken into use in {len(hits)} places." if hits else f"No file takes {package} into use."
         return {
@@ -301,6 +314,18 @@ class Conversation:
             "suggested_fix": f"Update {package} to {self._field('Patched version')}." if hits and patched else "",
             "action": ("open_pr" if patched else "manual_review") if hits else "dismiss",
             "summary": told,
+        }
+
+    def _undecided(self, package: str) -> dict[str, Any]:
+        return {
+            "nonce": self._field("Nonce"),
+            "exploitable": "unknown",
+            "reasoning": "A scripted model could not search the repository.",
+            "locations": [],
+            "search": uses_of(package)[:10],
+            "suggested_fix": "",
+            "action": "manual_review",
+            "summary": "The repository could not be searched.",
         }
 
     def _update(self) -> str:

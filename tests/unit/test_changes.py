@@ -163,9 +163,9 @@ def test_sessions_of_each_service_in_their_form(changes: dict[str, Any]) -> None
 def test_registries_come_from_the_homes_file_with_a_closed_base(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KILO_REGISTRIES", raising=False)
     (tmp_path / "config.env").write_text(
-        'KILO_REGISTRIES={"npm": "http://localhost:8090/npm", "pypi": "https://pypi.org/simple/"}\n'
+        'KILO_REGISTRIES={"npm": "http://localhost:8090/npm", "pypi": "https://python.example/simple/"}\n'
     )
-    assert Settings(home=tmp_path).registries == {"npm": "http://localhost:8090/npm/", "pypi": "https://pypi.org/simple/"}
+    assert Settings(home=tmp_path).registries == {"npm": "http://localhost:8090/npm/", "pypi": "https://python.example/simple/"}
     assert Settings(home=tmp_path / "other").registries == {}
 
 

@@ -74,7 +74,8 @@ class KiloAdapter:
         )
         return {
             "HOME": HOME,
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            # Its search tools start `rg` from there.
+            "PATH": "/opt/agent/bin:/usr/local/bin:/usr/bin:/bin",
             "LANG": "C.UTF-8",
             "TERM": "dumb",
             "KILO_CONFIG_CONTENT": json.dumps(config),

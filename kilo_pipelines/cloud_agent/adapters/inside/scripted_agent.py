@@ -68,8 +68,9 @@ def run_tool(name, arguments):
         if name == "glob":
             return "\n".join(sorted(glob.glob(arguments["pattern"], recursive=True)))[:OUTPUT_LIMIT]
         if name == "grep":
-            command = ["grep", "-rnE", "--", arguments["pattern"], arguments.get("path") or "."]
-            return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout[:OUTPUT_LIMIT]
+            command = ["grep", "-rnIE", "--exclude-dir=.git", "--", arguments["pattern"], arguments.get("path") or "."]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            return "No files found" if done.returncode == 1 else (done.stdout + done.stderr)[:OUTPUT_LIMIT]
         if name == "bash":
             done = subprocess.run(arguments["command"], shell=True, capture_output=True, text=True, errors="replace", timeout=120)
             return (done.stdout + done.stderr)[:OUTPUT_LIMIT]

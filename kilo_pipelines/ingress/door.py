@@ -54,7 +54,8 @@ _HEADERS = {
     "x-frame-options": "DENY",
     "content-security-policy": "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    # Not `no-referrer`: browsers then send `Origin: null` with the login form, which no page of ours is.
+    "referrer-policy": "same-origin",
     "cache-control": "no-store",
 }
 

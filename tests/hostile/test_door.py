@@ -15,6 +15,7 @@ import pytest
 import websockets
 from websockets.sync.client import connect
 
+from tests.support.browser import browser
 from tests.support.figures import Figures
 from tests.support.platform import RunningPlatform
 
@@ -71,6 +72,20 @@ def test_a_browser_is_led_to_the_login_and_in(platform: RunningPlatform) -> None
     assert platform.graphql("{ version }")["version"]
     cookie = next(one for one in platform.browser.cookies.jar if one.name == "kilo_operator")
     assert cookie.has_nonstandard_attr("HttpOnly")
+
+
+def test_a_person_logs_in_and_looks_around_with_a_real_browser(platform: RunningPlatform) -> None:
+    """What it sends as `Origin` depends on our own headers: an in-process client would not notice."""
+    admin = platform.settings.admin_url
+    password = platform.cli("password", "reset")[1]["password"]
+    platform.__dict__.pop("browser", None)  # its session has ended with the old password
+    with browser() as page:
+        page.go(f"{admin}/dagster/assets", "!!document.querySelector('input[type=password]')")
+        page.run(f"document.querySelector('input[type=password]').value = {json.dumps(password)}")
+        page.run("document.querySelector('button').click()")
+        page.wait("location.pathname.startsWith('/dagster')")
+        page.go(f"{admin}/dagster/assets/security_findings", "document.body.innerText.includes('security_findings')")
+        page.wait("document.body.innerText.includes('Materialize')")
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1", ""])

@@ -33,7 +33,7 @@ from kilo_pipelines.core.changes import MAX_BYTES, MAX_FILES, commit_text, refus
 from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts, WriteTask
+from kilo_pipelines.core.session import Brief, BriefPart, SearchingTask, SessionTask, WorkspaceFacts, WriteTask
 from kilo_pipelines.core.text import one_line
 
 WAIT_SECONDS = 0.25  # between two looks at the child and the heartbeat
@@ -48,6 +48,8 @@ NONCE_BYTES = 16
 # our time and memory.
 EVENT_BYTES = 2**20
 MAX_EVENTS = 200_000
+# Files with hits that are kept as evidence: more of them say nothing more.
+MAX_FOUND = 200
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class _Run:
         self._mirror: Mirror | None = None
         self._results: list[dict[str, Any]] = []
         self._turns: list[int] = []
+        self._found: list[str] | None = None
         # The merged, validated and bound result, once there is one; a refused change doesn't take it away.
         self.result: dict[str, Any] | None = None
 
@@ -174,6 +177,8 @@ class _Run:
         self.result = self._task.merge(self._results)
         self._control.event("result_bound", {"turns": len(self._transcript.turns), "covered": len(self._transcript.covered)})
         self._close_mirror()
+        if isinstance(self._task, SearchingTask):
+            self._found = _files_with(bare, self._facts.head_sha, self._task.searched(self.result))
         if isinstance(self._task, WriteTask) and self._spec.writes:
             message = self._task.commit_message(self.result)
             if message is not None:
@@ -512,6 +517,7 @@ class _Run:
             transcript_sha256=self._transcript.sha256 or None,
             policy_commit=self._facts.policy_commit,
             policy_truncated=self._facts.policy_truncated,
+            found=self._found,
         )
 
     def clean_up(self) -> None:
@@ -526,6 +532,16 @@ class _Run:
 
 _MISSING = "the result file is missing"
 _FINALISED = {"nested": Reason.CHANGE_NESTED_REPOSITORY, "too_large": Reason.CHANGE_TOO_LARGE}
+
+
+def _files_with(bare: Path, commit: str, texts: list[str]) -> list[str] | None:
+    """Files of a commit that hold one of these texts; None when nothing was or could be looked for."""
+    if not texts:
+        return None
+    try:
+        return sorted({path for path, _ in git.lines_with(bare, commit, texts)})[:MAX_FOUND]
+    except git.GitError:
+        return None
 
 
 def _mirrored(name: str) -> str:

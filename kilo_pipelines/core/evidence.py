@@ -64,6 +64,11 @@ class Evidence(BaseModel):
     policy_commit: str | None = Field(default=None, description="default-branch commit that REVIEW.md was read at")
     policy_truncated: bool = False
 
+    found: list[str] | None = Field(
+        default=None,
+        description="files of the head in which a text occurs that the result says was looked for; None: not looked for",
+    )
+
     @property
     def changed_blobs(self) -> int:
         """Changed blob pairs in the diff."""

@@ -60,6 +60,7 @@ class Reason(StrEnum):
     ANALYSIS_ACTIVE = "analysis_active"
     ANALYSIS_LOOP = "analysis_loop"
     ANALYSED = "analysed"
+    ANALYSIS_CONTRADICTED = "analysis_contradicted"
     TRIAGE_UNUSABLE = "triage_unusable"
     NO_REPOSITORIES = "no_repositories"
     ALERT_MALFORMED = "alert_malformed"
@@ -388,6 +389,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Look why it is reopened, then start an analysis by hand.",
     ),
     Reason.ANALYSED: ("The finding was analysed.", "Nothing."),
+    Reason.ANALYSIS_CONTRADICTED: (
+        "The analysis says not exploitable, and the repository has uses that it doesn't name, or it names nothing to look for.",
+        "Look yourself, or start the analysis over with `--restart`.",
+    ),
     Reason.TRIAGE_UNUSABLE: (
         "The model's answer about the metadata can't be used.",
         "Nothing; the repository decides. Look at the model if it happens again.",

@@ -79,6 +79,15 @@ class SessionTask(Protocol):
 
 
 @runtime_checkable
+class SearchingTask(SessionTask, Protocol):
+    """A service's half of a session whose result says what it looked for; the platform looks for it, too."""
+
+    def searched(self, result: dict[str, Any]) -> list[str]:
+        """Literal texts of one line each, out of the merged result."""
+        ...
+
+
+@runtime_checkable
 class WriteTask(SessionTask, Protocol):
     """A service's half of a session whose change is pushed."""
 

@@ -21,7 +21,7 @@ from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
-from kilo_pipelines.services.security import brief, eligibility, triage
+from kilo_pipelines.services.security import brief, eligibility, triage, uses
 from kilo_pipelines.services.security.analysis import DeepAnalysis, Triage, snapshot_of
 from kilo_pipelines.services.security.config import SERVICE as SETTINGS
 from kilo_pipelines.services.security.config import SecurityConfig
@@ -251,7 +251,9 @@ def _conclude(tx: SettleTx, result: dict[str, Any], evidence: dict[str, Any] | N
         deep = brief.analysis_of(result)
     except ValidationError:
         return _end(tx, WorkState.FAILED, Reason.RESULT_INVALID, evidence, None)
-    return _end(tx, WorkState.COMPLETED, Reason.ANALYSED, evidence, deep)
+    believed = uses.believed(deep, evidence)
+    reason = Reason.ANALYSED if believed == deep else Reason.ANALYSIS_CONTRADICTED
+    return _end(tx, WorkState.COMPLETED, reason, evidence, believed)
 
 
 def _failed(store: Store, tx: SettleTx, reason: Reason, evidence: dict[str, Any] | None) -> str:

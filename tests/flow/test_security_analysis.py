@@ -69,6 +69,24 @@ def test_reading_the_repository_tells_a_package_that_is_reached_from_one_that_no
     assert sorted(one["exploitable"] for one in shop.audited("security.finding.analysis_completed")) == [False, True]
 
 
+def test_what_a_session_says_that_saw_nothing_is_not_believed(
+    database: Database, twin: Twin, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its search found nothing, and the platform's finds the use: nobody has judged it."""
+    monkeypatch.setenv("KILO_SCRIPTED_BEHAVIOUR", "blind")
+    shop = Storefront(database, twin)
+    shop.sync()
+    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    for one in (reached, unused):
+        _asked(shop, one, deep=True)
+    desk.work(shop.id)
+    found = _only(shop, reached)
+    assert (found.state, found.reason) == ("completed", Reason.ANALYSIS_CONTRADICTED)
+    assert found.deep and (found.deep["exploitable"], found.deep["action"]) == ("unknown", "manual_review")
+    other = _only(shop, unused)
+    assert (other.reason, other.deep and other.deep["exploitable"]) == (Reason.ANALYSED, False)
+
+
 def test_an_alert_that_its_metadata_settle_takes_no_session(database: Database, twin: Twin, desk: Dispatcher) -> None:
     owner = Owner(database, twin, 1, 120)
     owner.sync()

@@ -24,6 +24,7 @@ BEHAVIOURS = (
     "crash",
     "hang",
     "slow",
+    "blind",
     "no_result",
     "symlink_result",
     "explore",

@@ -85,6 +85,10 @@ class AnalysisTask:
             return [f"{'.'.join(map(str, error['loc'])) or 'result'}: {error['msg']}" for error in failure.errors()[:10]]
         return [] if found.nonce == nonce else ["nonce: not the nonce of this task"]
 
+    def searched(self, result: dict[str, Any]) -> list[str]:
+        """What the result says was looked for."""
+        return list(DeepResult.model_validate(result).search)
+
     def repair_prompt(self, problems: list[str], nonce: str, result_path: str) -> str:
         """Asks once more for a valid result."""
         listing = "\n".join(f"- {problem}" for problem in problems) or "- the file is missing"

@@ -60,6 +60,9 @@ def ask(messages, tools=True):
             sys.exit(1)
 
 
+BLIND = []
+
+
 def run_tool(name, arguments):
     try:
         if name == "read":
@@ -67,6 +70,8 @@ def run_tool(name, arguments):
                 return "\n".join(f"{number:05d}| {line.rstrip()}" for number, line in enumerate(file, 1))[:OUTPUT_LIMIT]
         if name == "glob":
             return "\n".join(sorted(glob.glob(arguments["pattern"], recursive=True)))[:OUTPUT_LIMIT]
+        if name == "grep" and BLIND:
+            return "No files found"
         if name == "grep":
             command = ["grep", "-rnIE", "--exclude-dir=.git", "--", arguments["pattern"], arguments.get("path") or "."]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -153,6 +158,12 @@ def crash(prompt):
 def hang(prompt):
     subprocess.Popen(["sleep", "3600"])
     time.sleep(3600)
+
+
+def blind(prompt):
+    """Honest about what its tools showed, which is nothing."""
+    BLIND.append(True)
+    converse(prompt)
 
 
 def slow(prompt):

@@ -458,10 +458,12 @@ CHANGED_SECURITY_OWNERS = SystemStatement(
 )
 ANALYSING_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
-    " and c.action_required is null and o.enabled and (coalesce((c.config ->> 'auto_analysis_enabled')::boolean, false) or exists ("
+    " and c.action_required is null and o.enabled and (coalesce((c.config ->> 'auto_analysis_enabled')::boolean, false)"
+    " or coalesce((c.config ->> 'auto_dismiss_enabled')::boolean, false)"
+    " or coalesce((c.config ->> 'auto_remediation_enabled')::boolean, false) or exists ("
     " select 1 from work_items w where w.owner_id = c.owner_id and w.service = 'security_analysis' and w.state = 'waiting'))"
     " order by c.owner_id",
-    "one schedule keeps the analyses of every owner in line",
+    "one schedule keeps the analyses of every owner in line, and what follows from them",
 )
 NOTIFIED_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"

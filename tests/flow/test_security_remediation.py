@@ -316,6 +316,48 @@ def test_an_analysis_starts_a_remediation_only_where_its_owner_wants_that(databa
     shop.store.queue.cancel(row.item_id, reason=Reason.USER_CANCELLED, actor="test")
 
 
+AUTOMATIC = {"auto_remediation_enabled": True, "auto_remediation_require_approval": False}
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed", "dead"])
+def test_no_sweep_starts_again_what_was_started_once_and_a_person_can(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path, end: str
+) -> None:
+    shop = Shop(database, twin, tmp_path)
+    first, other = shop.finding("twin-unpack"), shop.another("twin-unpack")
+    shop.configure(**AUTOMATIC)
+    assert shop.id in shop.store.analyses.owners(), "an owner who wants remediations only is swept, too"
+    for one in (first, other):
+        analysed(shop, one)
+
+    def sweep() -> int:
+        desk.run("security_sweep", "sweep_analyses", [shop.id])
+        return len(shop.store.remediations.of_owner(shop.id))
+
+    assert sweep() == 1
+    item = shop.store.remediations.of_owner(shop.id)[0].item_id
+    if end == "cancelled":
+        assert cancel(shop.store, shop.id, item, actor="test", role="member") is None
+    elif end == "failed":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KILO_REGISTRIES", "{}")
+            desk.work(shop.id)
+    else:
+        twin.fault("POST", f"{shop.full_name}/pulls", status=422)
+        desk.work(shop.id)
+    row = shop.row(item)
+    assert end in (row.state, row.effect_state)
+    assert [sweep() for _ in range(2)] == [1, 1]
+    again = shop.asked(first, retry=True)
+    assert shop.row(again).state == "waiting"
+    shop.store.queue.cancel(again, reason=Reason.USER_CANCELLED, actor="test")
+    assert sweep() == 2
+    shop.clock.advance(timedelta(seconds=1))
+    analysed(shop, first, summary="Looked at again.")
+    assert sweep() == 3, "a new analysis is a new reason"
+    shop.store.queue.cancel(shop.store.remediations.of_owner(shop.id)[0].item_id, reason=Reason.USER_CANCELLED, actor="test")
+
+
 def test_one_command_reaches_every_open_finding_whatever_their_number(database: Database, twin: Twin) -> None:
     owner = Owner(database, twin, 1, 700)
     owner.sync()

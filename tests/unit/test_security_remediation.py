@@ -66,7 +66,10 @@ def analysis(of: Any, **deep: Any) -> SimpleNamespace:
 
 def case(config: SecurityConfig = ON, deep: dict[str, Any] | None = None, earlier: Any = (), **more: Any) -> Case:
     one = finding(**more)
-    return Case(one, True, config, True, analysis(one, **deep or {}), [Earlier(*made) for made in earlier])
+    before = NOW - timedelta(days=2)
+    return Case(
+        one, True, config, True, analysis(one, **deep or {}), [Earlier(*made, *((before,) * (3 - len(made)))) for made in earlier]
+    )
 
 
 def own(one: Case) -> str:
@@ -122,6 +125,10 @@ AUTOMATIC = [
     (case(ON.model_copy(update={"auto_remediation_enabled_at": None})), Reason.BEFORE_ENABLEMENT),
     (case(ON.model_copy(update={"auto_remediation_enabled_at": NOW + timedelta(seconds=1)})), Reason.BEFORE_ENABLEMENT),
     (case(ON.model_copy(update={"auto_remediation_enabled_at": NOW})), None),
+    # Whatever became of it, and whichever finding of its package it was asked for.
+    *((case(earlier=[(state, own(case()))]), Reason.DUPLICATE_ANALYSIS_RESULT) for state in sorted(rules.RETRYABLE)),
+    *((case(earlier=[(state, "x", NOW)]), Reason.DUPLICATE_ANALYSIS_RESULT) for state in sorted(rules.RETRYABLE)),
+    (case(earlier=[("cancelled", "x")]), None),
 ]
 SETTLED = [(case(earlier=[(state, own(case()))]), Reason.DUPLICATE_ANALYSIS_RESULT) for state in sorted(rules.SETTLED)]
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
@@ -29,16 +30,17 @@ SEGMENT = 36
 EarlierState = Literal["active", "pull_open", "pull_done", "blocked", "no_changes_needed", "failed", "cancelled"]
 # Ends after which a person may ask again for the same analysis.
 RETRYABLE: frozenset[EarlierState] = frozenset({"blocked", "no_changes_needed", "failed", "cancelled"})
-# Ends after which nobody but a person tries the same analysis again.
+# Ends after which a command over all findings doesn't try the same analysis again. The platform itself tries each only once.
 SETTLED: frozenset[EarlierState] = frozenset({"pull_done", "blocked", "no_changes_needed"})
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A remediation that a finding had or has."""
+    """A remediation that a finding had or has; the fingerprint is of the first of its findings."""
 
     state: EarlierState
     fingerprint: str
+    opened_at: datetime
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,17 @@ def _by_itself(case: Case, origin: Origin) -> Reason | None:
         (not reaches(case.finding.severity, config.auto_remediation_min_severity), Reason.BELOW_THRESHOLD),
         (origin == "automatic" and (since is None or case.analysis.completed_at < since), Reason.BEFORE_ENABLEMENT),
     )
-    return next((reason for holds, reason in ordered if holds), None) or _duplicate(case)
+    return next((reason for holds, reason in ordered if holds), None) or _duplicate(case, once=origin == "automatic")
 
 
-def _duplicate(case: Case) -> Reason | None:
+def _duplicate(case: Case, *, once: bool = False) -> Reason | None:
+    """`once`: whatever became of it, since a cancel is a person's word, and a failure would be repeated by every sweep."""
     own = fingerprint(case.finding, case.analysis)
     known = any(one.state in SETTLED and one.fingerprint == own for one in case.earlier)
+    if once:
+        assert case.analysis is not None  # noqa: S101  # asked before
+        since = case.analysis.completed_at
+        known = any(one.fingerprint == own or one.opened_at >= since for one in case.earlier)
     return Reason.DUPLICATE_ANALYSIS_RESULT if known else None
 
 

@@ -419,7 +419,7 @@ SECURITY_CHECKS = {
         "select o.name as owner, r.full_name as repository, m.item_id as item, m.branch, m.merged_at, m.syncs_since_merge, m.flagged_at"
         " from remediations m join owners o on o.id = m.owner_id join work_items w on w.owner_id = m.owner_id and w.id = m.item_id"
         " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
-        " where m.flagged_at is not null and m.confirmed_at is null and r.removed_at is null order by m.flagged_at limit :limit",
+        " where m.flagged_at is not null and m.confirmed_at is null and m.set_aside_at is null and r.removed_at is null order by m.flagged_at limit :limit",
         "merged remediations whose fix has not shown",
     ),
     "unanalysed": SystemStatement(

@@ -20,7 +20,9 @@ from kilo_pipelines.acts.remediation import PAGE, Bulk, admit, after_analysis, c
 from kilo_pipelines.cli.main import main
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.retry import CLASS_OF
-from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS
+from kilo_pipelines.ops.security_remediation import follow_up
+from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS, REOPENED_WITHIN
 from kilo_pipelines.settings import write_secret
 from kilo_pipelines.store import Cipher
 from tests.conftest import Database
@@ -238,12 +240,69 @@ def test_a_merge_after_which_the_alert_stays_is_flagged_and_confirmed_when_it_en
     for _ in range(CONFIRMING_SYNCS):
         assert flagged() == [] and shop.row(item).merged_at is not None
         shop.sync()
-    assert flagged() == [item] and shop.row(item).syncs_since_merge == CONFIRMING_SYNCS
+    assert flagged() == [] and shop.row(item).syncs_since_merge == CONFIRMING_SYNCS, (
+        "syncs that somebody asked for within minutes"
+    )
+    with shop.store.database.owner(shop.id) as connection:
+        connection.execute(text("update remediations set merged_at = now() - interval '18 hours'"))
+    shop.sync()
+    assert flagged() == [item]
     shop.sync()
     assert len(shop.audited("security.remediation.unconfirmed")) == 1
     shop.twin.control("scan", repository=shop.full_name)
     shop.sync()
     assert flagged() == [] and shop.row(item).confirmed_at is not None
+
+
+def test_a_merge_whose_finding_is_dismissed_is_set_aside_and_not_confirmed(shop: Shop, desk: Dispatcher) -> None:
+    item = _remediated(shop, desk)
+    shop.twin.control("merge", repository=shop.full_name, number=shop.row(item).pull_number)
+    number = int(shop.finding("twin-unpack").source_id)
+    more = {"by": "grace", "reason": "not_used", "comment": "c"}
+    shop.twin.control("move-alert", repository=shop.full_name, number=number, action="dismissed", **more)
+    shop.sync()
+    row = shop.row(item)
+    assert shop.finding("twin-unpack").status == "ignored" and (row.confirmed_at, row.flagged_at) == (None, None)
+    assert row.set_aside_at is not None
+    shop.sync()
+    assert [len(shop.audited(f"security.remediation.{one}")) for one in ("pr_merged", "set_aside", "confirmed")] == [1, 1, 0]
+
+
+def test_a_merge_is_judged_by_the_finding_that_speaks_for_its_own(shop: Shop, desk: Dispatcher) -> None:
+    item = _remediated(shop, desk)
+    finding, other = shop.finding("twin-unpack"), shop.finding("twin-tables")
+    with shop.store.database.owner(shop.id) as connection:
+        connection.execute(
+            text(
+                "update findings set disposition = 'superseded', disposition_at = now(), canonical_id = :canonical where id = :id"
+            ),
+            {"id": finding.id, "canonical": other.id},
+        )
+    shop.twin.control("merge", repository=shop.full_name, number=shop.row(item).pull_number)
+    follow_up(shop.store, GitHubResource(), shop.id, shop.repository_id, LOG)
+    row = shop.row(item)
+    assert (row.pull_state, row.confirmed_at, row.set_aside_at) == ("merged", None, None), "the other one is open"
+
+
+def test_a_pull_request_that_is_opened_again_is_followed_again(shop: Shop, desk: Dispatcher) -> None:
+    item = _remediated(shop, desk)
+    number = shop.row(item).pull_number
+
+    def sync_after(action: str) -> str | None:
+        shop.twin.control("act", full_name=shop.full_name, number=number, action=action)
+        shop.sync()
+        return shop.row(item).pull_state
+
+    assert [sync_after(action) for action in ("close", "reopen", "close", "reopen")] == ["closed", "open"] * 2
+    assert admit(shop.store, shop.id, shop.finding("twin-unpack").id, origin="manual", actor="test", role="owner") is (
+        Reason.PR_ALREADY_OPENED
+    )
+    seen = [len(shop.audited(f"security.remediation.{one}")) for one in ("pr_opened", "pr_closed", "pr_reopened")]
+    assert seen == [0, 2, 2] or seen == [1, 2, 2]
+    assert sync_after("close") == "closed"
+    shop.clock.advance(REOPENED_WITHIN)
+    assert sync_after("reopen") == "closed", "a month is long enough"
+    shop.clock.advance(-REOPENED_WITHIN)
 
 
 def test_a_sync_that_github_does_not_answer_counts_nothing(shop: Shop, desk: Dispatcher) -> None:

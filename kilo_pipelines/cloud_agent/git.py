@@ -472,6 +472,15 @@ class Quarantine:
         sizes = self._sizes({blob for *_, mode, blob in found if mode != "160000" and blob != _ZERO})
         return [Change(path, old, new, sizes.get(blob, 0)) for path, old, new, blob in found]
 
+    def content(self, of: str, path: str) -> bytes:
+        """A file of a tree or commit; GitError for one that is larger than a whole change may be."""
+        blob = f"{_hex(of)}:{path}"
+        with _reading(self.bare, "cat-file", "blob", blob, reason=Reason.CHANGE_PACK_REFUSED, extra=self._joined) as output:
+            found = output.read(MAX_BYTES + 1)
+        if len(found) > MAX_BYTES:
+            raise GitError(Reason.CHANGE_TOO_LARGE, path)
+        return found
+
     def commit(self, tree: str, head: str, message: str) -> str:
         """The one commit of the change: this tree on the recorded head, author, committer and message ours; its id."""
         who = {

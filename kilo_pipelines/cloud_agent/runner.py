@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kilo_pipelines.cloud_agent import finalise, git, relay
 from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, RELAY_URL, REPO, RESULT_PATH, AgentAdapter
@@ -29,7 +30,8 @@ from kilo_pipelines.cloud_agent.registry_mirror import Mirror, MirrorError
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxProcess, SandboxSpec, SandboxUnavailableError, python_inside
 from kilo_pipelines.cloud_agent.transcript import Transcript, bind, canonical
 from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, PACK_NAME, ResultFileError, Workspace
-from kilo_pipelines.core.changes import MAX_BYTES, MAX_FILES, commit_text, refusal_of
+from kilo_pipelines.core import origins
+from kilo_pipelines.core.changes import ABSENT, MAX_BYTES, MAX_FILES, PLAIN, Change, Refusal, commit_text, refusal_of
 from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.reasons import Reason
@@ -300,9 +302,9 @@ class _Run:
             mirror, self._mirror = self._mirror, None
             self._control.event("packages_asked", asdict(mirror.close()))
 
-    def _registry_environment(self) -> dict[str, str]:
-        """Where package managers ask; what they would ask besides packages is switched off."""
-        found: dict[str, str] = {}
+    def _package_environment(self) -> dict[str, str]:
+        """Where package managers ask; what they would ask besides packages, and what packages would run, is switched off."""
+        found = {"npm_config_ignore_scripts": "true", "YARN_ENABLE_SCRIPTS": "false"} if self._spec.writes else {}
         if "npm" in self._spec.registries:
             found |= {"npm_config_registry": _mirrored("npm")}
             found |= dict.fromkeys(("npm_config_audit", "npm_config_fund", "npm_config_update_notifier"), "false")
@@ -321,7 +323,7 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, Reason.CHANGE_PACK_REFUSED, str(failure)) from None
         change = git.Quarantine(bare, self._workspace.quarantine)
         files = change.read(pack or b"", tree, head)
-        refusal = refusal_of(files, self._spec.allow_protected)
+        refusal = refusal_of(files, self._spec.allow_protected) or self._brought_in(change, files, tree)
         if refusal is not None:
             raise _EndedError(SessionStatus.FAILED, refusal.reason, refusal.detail)
         commit = change.commit(tree, head, commit_text(message))
@@ -331,6 +333,17 @@ class _Run:
         self._courier(bare, push_token(), errand, Reason.PUSH_FAILED)
         self._control.event("pushed", {"branch": branch, "commit": commit[:12]})
         return {"branch": branch, "commit": commit, "parent": head, "files": [file.path for file in files]}
+
+    def _brought_in(self, change: git.Quarantine, files: list[Change], tree: str) -> Refusal | None:
+        """What a change of manifests and lock files would have installed, or run, that nobody chose."""
+        hosts = {urlsplit(base).netloc.lower() for base in self._registries().values()}
+        for file in files:
+            if file.new_mode != ABSENT and origins.reads(file.path):
+                old = change.content(self._spec.head_sha, file.path) if file.old_mode in PLAIN else None
+                refusal = origins.refusal_in(file.path, old, change.content(tree, file.path), hosts)
+                if refusal is not None:
+                    return refusal
+        return None
 
     def _finalise(self, sandbox: Sandbox) -> str:
         """The tree's id as the second sandbox tells it: without a credential, a network or the agent's repository."""
@@ -424,7 +437,7 @@ class _Run:
         argv = [python_inside(), "-I", "/opt/relay.py", str(RELAY_PORT), "/run/model.sock", "--", *self._adapter.argv()]
         spec = SandboxSpec(
             argv=argv,
-            env=self._adapter.env(self._spec.model, writes=self._spec.writes) | self._registry_environment(),
+            env=self._adapter.env(self._spec.model, writes=self._spec.writes) | self._package_environment(),
             cwd=REPO,
             limits=self._spec.limits,
             writable=self._writable() | {socket: "/run/model.sock"},

@@ -46,6 +46,9 @@ REFUSED = {
     "workflow": Reason.CHANGE_PROTECTED,
     "owners": Reason.CHANGE_PROTECTED,
     "attributes": Reason.CHANGE_PROTECTED,
+    "foreign": Reason.CHANGE_FOREIGN_SOURCE,
+    "install_script": Reason.CHANGE_INSTALL_SCRIPT,
+    "yarn_release": Reason.CHANGE_PROTECTED,
     "files": Reason.CHANGE_TOO_LARGE,
     "huge": Reason.CHANGE_TOO_LARGE,
     "pipe": Reason.CHANGE_UNREADABLE,
@@ -54,7 +57,7 @@ REFUSED = {
     "claim": Reason.RESULT_INVALID,
 }
 # One of each kind; the full form runs all.
-BOUNDED = ("nothing", "repository", "submodule", "link_moved", "huge", "pipe", "name", "claim")
+BOUNDED = ("nothing", "repository", "submodule", "link_moved", "foreign", "install_script", "huge", "pipe", "name", "claim")
 
 
 @pytest.fixture(scope="module")

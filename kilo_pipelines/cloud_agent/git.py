@@ -230,6 +230,14 @@ def commit_of(bare: Path, ref: str) -> str:
     return _run(bare, "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
 
 
+def contains(bare: Path, tip: str, commit: str) -> bool:
+    """Whether a commit is an ancestor of the tip; not when it is unknown."""
+    try:
+        return not _run(bare, "rev-list", "-n1", _hex(commit), f"^{_hex(tip)}")
+    except GitError:
+        return False
+
+
 def _hex(value: str, reason: Reason = Reason.HEAD_MOVED) -> str:
     if not _HEX.match(value):
         raise GitError(reason, "not an object id")

@@ -195,7 +195,10 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
 
     def _fetch(self, token: Callable[[], str]) -> tuple[Path, dict[str, str]]:
-        """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for."""
+        """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for.
+
+        A branch may have gone on meanwhile: the session's work is on the recorded head all the same.
+        """
         spec = self._spec
         bare = git.bare_path(self._config.repositories, spec.owner_id, spec.repository.external_id)
         refs = {
@@ -205,7 +208,8 @@ class _Run:
         }
         self._control.event("fetch_started", {"repository": spec.repository.full_name})
         found: dict[str, str] = self._courier(bare, token(), {"refs": refs}, Reason.FETCH_FAILED)["refs"]
-        if found["refs/kilo/head"] != spec.head_sha:
+        tip = found["refs/kilo/head"]
+        if tip != spec.head_sha and not (spec.pull_number is None and git.contains(bare, tip, spec.head_sha)):
             raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the head is another commit by now")
         return bare, found
 

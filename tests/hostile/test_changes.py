@@ -174,10 +174,22 @@ def test_a_session_that_reads_pushes_nothing_whatever_its_agent_changes(provider
     assert outcome.status is SessionStatus.COMPLETED and PUSHED not in (outcome.result or {}) and provider.refs() == before
 
 
-def test_a_moved_branch_ends_the_session_before_any_agent_runs(provider: Provider) -> None:
-    parent = git(provider.server.path, "rev-parse", f"{provider.head}^")
-    outcome = provider.world.run(provider.world.branch_spec(provider.pull, parent), ScriptedAdapter("write_edit"))
-    assert outcome.reason == Reason.HEAD_MOVED
+def test_a_branch_that_went_on_keeps_nobody_from_working_on_its_recorded_head(provider: Provider) -> None:
+    later = provider.server.commit({"docs/later.md": b"later\n"}, provider.head)
+    git(provider.server.path, "update-ref", "refs/heads/main", later)
+    try:
+        _, outcome = provider.change("edit")
+    finally:
+        git(provider.server.path, "update-ref", "refs/heads/main", provider.head)
+    assert outcome.result is not None and outcome.result[PUSHED]["parent"] == provider.head, (outcome.reason, outcome.detail)
+    assert provider.changed(outcome.result[PUSHED]["commit"]) == EDITED
+
+
+def test_a_branch_that_left_the_recorded_head_ends_the_session_before_any_agent_runs(provider: Provider) -> None:
+    elsewhere = provider.server.commit({"docs/other.md": b"other\n"}, f"{provider.head}^")
+    for head in (elsewhere, "1" * 40):
+        outcome = provider.world.run(provider.world.branch_spec(provider.pull, head), ScriptedAdapter("write_edit"))
+        assert outcome.reason == Reason.HEAD_MOVED
 
 
 class Pushing:

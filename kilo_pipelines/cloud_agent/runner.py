@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from kilo_pipelines import failpoints
 from kilo_pipelines.cloud_agent import finalise, git, relay
 from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, RELAY_URL, REPO, RESULT_PATH, AgentAdapter
 from kilo_pipelines.cloud_agent.protocol import PUSHED, Heartbeat, SessionControl, SessionOutcome, SessionSpec, SessionStatus
@@ -85,15 +86,18 @@ class SelfHostedRunner:
         control: SessionControl,
         token: Callable[[], str],
         push_token: Callable[[], str],
+        accepted: SessionOutcome | None = None,
     ) -> SessionOutcome:
         """The whole session. `token` mints a read-only repository token for the courier, `push_token` one that may write
-        contents; each is asked at most once, the second only when a checked commit is ready. TypeError for a write session
-        whose task can't say a commit's message.
+        contents; it is asked at most once, when a checked commit is ready. `accepted`: what an earlier launch was about to push,
+        and the outcome when it did. TypeError for a write session whose task can't say a commit's message.
         """
         if spec.writes and not isinstance(task, WriteTask):
             raise TypeError(f"{type(task).__name__} is no WriteTask")
         session = _Run(self._config, self._adapter, spec, task, control)
         try:
+            if accepted is not None and session.has_pushed(accepted, token):
+                return accepted
             return session.carry_out(token, push_token)
         except _EndedError as end:
             return SessionOutcome(
@@ -138,6 +142,16 @@ class _Run:
         # The merged, validated and bound result, once there is one; a refused change doesn't take it away.
         self.result: dict[str, Any] | None = None
 
+    def has_pushed(self, accepted: SessionOutcome, token: Callable[[], str]) -> bool:
+        """Whether the provider's branch holds the commit that an earlier launch accepted."""
+        assert accepted.result is not None  # noqa: S101  # nothing else is accepted
+        pushed, ref = accepted.result[PUSHED], f"refs/heads/{self._spec.branch}"
+        held = self._courier(self._bare(), token(), {"look": [ref]}, Reason.FETCH_FAILED)["refs"].get(ref)
+        if held != pushed["commit"]:
+            return False
+        self._control.event("pushed_before", {"branch": pushed["branch"], "commit": held[:12]})
+        return True
+
     def carry_out(self, token: Callable[[], str], push_token: Callable[[], str]) -> SessionOutcome:
         sandbox = self._config.sandbox()
         sandbox.require()
@@ -179,7 +193,7 @@ class _Run:
         if isinstance(self._task, WriteTask) and self._spec.writes:
             message = self._task.commit_message(self.result)
             if message is not None:
-                self.result = self.result | {PUSHED: self._push(sandbox, bare, message, push_token)}
+                self._push(sandbox, bare, message, push_token)
         return SessionOutcome(status=SessionStatus.COMPLETED, result=self.result, evidence=self.evidence())
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -200,7 +214,7 @@ class _Run:
         A branch may have gone on meanwhile: the session's work is on the recorded head all the same.
         """
         spec = self._spec
-        bare = git.bare_path(self._config.repositories, spec.owner_id, spec.repository.external_id)
+        bare = self._bare()
         refs = {
             "refs/kilo/head": spec.checkout_ref,
             "refs/kilo/base": f"refs/heads/{spec.base_ref}",
@@ -212,6 +226,9 @@ class _Run:
         if tip != spec.head_sha and not (spec.pull_number is None and git.contains(bare, tip, spec.head_sha)):
             raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the head is another commit by now")
         return bare, found
+
+    def _bare(self) -> Path:
+        return git.bare_path(self._config.repositories, self._spec.owner_id, self._spec.repository.external_id)
 
     def _courier(self, bare: Path, token: str, errand: dict[str, Any], lost: Reason) -> dict[str, Any]:
         """One errand in a process that holds a token; ends the session with its reason, or `lost` when there is no answer."""
@@ -316,10 +333,10 @@ class _Run:
             found |= {"PIP_INDEX_URL": _mirrored("pypi"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         return found
 
-    def _push(self, sandbox: Sandbox, bare: Path, message: str, push_token: Callable[[], str]) -> dict[str, Any]:
-        """From the dead agent's tree to a new branch; what was pushed. Ends the session with the reason of a refusal."""
+    def _push(self, sandbox: Sandbox, bare: Path, message: str, push_token: Callable[[], str]) -> None:
+        """From the dead agent's tree to a new branch, which the result then tells. Ends the session with the reason of a refusal."""
         head, branch = self._spec.head_sha, self._spec.branch
-        assert branch is not None  # noqa: S101  # the spec of a write session has one
+        assert branch is not None and self.result is not None  # noqa: S101  # a write session has one, after its conversation
         tree = self._finalise(sandbox)
         try:
             pack = self._workspace.read_pack(git.MAX_PACK_BYTES)
@@ -332,11 +349,17 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, refusal.reason, refusal.detail)
         commit = change.commit(tree, head, commit_text(message))
         self._control.event("change_accepted", {"files": len(files), "commit": commit[:12]})
+        told = {"branch": branch, "commit": commit, "parent": head, "files": [file.path for file in files]}
+        result = self.result | {PUSHED: told}
+        accepted = SessionOutcome(status=SessionStatus.COMPLETED, result=result, evidence=self.evidence())
+        if not self._control.accepted(accepted):
+            raise _EndedError(SessionStatus.FAILED, Reason.SESSION_LOST)
         self._look()
         errand = {"push": {"objects": str(change.directory), "commit": commit, "branch": branch}}
         self._courier(bare, push_token(), errand, Reason.PUSH_FAILED)
+        failpoints.reach("after", "push")
+        self.result = result
         self._control.event("pushed", {"branch": branch, "commit": commit[:12]})
-        return {"branch": branch, "commit": commit, "parent": head, "files": [file.path for file in files]}
 
     def _brought_in(self, change: git.Quarantine, files: list[Change], tree: str) -> Refusal | None:
         """What a change of manifests and lock files would have installed, or run, that nobody chose."""

@@ -147,6 +147,8 @@ class SessionClaim:
     fence: int
     spec: dict[str, Any]
     callback_token: str
+    # The outcome that an earlier launch was about to push.
+    accepted: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

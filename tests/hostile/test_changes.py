@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
 
 from kilo_pipelines.cloud_agent import git as ours
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
-from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionStatus
+from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionOutcome, SessionStatus
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import EvidenceKey, fault_of
 from tests.support.figures import Figures
@@ -128,6 +129,33 @@ def test_a_branch_that_exists_is_neither_moved_nor_taken_over(provider: Provider
     git(provider.server.path, "update-ref", "refs/heads/kilo/held/1", provider.head)
     _, outcome = provider.change("edit", branch="kilo/held/1")
     assert outcome.reason == Reason.BRANCH_TAKEN and provider.refs()["refs/heads/kilo/held/1"] == provider.head
+
+
+def test_a_session_that_is_taken_up_after_its_push_ends_with_what_was_pushed(provider: Provider) -> None:
+    control = Control()
+    spec, outcome = provider.change("edit", control)
+    assert control.kept == outcome and outcome.result is not None
+    before, again = provider.refs(), Control()
+    assert provider.world.run(spec, ScriptedAdapter("crash"), again, accepted=outcome) == outcome
+    assert provider.refs() == before and [kind for kind, _ in again.events] == ["pushed_before"]
+    # It died before the push, or somebody else holds the branch: the work is done anew.
+    for branch in (f"{spec.branch}1", "kilo/held/2"):
+        git(provider.server.path, "update-ref", "refs/heads/kilo/held/2", provider.head)
+        anew = spec.model_copy(update={"branch": branch, "session_id": uuid4()})
+        assert provider.world.run(anew, ScriptedAdapter("crash"), accepted=outcome).reason == Reason.AGENT_CRASHED
+
+
+class Overtaken(Control):
+    """The session went to somebody else while its change was checked."""
+
+    def accepted(self, outcome: SessionOutcome) -> bool:
+        return False
+
+
+def test_a_session_that_was_taken_over_pushes_nothing(provider: Provider) -> None:
+    before = provider.refs()
+    _, outcome = provider.change("edit", Overtaken())
+    assert outcome.reason == Reason.SESSION_LOST and provider.refs() == before
 
 
 class Blocked(ChangeTask):

@@ -156,6 +156,7 @@ class Rest:
             ("GET", repo + "/pulls", self.list_pulls),
             ("POST", repo + "/pulls", self.create_pull),
             ("GET", repo + "/pulls/{number:int}", self.get_pull),
+            ("PATCH", repo + "/pulls/{number:int}", self.update_pull),
             ("GET", repo + "/pulls/{number:int}/files", self.list_files),
             ("GET", repo + "/pulls/{number:int}/reviews", self.list_reviews),
             ("POST", repo + "/pulls/{number:int}/reviews", self.create_review),
@@ -326,6 +327,8 @@ class Rest:
         for pull in repository["pulls"].values():
             if (pull["state"], pull["head_ref"], pull["base_ref"]) == ("open", head, base):
                 raise _invalid("head", "custom", message=f"A pull request already exists for {owner}:{head}.")
+        if body.get("draft") and not repository.get("drafts", True):
+            raise ApiError(422, "Draft pull requests are not supported in this repository.")
         us = bot()
         pull = self.twin.open_pull(
             full_name,
@@ -340,6 +343,17 @@ class Rest:
         self.twin.save()
         self.webhooks.later("pull_request", "opened", self.webhooks.pull_payload(repository, pull, "opened"), repository["id"])
         return JSONResponse(self.shapes.pull(repository, pull), 201)
+
+    def update_pull(self, request: Request, body: dict[str, Any]) -> Response:
+        """Closes or opens; what else could be changed, nobody here changes."""
+        repository, pull = self._pull(request, level="write")
+        if set(body) != {"state"} or body["state"] not in ("open", "closed"):
+            raise _invalid("state")
+        pull["state"] = body["state"]
+        self.twin.save()
+        action = "closed" if body["state"] == "closed" else "reopened"
+        self.webhooks.later("pull_request", action, self.webhooks.pull_payload(repository, pull, action), repository["id"])
+        return JSONResponse(self.shapes.pull(repository, pull))
 
     def list_alerts(self, request: Request, _body: dict[str, Any]) -> Response:
         """A page of alerts under a tag of its content; the same content asked for again is a 304."""

@@ -136,11 +136,13 @@ class Control:
             self.twin.merge(repository, pull)
         return self._sent(known, pull, "closed")
 
-    def set_repository(self, repository: str, *, alerts_enabled: bool = True, archived: bool = False) -> dict[str, Any]:
-        """What an administrator sets: Dependabot alerts on or off, the repository archived or not."""
-        self._repository(repository).update(alerts_enabled=alerts_enabled, archived=archived)
+    def set_repository(
+        self, repository: str, *, alerts_enabled: bool = True, archived: bool = False, drafts: bool = True
+    ) -> dict[str, Any]:
+        """What an administrator sets: Dependabot alerts on or off, the repository archived or not; and whether its plan has drafts."""
+        self._repository(repository).update(alerts_enabled=alerts_enabled, archived=archived, drafts=drafts)
         self.twin.save()
-        return {"alerts_enabled": alerts_enabled, "archived": archived}
+        return {"alerts_enabled": alerts_enabled, "archived": archived, "drafts": drafts}
 
     def withhold(self, permissions: list[str]) -> dict[str, Any]:
         """The installation grants everything but these; tokens that are out keep what they have."""

@@ -43,7 +43,7 @@ def _owner(store: Store, owner_id: UUID) -> _Owner:
 
 def _earlier(found: Sequence[RemediationRow], finding_id: UUID, apart_from: UUID | None) -> list[rules.Earlier]:
     return [
-        rules.Earlier(rules.earlier_state(one), one.fingerprint)
+        rules.Earlier(rules.earlier_state(one), one.fingerprint, one.created_at)
         for one in found
         if finding_id in one.findings and one.item_id != apart_from
     ]

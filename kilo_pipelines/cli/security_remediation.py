@@ -68,6 +68,8 @@ def _line(one: RemediationRow) -> str:
     pull = f"{one.pull_url} {one.pull_state or 'open'}" if one.pull_url else "no pull request"
     if one.confirmed_at is not None:
         pull += ", confirmed"
+    elif one.set_aside_at is not None:
+        pull += ", its findings dismissed"
     elif one.flagged_at is not None:
         pull += f", NOT confirmed by {one.syncs_since_merge} syncs"
     why = f" ({one.reason})" if one.reason else ""

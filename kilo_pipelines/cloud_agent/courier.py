@@ -1,7 +1,7 @@
 """The courier: a short-lived process that holds a token, fetches into a bare repository or pushes from one, and ends.
 
 `python -m kilo_pipelines.cloud_agent.courier` reads one JSON request on stdin: {bare, clone_url, token} with `refs` to fetch,
-or with `push` {objects, commit, branch}. It prints one JSON answer {refs} or {reason, detail}. The process that runs the agent
+`look` (full names to look up without fetching) or `push` {objects, commit, branch}. It prints one JSON answer {refs} or {reason, detail}. The process that runs the agent
 never holds a repository token (threats, rule 1).
 """
 
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from kilo_pipelines.cloud_agent.git import GitError, Quarantine, fetch
+from kilo_pipelines.cloud_agent.git import GitError, Quarantine, fetch, remote_refs
 
 
 def main() -> int:
@@ -23,6 +23,8 @@ def main() -> int:
         if "push" in request:
             change = request["push"]
             Quarantine(bare, Path(change["objects"])).push(clone_url, token, change["commit"], change["branch"])
+        elif "look" in request:
+            refs = remote_refs(bare, clone_url, token, request["look"])
         else:
             refs = fetch(bare, clone_url, token, request["refs"])
     except GitError as failure:

@@ -182,10 +182,12 @@ def bare_path(repositories: Path, owner_id: UUID, repository_id: int) -> Path:
 
 @contextmanager
 def _locked(bare: Path) -> Iterator[None]:
-    """One fetch at a time per bare repository."""
+    """The bare repository, made where it isn't there yet; one at a time."""
     bare.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with bare.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (bare / "HEAD").exists():
+            _run(bare, "init", "-q", "--bare")
         yield
 
 
@@ -206,8 +208,6 @@ def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[
     """Fetches full refs (local name to remote name) and answers their commits by local name; GitError(fetch_failed)."""
     config, basic = _authorised(clone_url, token, Reason.FETCH_FAILED)
     with _locked(bare):
-        if not (bare / "HEAD").exists():
-            _run(bare, "init", "-q", "--bare")
         specs = [f"+{remote}:{local}" for local, remote in refs.items()]
         _run(
             bare,
@@ -225,9 +225,27 @@ def fetch(bare: Path, clone_url: str, token: str, refs: dict[str, str]) -> dict[
         return {local: commit_of(bare, local) for local in refs}
 
 
+def remote_refs(bare: Path, clone_url: str, token: str, names: list[str], reason: Reason = Reason.FETCH_FAILED) -> dict[str, str]:
+    """What the provider holds under these full names, by name; what it doesn't have is left out."""
+    config, basic = _authorised(clone_url, token, reason)
+    asked = ("ls-remote", "--refs", "--end-of-options", clone_url, *names)
+    with _locked(bare):
+        listed = _run(bare, *asked, config=config, secret=basic, reason=reason).decode()
+    found = {name: commit for commit, name in (line.split("\t") for line in listed.splitlines())}
+    return {name: found[name] for name in names if name in found}
+
+
 def commit_of(bare: Path, ref: str) -> str:
     """The commit that a full ref of ours points at."""
     return _run(bare, "rev-parse", "--verify", "-q", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
+
+
+def contains(bare: Path, tip: str, commit: str) -> bool:
+    """Whether a commit is an ancestor of the tip; not when it is unknown."""
+    try:
+        return not _run(bare, "rev-list", "-n1", _hex(commit), f"^{_hex(tip)}")
+    except GitError:
+        return False
 
 
 def _hex(value: str, reason: Reason = Reason.HEAD_MOVED) -> str:
@@ -472,6 +490,15 @@ class Quarantine:
         sizes = self._sizes({blob for *_, mode, blob in found if mode != "160000" and blob != _ZERO})
         return [Change(path, old, new, sizes.get(blob, 0)) for path, old, new, blob in found]
 
+    def content(self, of: str, path: str) -> bytes:
+        """A file of a tree or commit; GitError for one that is larger than a whole change may be."""
+        blob = f"{_hex(of)}:{path}"
+        with _reading(self.bare, "cat-file", "blob", blob, reason=Reason.CHANGE_PACK_REFUSED, extra=self._joined) as output:
+            found = output.read(MAX_BYTES + 1)
+        if len(found) > MAX_BYTES:
+            raise GitError(Reason.CHANGE_TOO_LARGE, path)
+        return found
+
     def commit(self, tree: str, head: str, message: str) -> str:
         """The one commit of the change: this tree on the recorded head, author, committer and message ours; its id."""
         who = {
@@ -490,12 +517,9 @@ class Quarantine:
         config, basic = _authorised(clone_url, token, Reason.PUSH_FAILED)
         ref = f"refs/heads/{branch}"
 
-        def ask(*args: str) -> bytes:
-            return self._run(*args, config=config, secret=basic, reason=Reason.PUSH_FAILED)
-
         try:
             # The lease expects that there is no such branch; the server itself compares once more.
-            ask(
+            self._run(
                 "push",
                 "-q",
                 "--no-verify",
@@ -505,12 +529,15 @@ class Quarantine:
                 "--end-of-options",
                 clone_url,
                 f"{_hex(commit)}:{ref}",
+                config=config,
+                secret=basic,
+                reason=Reason.PUSH_FAILED,
             )
         except GitError as failure:
-            held = ask("ls-remote", "--refs", "--end-of-options", clone_url, ref).split()
-            if not held:
+            held = remote_refs(self.bare, clone_url, token, [ref], Reason.PUSH_FAILED).get(ref)
+            if held is None:
                 raise failure from None
-            if held[0].decode() != commit:
+            if held != commit:
                 raise GitError(Reason.BRANCH_TAKEN, f"{branch} holds another commit") from None
 
     def _check_objects(self) -> None:

@@ -110,6 +110,13 @@ class SessionControl(Protocol):
         """A step worth keeping (session_events) and showing in the run's log; never a secret, prompt or diff."""
         ...
 
+    def accepted(self, outcome: SessionOutcome) -> bool:
+        """Keeps the outcome that a push is about to make true; False when the session is somebody else's by now.
+
+        Whoever takes the session up again after a death is given it, and ends with it when the push has happened.
+        """
+        ...
+
 
 class SessionStatus(StrEnum):
     """Terminal statuses (contract A9)."""

@@ -144,6 +144,8 @@ class RegistryMirror:
 
     async def _pass_on(self, request: Request) -> Response:
         self.counts.requests += 1
+        if request.method != "GET":  # the router lets HEAD through with it
+            raise RefusedError(405, "method_refused")
         if self.counts.requests > MAX_REQUESTS or self.counts.bytes >= MAX_SESSION_BYTES:
             raise RefusedError(403, "registry_budget_exceeded")
         base = self._registries.get(request.path_params["name"])
@@ -154,7 +156,7 @@ class RegistryMirror:
         prefix = f"/registry/{request.path_params['name']}/"
         address = target(base, request.scope["raw_path"].decode("ascii", "replace").removeprefix(prefix))
         try:
-            outgoing = self._client.build_request(request.method, address, headers=_HEADERS)
+            outgoing = self._client.build_request("GET", address, headers=_HEADERS)
             upstream = await self._client.send(outgoing, stream=True)
         except (httpx.HTTPError, httpx.InvalidURL):
             raise RefusedError(502, "registry_unreachable") from None

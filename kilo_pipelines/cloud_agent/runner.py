@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from kilo_pipelines import failpoints
 from kilo_pipelines.cloud_agent import finalise, git, relay
 from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, RELAY_URL, REPO, RESULT_PATH, AgentAdapter
 from kilo_pipelines.cloud_agent.protocol import PUSHED, Heartbeat, SessionControl, SessionOutcome, SessionSpec, SessionStatus
@@ -29,7 +31,8 @@ from kilo_pipelines.cloud_agent.registry_mirror import Mirror, MirrorError
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxProcess, SandboxSpec, SandboxUnavailableError, python_inside
 from kilo_pipelines.cloud_agent.transcript import Transcript, bind, canonical
 from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, PACK_NAME, ResultFileError, Workspace
-from kilo_pipelines.core.changes import MAX_BYTES, MAX_FILES, commit_text, refusal_of
+from kilo_pipelines.core import origins
+from kilo_pipelines.core.changes import ABSENT, MAX_BYTES, MAX_FILES, PLAIN, Change, Refusal, commit_text, refusal_of
 from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.reasons import Reason
@@ -85,15 +88,18 @@ class SelfHostedRunner:
         control: SessionControl,
         token: Callable[[], str],
         push_token: Callable[[], str],
+        accepted: SessionOutcome | None = None,
     ) -> SessionOutcome:
         """The whole session. `token` mints a read-only repository token for the courier, `push_token` one that may write
-        contents; each is asked at most once, the second only when a checked commit is ready. TypeError for a write session
-        whose task can't say a commit's message.
+        contents; it is asked at most once, when a checked commit is ready. `accepted`: what an earlier launch was about to push,
+        and the outcome when it did. TypeError for a write session whose task can't say a commit's message.
         """
         if spec.writes and not isinstance(task, WriteTask):
             raise TypeError(f"{type(task).__name__} is no WriteTask")
         session = _Run(self._config, self._adapter, spec, task, control)
         try:
+            if accepted is not None and session.has_pushed(accepted, token):
+                return accepted
             return session.carry_out(token, push_token)
         except _EndedError as end:
             return SessionOutcome(
@@ -139,6 +145,16 @@ class _Run:
         # The merged, validated and bound result, once there is one; a refused change doesn't take it away.
         self.result: dict[str, Any] | None = None
 
+    def has_pushed(self, accepted: SessionOutcome, token: Callable[[], str]) -> bool:
+        """Whether the provider's branch holds the commit that an earlier launch accepted."""
+        assert accepted.result is not None  # noqa: S101  # nothing else is accepted
+        pushed, ref = accepted.result[PUSHED], f"refs/heads/{self._spec.branch}"
+        held = self._courier(self._bare(), token(), {"look": [ref]}, Reason.FETCH_FAILED)["refs"].get(ref)
+        if held != pushed["commit"]:
+            return False
+        self._control.event("pushed_before", {"branch": pushed["branch"], "commit": held[:12]})
+        return True
+
     def carry_out(self, token: Callable[[], str], push_token: Callable[[], str]) -> SessionOutcome:
         sandbox = self._config.sandbox()
         sandbox.require()
@@ -182,7 +198,7 @@ class _Run:
         if isinstance(self._task, WriteTask) and self._spec.writes:
             message = self._task.commit_message(self.result)
             if message is not None:
-                self.result = self.result | {PUSHED: self._push(sandbox, bare, message, push_token)}
+                self._push(sandbox, bare, message, push_token)
         return SessionOutcome(status=SessionStatus.COMPLETED, result=self.result, evidence=self.evidence())
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -198,9 +214,12 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
 
     def _fetch(self, token: Callable[[], str]) -> tuple[Path, dict[str, str]]:
-        """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for."""
+        """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for.
+
+        A branch may have gone on meanwhile: the session's work is on the recorded head all the same.
+        """
         spec = self._spec
-        bare = git.bare_path(self._config.repositories, spec.owner_id, spec.repository.external_id)
+        bare = self._bare()
         refs = {
             "refs/kilo/head": spec.checkout_ref,
             "refs/kilo/base": f"refs/heads/{spec.base_ref}",
@@ -208,9 +227,13 @@ class _Run:
         }
         self._control.event("fetch_started", {"repository": spec.repository.full_name})
         found: dict[str, str] = self._courier(bare, token(), {"refs": refs}, Reason.FETCH_FAILED)["refs"]
-        if found["refs/kilo/head"] != spec.head_sha:
+        tip = found["refs/kilo/head"]
+        if tip != spec.head_sha and not (spec.pull_number is None and git.contains(bare, tip, spec.head_sha)):
             raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the head is another commit by now")
         return bare, found
+
+    def _bare(self) -> Path:
+        return git.bare_path(self._config.repositories, self._spec.owner_id, self._spec.repository.external_id)
 
     def _courier(self, bare: Path, token: str, errand: dict[str, Any], lost: Reason) -> dict[str, Any]:
         """One errand in a process that holds a token; ends the session with its reason, or `lost` when there is no answer."""
@@ -305,9 +328,9 @@ class _Run:
             mirror, self._mirror = self._mirror, None
             self._control.event("packages_asked", asdict(mirror.close()))
 
-    def _registry_environment(self) -> dict[str, str]:
-        """Where package managers ask; what they would ask besides packages is switched off."""
-        found: dict[str, str] = {}
+    def _package_environment(self) -> dict[str, str]:
+        """Where package managers ask; what they would ask besides packages, and what packages would run, is switched off."""
+        found = {"npm_config_ignore_scripts": "true", "YARN_ENABLE_SCRIPTS": "false"} if self._spec.writes else {}
         if "npm" in self._spec.registries:
             found |= {"npm_config_registry": _mirrored("npm")}
             found |= dict.fromkeys(("npm_config_audit", "npm_config_fund", "npm_config_update_notifier"), "false")
@@ -315,10 +338,10 @@ class _Run:
             found |= {"PIP_INDEX_URL": _mirrored("pypi"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         return found
 
-    def _push(self, sandbox: Sandbox, bare: Path, message: str, push_token: Callable[[], str]) -> dict[str, Any]:
-        """From the dead agent's tree to a new branch; what was pushed. Ends the session with the reason of a refusal."""
+    def _push(self, sandbox: Sandbox, bare: Path, message: str, push_token: Callable[[], str]) -> None:
+        """From the dead agent's tree to a new branch, which the result then tells. Ends the session with the reason of a refusal."""
         head, branch = self._spec.head_sha, self._spec.branch
-        assert branch is not None  # noqa: S101  # the spec of a write session has one
+        assert branch is not None and self.result is not None  # noqa: S101  # a write session has one, after its conversation
         tree = self._finalise(sandbox)
         try:
             pack = self._workspace.read_pack(git.MAX_PACK_BYTES)
@@ -326,16 +349,33 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, Reason.CHANGE_PACK_REFUSED, str(failure)) from None
         change = git.Quarantine(bare, self._workspace.quarantine)
         files = change.read(pack or b"", tree, head)
-        refusal = refusal_of(files, self._spec.allow_protected)
+        refusal = refusal_of(files, self._spec.allow_protected) or self._brought_in(change, files, tree)
         if refusal is not None:
             raise _EndedError(SessionStatus.FAILED, refusal.reason, refusal.detail)
         commit = change.commit(tree, head, commit_text(message))
         self._control.event("change_accepted", {"files": len(files), "commit": commit[:12]})
+        told = {"branch": branch, "commit": commit, "parent": head, "files": [file.path for file in files]}
+        result = self.result | {PUSHED: told}
+        accepted = SessionOutcome(status=SessionStatus.COMPLETED, result=result, evidence=self.evidence())
+        if not self._control.accepted(accepted):
+            raise _EndedError(SessionStatus.FAILED, Reason.SESSION_LOST)
         self._look()
         errand = {"push": {"objects": str(change.directory), "commit": commit, "branch": branch}}
         self._courier(bare, push_token(), errand, Reason.PUSH_FAILED)
+        failpoints.reach("after", "push")
+        self.result = result
         self._control.event("pushed", {"branch": branch, "commit": commit[:12]})
-        return {"branch": branch, "commit": commit, "parent": head, "files": [file.path for file in files]}
+
+    def _brought_in(self, change: git.Quarantine, files: list[Change], tree: str) -> Refusal | None:
+        """What a change of manifests and lock files would have installed, or run, that nobody chose."""
+        hosts = {urlsplit(base).netloc.lower() for base in self._registries().values()}
+        for file in files:
+            if file.new_mode != ABSENT and origins.reads(file.path):
+                old = change.content(self._spec.head_sha, file.path) if file.old_mode in PLAIN else None
+                refusal = origins.refusal_in(file.path, old, change.content(tree, file.path), hosts)
+                if refusal is not None:
+                    return refusal
+        return None
 
     def _finalise(self, sandbox: Sandbox) -> str:
         """The tree's id as the second sandbox tells it: without a credential, a network or the agent's repository."""
@@ -429,7 +469,7 @@ class _Run:
         argv = [python_inside(), "-I", "/opt/relay.py", str(RELAY_PORT), "/run/model.sock", "--", *self._adapter.argv()]
         spec = SandboxSpec(
             argv=argv,
-            env=self._adapter.env(self._spec.model, writes=self._spec.writes) | self._registry_environment(),
+            env=self._adapter.env(self._spec.model, writes=self._spec.writes) | self._package_environment(),
             cwd=REPO,
             limits=self._spec.limits,
             writable=self._writable() | {socket: "/run/model.sock"},

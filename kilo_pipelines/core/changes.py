@@ -22,7 +22,7 @@ SUBJECT_CHARS = 72  # git's own tools cut a longer first line
 BODY_CHARS = 4_000
 
 ABSENT, GITLINK, SYMLINK = "000000", "160000", "120000"
-_PLAIN = ("100644", "100755")
+PLAIN = ("100644", "100755")
 # NTFS reads these as `.git`, too (CVE-2019-1352 and its kin); HFS ignores invisible characters, which `clean` refuses before.
 _GIT_NAME = re.compile(r"(?:\.git|git~\d+)[ .]*(?::.*)?", re.IGNORECASE)
 # Any of these in a commit's message keeps GitHub's checks from running (GitHub Docs: "Skipping workflow runs").
@@ -58,7 +58,7 @@ def _fault(change: Change, allowed: Sequence[str]) -> Reason | None:
         return Reason.CHANGE_GITLINK
     if change.new_mode == SYMLINK:
         return Reason.CHANGE_SYMLINK
-    if change.new_mode not in (*_PLAIN, ABSENT):
+    if change.new_mode not in (*PLAIN, ABSENT):
         return Reason.CHANGE_MODE
     if change.new_mode != ABSENT:
         names = change.path.split("/")

@@ -34,14 +34,32 @@ PROTECTED = (
     "*/.gitattributes",
     ".gitmodules",
     ".githooks/*",
-    ".husky/*",
-    "lefthook.y*ml",
     ".pre-commit-config.yaml",
     ".envrc",
     "*.npmrc",
     "*.yarnrc*",
     "*.pnpmfile.cjs",
     "*pip.conf",
+    # Programs and settings of build tools, at any depth: what a build starts with, and packages as archives that nobody reads.
+    *(
+        pattern
+        for name in (
+            ".husky/*",
+            "lefthook.y*ml",
+            ".lefthook.y*ml",
+            ".yarn/*",
+            ".pnp.*",
+            "binding.gyp",
+            ".mvn/*",
+            "mvnw*",
+            "gradle/wrapper/*",
+            "gradlew*",
+            ".cargo/config*",
+            "nuget.config",
+            ".bundle/config",
+        )
+        for pattern in (name, f"*/{name}")
+    ),
 )
 
 

@@ -162,6 +162,8 @@ class Reason(StrEnum):
     CHANGE_MODE = "change_mode"
     CHANGE_PATH = "change_path"
     CHANGE_PROTECTED = "change_protected"
+    CHANGE_FOREIGN_SOURCE = "change_foreign_source"
+    CHANGE_INSTALL_SCRIPT = "change_install_script"
     CHANGE_TOO_LARGE = "change_too_large"
     BRANCH_TAKEN = "branch_taken"
     PUSH_FAILED = "push_failed"
@@ -482,8 +484,16 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.CHANGE_MODE: ("A file's mode is none that a change may have.", "Treat the repository as hostile."),
     Reason.CHANGE_PATH: ("A file's name is read differently on other systems.", "Rename the file by hand."),
     Reason.CHANGE_PROTECTED: (
-        "The change touches a protected path: workflows, owners, hooks, instructions for agents.",
+        "The change touches a protected path: workflows, owners, hooks, build tools' programs, instructions for agents.",
         "Make that part by hand, or let the path through in the owner's settings.",
+    ),
+    Reason.CHANGE_FOREIGN_SOURCE: (
+        "A manifest or lock file of the change takes packages from where none came from before.",
+        "Treat the repository as hostile; or allow that registry, or make the change by hand.",
+    ),
+    Reason.CHANGE_INSTALL_SCRIPT: (
+        "The change adds or changes a script that runs by itself at an install.",
+        "Treat the repository as hostile, or make the change by hand.",
     ),
     Reason.CHANGE_TOO_LARGE: ("The change has more files or bytes than anybody reads.", "Split the work."),
     Reason.BRANCH_TAKEN: ("The attempt's branch holds another commit.", "Start a new attempt; look who made the branch."),

@@ -86,6 +86,8 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.CHANGE_MODE: FailureClass.INPUT,
     Reason.CHANGE_PATH: FailureClass.INPUT,
     Reason.CHANGE_PROTECTED: FailureClass.INPUT,
+    Reason.CHANGE_FOREIGN_SOURCE: FailureClass.INPUT,
+    Reason.CHANGE_INSTALL_SCRIPT: FailureClass.INPUT,
     Reason.CHANGE_TOO_LARGE: FailureClass.INPUT,
     Reason.BRANCH_TAKEN: FailureClass.INPUT,
     Reason.REGISTRY_UNKNOWN: FailureClass.OPERATOR,

@@ -121,8 +121,10 @@ class Remediation(Strict):
     effect_state: str | None
     pull_state: str | None
     merged_at: datetime | None
+    closed_at: datetime | None
     syncs_since_merge: int
     confirmed_at: datetime | None
+    set_aside_at: datetime | None
     flagged_at: datetime | None
     created_at: datetime
     ended_at: datetime | None

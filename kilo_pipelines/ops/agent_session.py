@@ -86,6 +86,11 @@ class LeasedControl:
         self._store.sessions.event(self._claim, kind, data)
         self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
 
+    def accepted(self, outcome: SessionOutcome) -> bool:
+        """Keeps it with the session, under its fence."""
+        told = outcome.model_dump(mode="json")
+        return self._store.sessions.accept(self._claim, result=told["result"], evidence=told["evidence"])
+
 
 @op(out=Out(Nothing), description="Runs one agent session in the sandbox and reports how it ended.")
 def run_agent_session(
@@ -98,6 +103,7 @@ def run_agent_session(
         context.log.info(f"nothing to run: {claim.outcome} (session is {claim.state})")
         return
     lease_s = cloud_agent.lease_seconds()
+    accepted = SessionOutcome.model_validate(claim.accepted) if claim.accepted is not None else None
     spec = SessionSpec.model_validate(claim.spec)
     if not cloud_agent.agent_ready(spec.agent):
         unavailable = SessionOutcome(status=SessionStatus.FAILED, reason=Reason.AGENT_UNAVAILABLE)
@@ -118,6 +124,7 @@ def run_agent_session(
                 control,
                 partial(token, github.clone_token),
                 partial(token, github.push_token),
+                accepted,
             )
         except ProviderError as failure:
             outcome = SessionOutcome(status=SessionStatus.FAILED, reason=failure.reason)

@@ -240,7 +240,8 @@ def _settle(context: OpExecutionContext, store: Store, item_id: UUID) -> None:
 def follow(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> None:
     """What the owner's rules draw from an analysis: a dismissal or a pull request, or a word why neither.
 
-    Asked again by every sweep for a day, so that a run that died in between loses nothing; what was opened isn't opened twice.
+    Asked again by every sweep for a day, so that a run that died in between loses nothing; what was opened once isn't opened again, whatever
+    became of it.
     """
     dismissal.after_analysis(store, owner_id, finding_id, log)
     remediation.after_analysis(store, owner_id, finding_id, log)

@@ -239,7 +239,10 @@ def _failed(store: Store, tx: SettleTx, reason: Reason, evidence: dict[str, Any]
     return _end(tx, WorkState.CANCELLED if stopped else WorkState.FAILED, reason, evidence)
 
 
-_UNSEEN = {"pull_state": None, "merged_at": None, "syncs_since_merge": 0, "confirmed_at": None, "flagged_at": None}
+_UNSEEN = {
+    **dict.fromkeys(("pull_state", "merged_at", "closed_at", "confirmed_at", "set_aside_at", "flagged_at")),
+    "syncs_since_merge": 0,
+}
 # What an end is called in the audit log (contract 14); a pushed change is `pr_opened` once its pull request was seen.
 _ACTION = {
     Reason.REMEDIATED: "pushed",
@@ -282,7 +285,7 @@ def follow_up(store: Store, github: GitHubResource, owner_id: UUID, repository_i
 
     A provider that doesn't answer counts nothing: the next sync looks again.
     """
-    followed = store.remediations.followed(owner_id, repository_id)
+    followed = store.remediations.followed(owner_id, repository_id, reopened_within=rules.REOPENED_WITHIN)
     if not followed:
         return
     target = next((one for one in store.owners.sync_targets(owner_id) if one.repository_id == repository_id), None)
@@ -298,22 +301,37 @@ def follow_up(store: Store, github: GitHubResource, owner_id: UUID, repository_i
                 log.warning(f"pull request {row.pull_url}: {failure.reason}")
                 continue
             state = "merged" if pull.merged else pull.state
+            if state == row.pull_state:
+                continue
         _follow(store, owner_id, row, state, log)
 
 
 def _follow(store: Store, owner_id: UUID, row: RemediationRow, state: str, log: Log) -> None:
-    missed = None
+    outcome = None
     syncs = row.syncs_since_merge + (row.pull_state == "merged")
     if state == "merged":
-        findings = [store.findings.get(owner_id, one) for one in row.findings]
-        missed = rules.is_missed((one.status for one in findings if one is not None), syncs)
+        waited = datetime.now(UTC) - row.merged_at if row.merged_at else timedelta()
+        outcome = rules.after_merge([_status(store, owner_id, one) for one in row.findings], syncs, waited)
     actions = ["pr_opened"] if row.pull_state is None else []
     actions += [f"pr_{state}"] if state != row.pull_state and state != "open" else []
-    actions += ["confirmed"] if missed is False else ["unconfirmed"] if missed and row.flagged_at is None else []
+    actions += ["pr_reopened"] if (row.pull_state, state) == ("closed", "open") else []
+    actions += [outcome] if outcome and not (outcome == "unconfirmed" and row.flagged_at) else []
+    # It may be closed and opened again more than once.
+    step = f"{row.attempt}:{row.closed_at.isoformat()}" if row.closed_at else row.attempt
     events = [
-        (one, event_of(owner_id, one, action, row.item_id, row.attempt, pull_request=row.pull_url, number=row.pull_number))
+        (one, event_of(owner_id, one, action, row.item_id, step, pull_request=row.pull_url, number=row.pull_number))
         for action in actions
         for one in row.findings
     ]
-    if store.remediations.follow(owner_id, row, pull_state=state, missed=missed, events=events) and actions:
+    if store.remediations.follow(owner_id, row, pull_state=state, outcome=outcome, events=events) and actions:
         log.info(f"pull request {row.pull_url}: {', '.join(actions)}")
+
+
+def _status(store: Store, owner_id: UUID, finding_id: UUID) -> str:
+    """A finding's state; of a superseded one, that of the finding which speaks for it."""
+    seen: set[UUID] = set()
+    finding = store.findings.get(owner_id, finding_id)
+    while finding and finding.status != "fixed" and finding.canonical_id and finding.id not in seen:
+        seen.add(finding.id)
+        finding = store.findings.get(owner_id, finding.canonical_id)
+    return finding.status if finding else "gone"

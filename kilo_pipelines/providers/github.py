@@ -47,6 +47,10 @@ class ProviderError(Exception):
         self.retry_after_s = retry_after_s
 
 
+# GitHub's words where a plan has no drafts, as the message or as one of its errors.
+_NO_DRAFTS = "Draft pull requests are not supported"
+
+
 @dataclass(frozen=True)
 class PullState:
     """A pull request as GitHub tells it now."""
@@ -353,11 +357,24 @@ class GitHubInstallation:
     def create_pull(self, full_name: str, *, title: str, body: str, head: str, base: str, draft: bool) -> PullState:
         """Opens a pull request from branch `head` to branch `base` of this repository; needs pull_requests:write.
 
-        Raises ProviderError: `provider_invalid` when a branch is missing, nothing lies between them, or one is open already.
+        A repository without drafts (private ones of some plans) gets an ordinary one. Raises ProviderError: `provider_invalid` when
+        a branch is missing, nothing lies between them, or one is open already.
         """
         repository = self.repository(full_name)
         with self.errors():
-            return _pull_state(repository, repository.create_pull(base, head, title=title, body=body, draft=draft))
+            try:
+                made = repository.create_pull(base, head, title=title, body=body, draft=draft)
+            except GithubException as failure:
+                if not (draft and failure.status == 422 and _NO_DRAFTS in json.dumps(failure.data)):
+                    raise
+                made = repository.create_pull(base, head, title=title, body=body, draft=False)
+            return _pull_state(repository, made)
+
+    def close_pull(self, full_name: str, number: int) -> None:
+        """Closes a pull request; needs pull_requests:write. Raises ProviderError."""
+        pull = self.pull_object(full_name, number)
+        with self.errors():
+            pull.edit(state="closed")
 
     def review_comments(self, full_name: str, number: int) -> list[ExistingReviewComment]:
         """All inline comments, every page."""

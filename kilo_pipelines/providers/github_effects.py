@@ -300,14 +300,17 @@ def _reaction(installation: GitHubInstallation, wanted: ReactionPayload, gate: C
 
 
 def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, gate: Callable[[], None]) -> EffectReceipt:
-    """`head_moved` for a branch, or a pull request from it, that shows another commit than ours: that one nobody checked."""
+    """`head_moved` for a branch, or a pull request from it, that shows another commit than ours, or leads elsewhere: nobody checked that."""
     repository = _here(installation, wanted.full_name)
     found = installation.find_pull(wanted.full_name, wanted.head_ref)
     with installation.errors():
         shown = found.head_sha if found is not None else repository.get_commit(f"heads/{wanted.head_ref}").sha
+    moved = ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"{wanted.head_ref} is at another commit")
     if shown != wanted.head_sha:
-        raise ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"{wanted.head_ref} is at another commit")
+        raise moved
     if found is not None:
+        if found.base_ref != wanted.base_ref:
+            raise ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"the pull request leads to {found.base_ref}")
         return EffectReceipt(external_id=str(found.number), url=found.url, created=False)
     gate()
     made = installation.create_pull(
@@ -318,6 +321,9 @@ def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, 
         base=wanted.base_ref,
         draft=wanted.draft,
     )
+    if made.head_sha != wanted.head_sha:
+        installation.close_pull(wanted.full_name, made.number)
+        raise moved
     return EffectReceipt(external_id=str(made.number), url=made.url, created=True)
 
 

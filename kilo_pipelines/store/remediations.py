@@ -6,7 +6,7 @@ Number and address of a pull request are what its effect was answered with; they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -65,13 +65,19 @@ class Remediations:
         """The owner's newest remediations."""
         return self._read(owner_id, "true", limit=limit)
 
-    def followed(self, owner_id: UUID, repository_id: int) -> list[RemediationRow]:
-        """Those of a repository whose pull request is not known to be closed, and whose fix has not shown."""
+    def followed(self, owner_id: UUID, repository_id: int, *, reopened_within: timedelta) -> list[RemediationRow]:
+        """Those of a repository whose pull request is not over, and whose fix has not shown.
+
+        A closed one may be opened again: it is followed while a finding of it is open, and for as long as `reopened_within`.
+        """
         return self._read(
             owner_id,
             "w.service = 'remediation' and w.repository_id = :repository and p.number is not null"
-            " and coalesce(m.pull_state, 'open') <> 'closed' and m.confirmed_at is null",
+            " and m.confirmed_at is null and m.set_aside_at is null and (coalesce(m.pull_state, 'open') <> 'closed'"
+            "  or (m.closed_at > :since and exists (select 1 from findings f where f.owner_id = m.owner_id and f.id = any(m.findings)"
+            "   and finding_status(f.upstream_state, f.disposition) = 'open')))",
             repository=repository_id,
+            since=self._clock.now() - reopened_within,
         )
 
     def open(self, owner_id: UUID, new: NewItem, events: Callable[[UUID], Events], *, actor: str) -> UUID | None:
@@ -91,10 +97,10 @@ class Remediations:
         row: RemediationRow,
         *,
         pull_state: str,
-        missed: bool | None,
+        outcome: str | None,
         events: Events,
     ) -> bool:
-        """Keeps what a sync saw of a pull request: its state and, once it is merged, whether the fix has shown, was missed, or is awaited.
+        """Keeps what a sync saw of a pull request: its state and, once it is merged, what that has led to (`AfterMerge`; None: awaited).
 
         False when another sync was quicker: then nothing is changed and nothing counted.
         """
@@ -104,18 +110,19 @@ class Remediations:
             done = changed(
                 connection,
                 "update remediations set pull_state = :state, merged_at = case when :merged then coalesce(merged_at, :now) end,"
+                " closed_at = case when :state = 'closed' then :now else closed_at end,"
                 # The sync that saw the merge first may have read the alerts before it.
                 " syncs_since_merge = syncs_since_merge + (:merged and pull_state is not distinct from 'merged')::int,"
-                " confirmed_at = case when :merged and :shown then :now else confirmed_at end,"
-                " flagged_at = case when :merged and :missed then coalesce(flagged_at, :now) else flagged_at end"
+                " confirmed_at = case when :outcome = 'confirmed' then :now else confirmed_at end,"
+                " set_aside_at = case when :outcome = 'set_aside' then :now else set_aside_at end,"
+                " flagged_at = case when :outcome = 'unconfirmed' then coalesce(flagged_at, :now) else flagged_at end"
                 " where owner_id = :owner and item_id = :item and pull_state is not distinct from :known and syncs_since_merge = :syncs"
-                " and confirmed_at is null",
+                " and confirmed_at is null and set_aside_at is null",
                 owner=owner_id,
                 item=row.item_id,
                 state=pull_state,
                 merged=merged,
-                shown=missed is False,
-                missed=missed is True,
+                outcome=outcome,
                 known=row.pull_state,
                 syncs=row.syncs_since_merge,
                 now=now,

@@ -147,6 +147,8 @@ class SessionClaim:
     fence: int
     spec: dict[str, Any]
     callback_token: str
+    # The outcome that an earlier launch was about to push.
+    accepted: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -357,8 +359,10 @@ class RemediationRow:
     effect_state: str | None
     pull_state: str | None
     merged_at: datetime | None
+    closed_at: datetime | None
     syncs_since_merge: int
     confirmed_at: datetime | None
+    set_aside_at: datetime | None
     flagged_at: datetime | None
     created_at: datetime
     ended_at: datetime | None

@@ -162,6 +162,7 @@ class Sessions:
             fence=row["fence"] + 1,
             spec=row["spec"],
             callback_token=self._cipher.open(bytes(row["callback_token"]), f"callback:{session_id}"),
+            accepted={"status": "completed", "result": row["result"], "evidence": row["evidence"]} if row["result"] else None,
         )
 
     @staticmethod
@@ -207,6 +208,23 @@ class Sessions:
             )
             if not kept:
                 count_late_write(connection, "event")
+
+    def accept(self, claim: SessionClaim, *, result: dict[str, Any], evidence: dict[str, Any]) -> bool:
+        """Keeps what a write session ends with once its push has happened, guarded by its fence. False for a late writer."""
+        with self._database.owner(claim.owner_id) as connection:
+            kept = changed(
+                connection,
+                "update sessions set result = cast(:result as jsonb), evidence = cast(:evidence as jsonb)"
+                " where owner_id = :owner and id = :session and state = 'running' and fence = :fence",
+                owner=claim.owner_id,
+                session=claim.session_id,
+                fence=claim.fence,
+                result=json.dumps(result),
+                evidence=json.dumps(evidence),
+            )
+            if not kept:
+                count_late_write(connection, "accept")
+        return bool(kept)
 
     def finish(
         self,

@@ -419,7 +419,7 @@ SECURITY_CHECKS = {
         "select o.name as owner, r.full_name as repository, m.item_id as item, m.branch, m.merged_at, m.syncs_since_merge, m.flagged_at"
         " from remediations m join owners o on o.id = m.owner_id join work_items w on w.owner_id = m.owner_id and w.id = m.item_id"
         " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
-        " where m.flagged_at is not null and m.confirmed_at is null and r.removed_at is null order by m.flagged_at limit :limit",
+        " where m.flagged_at is not null and m.confirmed_at is null and m.set_aside_at is null and r.removed_at is null order by m.flagged_at limit :limit",
         "merged remediations whose fix has not shown",
     ),
     "unanalysed": SystemStatement(
@@ -458,10 +458,12 @@ CHANGED_SECURITY_OWNERS = SystemStatement(
 )
 ANALYSING_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
-    " and c.action_required is null and o.enabled and (coalesce((c.config ->> 'auto_analysis_enabled')::boolean, false) or exists ("
+    " and c.action_required is null and o.enabled and (coalesce((c.config ->> 'auto_analysis_enabled')::boolean, false)"
+    " or coalesce((c.config ->> 'auto_dismiss_enabled')::boolean, false)"
+    " or coalesce((c.config ->> 'auto_remediation_enabled')::boolean, false) or exists ("
     " select 1 from work_items w where w.owner_id = c.owner_id and w.service = 'security_analysis' and w.state = 'waiting'))"
     " order by c.owner_id",
-    "one schedule keeps the analyses of every owner in line",
+    "one schedule keeps the analyses of every owner in line, and what follows from them",
 )
 NOTIFIED_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"

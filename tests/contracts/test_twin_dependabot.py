@@ -14,8 +14,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.providers.github import GitHubInstallation, ProviderError
 from kilo_pipelines.providers.github_alerts import READ_ALERTS, fetch_alerts
+from kilo_pipelines.providers.github_effects import apply
 from tests.support.twin import Twin
 
 REMEDIATION = {"metadata": "read", "contents": "write", "pull_requests": "write"}
@@ -167,6 +169,54 @@ def test_pull_requests_that_cannot_be_are_refused_and_a_lost_answer_is_found(sho
     assert client.find_open_pull(shop.full_name, "kilo/another") is None  # GitHub answers everything to a filter it can't read
     shop.twin.control("act", full_name=shop.full_name, number=found.number, action="close")
     assert client.find_open_pull(shop.full_name, branch) is None
+
+
+def test_a_repository_without_drafts_gets_an_ordinary_pull_request(shop: Storefront, branch: str) -> None:
+    (shop.clone / "README.md").write_text(f"for {branch}\n")
+    assert shop.push(REMEDIATION, branch).returncode == 0
+    shop.twin.control("set-repository", repository=shop.full_name, drafts=False)
+    made = shop.client(REMEDIATION).create_pull(shop.full_name, title="t", body="b", head=branch, base="main", draft=True)
+    shop.twin.control("set-repository", repository=shop.full_name)
+    assert (made.state, made.draft, made.head_ref) == ("open", False, branch)
+
+
+def _pull_request(shop: Storefront, branch: str, commit: str) -> EffectIntent:
+    payload = {"full_name": shop.full_name, "head_ref": branch, "head_sha": commit, "base_ref": "main"}
+    text = {"title": "t", "body": "b", "draft": False}
+    return EffectIntent(kind=EffectKind.GITHUB_PULL_REQUEST, intent_key="k", subject_key="s", payload=payload | text)
+
+
+def test_a_branch_that_moves_while_its_pull_request_is_opened_leaves_none_open(shop: Storefront, branch: str) -> None:
+    (shop.clone / "README.md").write_text(f"for {branch}\n")
+    assert shop.push(REMEDIATION, branch).returncode == 0
+    bare = ["git", "-C", str(shop.twin.home / "git" / f"{shop.full_name}.git")]
+    ref = f"refs/heads/{branch}"
+    checked = subprocess.run([*bare, "rev-parse", ref], capture_output=True, check=True).stdout.decode().strip()
+
+    def moves() -> bool:
+        author = ["-c", "user.name=a", "-c", "user.email=a@acme.test"]
+        made = subprocess.run([*bare, *author, "commit-tree", f"{ref}^{{tree}}", "-p", ref, "-m", "later"], capture_output=True)
+        subprocess.run([*bare, "update-ref", ref, made.stdout.decode().strip()], check=True)
+        return True
+
+    client = shop.client(REMEDIATION)
+    with pytest.raises(ProviderError) as refused:
+        apply(client, _pull_request(shop, branch, checked), moves)
+    assert (refused.value.reason, refused.value.retryable) == ("head_moved", False)
+    found = client.find_pull(shop.full_name, branch)
+    assert found is not None and found.state == "closed"
+
+
+def test_a_pull_request_that_leads_to_another_branch_is_not_taken_for_ours(shop: Storefront, branch: str) -> None:
+    (shop.clone / "README.md").write_text(f"for {branch}\n")
+    assert shop.push(REMEDIATION, branch).returncode == 0
+    client = shop.client(REMEDIATION)
+    made = client.create_pull(shop.full_name, title="t", body="b", head=branch, base="main", draft=False)
+    assert apply(client, _pull_request(shop, branch, made.head_sha), lambda: True).external_id == str(made.number)
+    shop.twin.control("act", full_name=shop.full_name, number=made.number, action="edit-base", base=f"{branch}-base")
+    with pytest.raises(ProviderError) as refused:
+        apply(client, _pull_request(shop, branch, made.head_sha), lambda: True)
+    assert refused.value.reason == "head_moved"
 
 
 def _bearer(shop: Storefront) -> dict[str, str]:

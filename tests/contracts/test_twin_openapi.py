@@ -173,6 +173,10 @@ def test_answers_about_alerts_follow_githubs_description(world: SessionWorld, de
     api.ask("POST", f"{shop}/pulls", expected=422, token=_pulls(api, path), body=wanted)
     wanted["head"] = str(_branch(world))
     opened = api.ask("POST", f"{shop}/pulls", expected=201, token=_pulls(api, path), body=wanted)
+    here = f"{shop}/pulls/{opened['number']}"
+    for state in ("closed", "open"):
+        assert api.ask("PATCH", here, expected=200, token=_pulls(api, path), body={"state": state})["state"] == state
+    api.ask("PATCH", here, expected=422, token=_pulls(api, path), body={"state": "merged"})
     found = api.ask("GET", f"{shop}/pulls?state=open&head=acme:{wanted['head']}", expected=200, token=_pulls(api, path))
     assert [one["number"] for one in found] == [opened["number"]]
     assert api.ask("GET", f"{shop}/pulls?head=acme:other", expected=200, token=_pulls(api, path)) == []

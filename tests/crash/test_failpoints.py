@@ -20,6 +20,7 @@ from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store.sessions import QUEUE_SECONDS
 from tests.conftest import Database
+from tests.crash.test_security_remediation import ENGINE_STEPS as REMEDIATION_STEPS
 from tests.crash.test_security_remediation import SENDS
 from tests.crash.test_security_work import ENGINE_STEPS
 from tests.crash.test_security_work import SENDS as OTHER_SENDS
@@ -91,7 +92,9 @@ def places() -> set[str]:
             for prefix, one in inner:
                 if isinstance(one, ast.FunctionDef) and _opens(one):
                     found.add(f"{prefix}.{one.name}")
-    engine = {one for one in found if not one.startswith(NOT_THE_ENGINE) and one not in NO_STEP | ENGINE_STEPS}
+    engine = {
+        one for one in found if not one.startswith(NOT_THE_ENGINE) and one not in NO_STEP | ENGINE_STEPS | REMEDIATION_STEPS
+    }
     return engine | {f"send.{kind}" for kind in EffectKind} - SENDS - OTHER_SENDS
 
 

@@ -18,24 +18,33 @@ from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.store import Store
 from tests.conftest import Database
 from tests.support.figures import Figures
+from tests.support.git import git
 from tests.support.remediation import Shop, analysed, leave
 from tests.support.security import Dispatcher, syncing, with_model
 from tests.support.twin import Twin
 
 ROOM = Path(failpoints.__file__).parent / "store" / "remediations.py"
 READS = {"_read"}
+# What only sessions do that write: the outcome kept before the push, and the push.
+ENGINE_STEPS = {"store.sessions.Sessions.accept"}
+PUSH = {"push"}
 SENDS = {f"send.{EffectKind.GITHUB_PULL_REQUEST}"}
 
 
 def _steps() -> set[str]:
-    """Every function of the room that opens a transaction to write, and the write to the provider."""
-    return SENDS | {
-        f"store.remediations.{node.name}.{one.name}"
-        for node in ast.parse(ROOM.read_text()).body
-        if isinstance(node, ast.ClassDef)
-        for one in node.body
-        if isinstance(one, ast.FunctionDef) and "_database." in ast.unparse(one) and one.name not in READS
-    }
+    """Every function of the room that opens a transaction to write, the push, and the write to the provider."""
+    return (
+        SENDS
+        | ENGINE_STEPS
+        | PUSH
+        | {
+            f"store.remediations.{node.name}.{one.name}"
+            for node in ast.parse(ROOM.read_text()).body
+            if isinstance(node, ast.ClassDef)
+            for one in node.body
+            if isinstance(one, ast.FunctionDef) and "_database." in ast.unparse(one) and one.name not in READS
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +112,10 @@ def _through(database: Database, twin: Twin, home: Path, points: Path) -> tuple[
     leave(database, shop.id)
     rows = shop.store.remediations.of_owner(shop.id)
     wrong = [] if [one.state for one in rows] == ["completed"] else [f"lost or twice: items {[one.state for one in rows]}"]
+    branches = git(
+        shop.twin.home / "git" / f"{shop.full_name}.git", "for-each-ref", "refs/heads/security-remediation"
+    ).splitlines()
+    wrong += [] if len(branches) == 1 else [f"lost or twice: {len(branches)} branches"]
     wrong += [] if len(shop.pulls()) == 1 else [f"lost or twice: {len(shop.pulls())} pull requests"]
     for action in ("queued", "pushed", "pr_opened", "pr_merged", "confirmed"):
         count = len(shop.audited(f"security.remediation.{action}"))

@@ -20,7 +20,9 @@ from kilo_pipelines.acts.remediation import PAGE, Bulk, admit, after_analysis, c
 from kilo_pipelines.cli.main import main
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.retry import CLASS_OF
-from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS
+from kilo_pipelines.ops.security_remediation import follow_up
+from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS, REOPENED_WITHIN
 from kilo_pipelines.settings import write_secret
 from kilo_pipelines.store import Cipher
 from tests.conftest import Database
@@ -238,12 +240,69 @@ def test_a_merge_after_which_the_alert_stays_is_flagged_and_confirmed_when_it_en
     for _ in range(CONFIRMING_SYNCS):
         assert flagged() == [] and shop.row(item).merged_at is not None
         shop.sync()
-    assert flagged() == [item] and shop.row(item).syncs_since_merge == CONFIRMING_SYNCS
+    assert flagged() == [] and shop.row(item).syncs_since_merge == CONFIRMING_SYNCS, (
+        "syncs that somebody asked for within minutes"
+    )
+    with shop.store.database.owner(shop.id) as connection:
+        connection.execute(text("update remediations set merged_at = now() - interval '18 hours'"))
+    shop.sync()
+    assert flagged() == [item]
     shop.sync()
     assert len(shop.audited("security.remediation.unconfirmed")) == 1
     shop.twin.control("scan", repository=shop.full_name)
     shop.sync()
     assert flagged() == [] and shop.row(item).confirmed_at is not None
+
+
+def test_a_merge_whose_finding_is_dismissed_is_set_aside_and_not_confirmed(shop: Shop, desk: Dispatcher) -> None:
+    item = _remediated(shop, desk)
+    shop.twin.control("merge", repository=shop.full_name, number=shop.row(item).pull_number)
+    number = int(shop.finding("twin-unpack").source_id)
+    more = {"by": "grace", "reason": "not_used", "comment": "c"}
+    shop.twin.control("move-alert", repository=shop.full_name, number=number, action="dismissed", **more)
+    shop.sync()
+    row = shop.row(item)
+    assert shop.finding("twin-unpack").status == "ignored" and (row.confirmed_at, row.flagged_at) == (None, None)
+    assert row.set_aside_at is not None
+    shop.sync()
+    assert [len(shop.audited(f"security.remediation.{one}")) for one in ("pr_merged", "set_aside", "confirmed")] == [1, 1, 0]
+
+
+def test_a_merge_is_judged_by_the_finding_that_speaks_for_its_own(shop: Shop, desk: Dispatcher) -> None:
+    item = _remediated(shop, desk)
+    finding, other = shop.finding("twin-unpack"), shop.finding("twin-tables")
+    with shop.store.database.owner(shop.id) as connection:
+        connection.execute(
+            text(
+                "update findings set disposition = 'superseded', disposition_at = now(), canonical_id = :canonical where id = :id"
+            ),
+            {"id": finding.id, "canonical": other.id},
+        )
+    shop.twin.control("merge", repository=shop.full_name, number=shop.row(item).pull_number)
+    follow_up(shop.store, GitHubResource(), shop.id, shop.repository_id, LOG)
+    row = shop.row(item)
+    assert (row.pull_state, row.confirmed_at, row.set_aside_at) == ("merged", None, None), "the other one is open"
+
+
+def test_a_pull_request_that_is_opened_again_is_followed_again(shop: Shop, desk: Dispatcher) -> None:
+    item = _remediated(shop, desk)
+    number = shop.row(item).pull_number
+
+    def sync_after(action: str) -> str | None:
+        shop.twin.control("act", full_name=shop.full_name, number=number, action=action)
+        shop.sync()
+        return shop.row(item).pull_state
+
+    assert [sync_after(action) for action in ("close", "reopen", "close", "reopen")] == ["closed", "open"] * 2
+    assert admit(shop.store, shop.id, shop.finding("twin-unpack").id, origin="manual", actor="test", role="owner") is (
+        Reason.PR_ALREADY_OPENED
+    )
+    seen = [len(shop.audited(f"security.remediation.{one}")) for one in ("pr_opened", "pr_closed", "pr_reopened")]
+    assert seen == [0, 2, 2] or seen == [1, 2, 2]
+    assert sync_after("close") == "closed"
+    shop.clock.advance(REOPENED_WITHIN)
+    assert sync_after("reopen") == "closed", "a month is long enough"
+    shop.clock.advance(-REOPENED_WITHIN)
 
 
 def test_a_sync_that_github_does_not_answer_counts_nothing(shop: Shop, desk: Dispatcher) -> None:
@@ -314,6 +373,48 @@ def test_an_analysis_starts_a_remediation_only_where_its_owner_wants_that(databa
     (row,) = shop.store.remediations.of_owner(shop.id)
     assert (row.origin, row.requested_by, row.findings) == ("automatic", "platform", [finding.id])
     shop.store.queue.cancel(row.item_id, reason=Reason.USER_CANCELLED, actor="test")
+
+
+AUTOMATIC = {"auto_remediation_enabled": True, "auto_remediation_require_approval": False}
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed", "dead"])
+def test_no_sweep_starts_again_what_was_started_once_and_a_person_can(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path, end: str
+) -> None:
+    shop = Shop(database, twin, tmp_path)
+    first, other = shop.finding("twin-unpack"), shop.another("twin-unpack")
+    shop.configure(**AUTOMATIC)
+    assert shop.id in shop.store.analyses.owners(), "an owner who wants remediations only is swept, too"
+    for one in (first, other):
+        analysed(shop, one)
+
+    def sweep() -> int:
+        desk.run("security_sweep", "sweep_analyses", [shop.id])
+        return len(shop.store.remediations.of_owner(shop.id))
+
+    assert sweep() == 1
+    item = shop.store.remediations.of_owner(shop.id)[0].item_id
+    if end == "cancelled":
+        assert cancel(shop.store, shop.id, item, actor="test", role="member") is None
+    elif end == "failed":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KILO_REGISTRIES", "{}")
+            desk.work(shop.id)
+    else:
+        twin.fault("POST", f"{shop.full_name}/pulls", status=422)
+        desk.work(shop.id)
+    row = shop.row(item)
+    assert end in (row.state, row.effect_state)
+    assert [sweep() for _ in range(2)] == [1, 1]
+    again = shop.asked(first, retry=True)
+    assert shop.row(again).state == "waiting"
+    shop.store.queue.cancel(again, reason=Reason.USER_CANCELLED, actor="test")
+    assert sweep() == 2
+    shop.clock.advance(timedelta(seconds=1))
+    analysed(shop, first, summary="Looked at again.")
+    assert sweep() == 3, "a new analysis is a new reason"
+    shop.store.queue.cancel(shop.store.remediations.of_owner(shop.id)[0].item_id, reason=Reason.USER_CANCELLED, actor="test")
 
 
 def test_one_command_reaches_every_open_finding_whatever_their_number(database: Database, twin: Twin) -> None:

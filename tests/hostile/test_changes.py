@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
 
 from kilo_pipelines.cloud_agent import git as ours
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
-from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionStatus
+from kilo_pipelines.cloud_agent.protocol import PUSHED, SessionOutcome, SessionStatus
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import EvidenceKey, fault_of
 from tests.support.figures import Figures
@@ -46,6 +47,9 @@ REFUSED = {
     "workflow": Reason.CHANGE_PROTECTED,
     "owners": Reason.CHANGE_PROTECTED,
     "attributes": Reason.CHANGE_PROTECTED,
+    "foreign": Reason.CHANGE_FOREIGN_SOURCE,
+    "install_script": Reason.CHANGE_INSTALL_SCRIPT,
+    "yarn_release": Reason.CHANGE_PROTECTED,
     "files": Reason.CHANGE_TOO_LARGE,
     "huge": Reason.CHANGE_TOO_LARGE,
     "pipe": Reason.CHANGE_UNREADABLE,
@@ -54,7 +58,7 @@ REFUSED = {
     "claim": Reason.RESULT_INVALID,
 }
 # One of each kind; the full form runs all.
-BOUNDED = ("nothing", "repository", "submodule", "link_moved", "huge", "pipe", "name", "claim")
+BOUNDED = ("nothing", "repository", "submodule", "link_moved", "foreign", "install_script", "huge", "pipe", "name", "claim")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,33 @@ def test_a_branch_that_exists_is_neither_moved_nor_taken_over(provider: Provider
     assert outcome.reason == Reason.BRANCH_TAKEN and provider.refs()["refs/heads/kilo/held/1"] == provider.head
 
 
+def test_a_session_that_is_taken_up_after_its_push_ends_with_what_was_pushed(provider: Provider) -> None:
+    control = Control()
+    spec, outcome = provider.change("edit", control)
+    assert control.kept == outcome and outcome.result is not None
+    before, again = provider.refs(), Control()
+    assert provider.world.run(spec, ScriptedAdapter("crash"), again, accepted=outcome) == outcome
+    assert provider.refs() == before and [kind for kind, _ in again.events] == ["pushed_before"]
+    # It died before the push, or somebody else holds the branch: the work is done anew.
+    for branch in (f"{spec.branch}1", "kilo/held/2"):
+        git(provider.server.path, "update-ref", "refs/heads/kilo/held/2", provider.head)
+        anew = spec.model_copy(update={"branch": branch, "session_id": uuid4()})
+        assert provider.world.run(anew, ScriptedAdapter("crash"), accepted=outcome).reason == Reason.AGENT_CRASHED
+
+
+class Overtaken(Control):
+    """The session went to somebody else while its change was checked."""
+
+    def accepted(self, outcome: SessionOutcome) -> bool:
+        return False
+
+
+def test_a_session_that_was_taken_over_pushes_nothing(provider: Provider) -> None:
+    before = provider.refs()
+    _, outcome = provider.change("edit", Overtaken())
+    assert outcome.reason == Reason.SESSION_LOST and provider.refs() == before
+
+
 class Blocked(ChangeTask):
     """A result that asks for no push."""
 
@@ -171,10 +202,22 @@ def test_a_session_that_reads_pushes_nothing_whatever_its_agent_changes(provider
     assert outcome.status is SessionStatus.COMPLETED and PUSHED not in (outcome.result or {}) and provider.refs() == before
 
 
-def test_a_moved_branch_ends_the_session_before_any_agent_runs(provider: Provider) -> None:
-    parent = git(provider.server.path, "rev-parse", f"{provider.head}^")
-    outcome = provider.world.run(provider.world.branch_spec(provider.pull, parent), ScriptedAdapter("write_edit"))
-    assert outcome.reason == Reason.HEAD_MOVED
+def test_a_branch_that_went_on_keeps_nobody_from_working_on_its_recorded_head(provider: Provider) -> None:
+    later = provider.server.commit({"docs/later.md": b"later\n"}, provider.head)
+    git(provider.server.path, "update-ref", "refs/heads/main", later)
+    try:
+        _, outcome = provider.change("edit")
+    finally:
+        git(provider.server.path, "update-ref", "refs/heads/main", provider.head)
+    assert outcome.result is not None and outcome.result[PUSHED]["parent"] == provider.head, (outcome.reason, outcome.detail)
+    assert provider.changed(outcome.result[PUSHED]["commit"]) == EDITED
+
+
+def test_a_branch_that_left_the_recorded_head_ends_the_session_before_any_agent_runs(provider: Provider) -> None:
+    elsewhere = provider.server.commit({"docs/other.md": b"other\n"}, f"{provider.head}^")
+    for head in (elsewhere, "1" * 40):
+        outcome = provider.world.run(provider.world.branch_spec(provider.pull, head), ScriptedAdapter("write_edit"))
+        assert outcome.reason == Reason.HEAD_MOVED
 
 
 class Pushing:

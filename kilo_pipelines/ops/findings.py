@@ -20,12 +20,7 @@ def deadline(
 ) -> SlaRow:
     """The deadline that follows from a finding's history and what is added to it."""
     steps = sla.steps_of([*history, *(one for one in added if one.kind is not None)])
-    return row_of(sla.evaluate(steps, policy, repository_id, now))
-
-
-def row_of(state: sla.SlaState) -> SlaRow:
-    """A computed state as it is stored."""
-    return SlaRow(**sla.kept(state))
+    return SlaRow(**sla.kept(steps, policy, repository_id, now))
 
 
 def policy_for(store: Store, owner_id: UUID, config: SecurityConfig, *, actor: str) -> sla.SlaPolicy:

@@ -69,6 +69,7 @@ class OwnerSync:
     changed: int = 0
     unchanged: int = 0
     rows_written: int = 0
+    outdated: int = 0
     quarantined: int = 0
     superseded: int = 0
     analyses: int = 0
@@ -79,6 +80,8 @@ class OwnerSync:
         self.changed += page.changed
         self.unchanged += page.unchanged
         self.rows_written += page.rows_written
+        self.outdated += page.outdated
+        self.quarantined += page.quarantined
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,6 @@ class AlertTaker:
         self._repository_id = repository_id
         self._policy = policy
         self._first_sync = first_sync
-        self._now = datetime.now(UTC)
 
     @staticmethod
     def sort(raw: Sequence[object]) -> tuple[list[_Alert], list[tuple[str, str, str]]]:
@@ -143,19 +145,34 @@ class AlertTaker:
         for one in raw:
             parsed = rules.parse_alert(one)
             if isinstance(parsed, rules.BadAlert):
-                bad.append((str(parsed.number) if parsed.number is not None else "?", str(parsed.reason), parsed.detail))
+                bad.append((parsed.source_id, str(parsed.reason), parsed.detail))
             else:
                 good.append(_Alert(parsed))
         return good, bad
 
-    def decide(self, before: FindingRow | None, history: list[FindingEventRow], alert: _Alert, finding_id: UUID) -> Change:
-        """What follows from one new or changed alert."""
+    def decide(
+        self,
+        before: FindingRow | None,
+        history: list[FindingEventRow],
+        alert: _Alert,
+        finding_id: UUID,
+        newest: tuple[int, Mapping[str, Any]] | None,
+    ) -> Change:
+        """What follows from one new or changed alert. A policy that was saved since this began counts, not the one it began with."""
+        now = datetime.now(UTC)
         steps = lifecycle.transitions(
-            before, alert.found, owner_id=self._owner_id, finding_id=finding_id, first_sync=self._first_sync
+            before,
+            alert.found,
+            owner_id=self._owner_id,
+            finding_id=finding_id,
+            first_sync=self._first_sync,
+            history=history,
+            seen=now,
         )
+        policy = sla.SlaPolicy.of_stored(*newest) if newest else self._policy
         return Change(
             as_events(steps),
-            deadline(history, steps, self._policy, self._repository_id, self._now),
+            deadline(history, steps, policy, self._repository_id, now),
             undecided=lifecycle.reopened_by_person(before, alert.found),
         )
 
@@ -252,9 +269,10 @@ def _sync_repository(
             tag = None
             good, refused = taker.sort(page.alerts)
             store.findings.quarantine(owner_id, target.repository_id, refused)
-            done.add(store.findings.apply_page(owner_id, target.repository_id, SOURCE, good, taker.decide, cursor=page.next))
+            count = store.findings.apply_page(owner_id, target.repository_id, SOURCE, good, taker.decide, cursor=page.next)
+            done.add(count)
             done.quarantined += len(refused)
-            read, bad, cursor = read + len(page.alerts), bad + len(refused), page.next
+            read, bad, cursor = read + len(page.alerts), bad + len(refused) + count.quarantined, page.next
             if cursor is None:
                 break
         else:
@@ -265,7 +283,14 @@ def _sync_repository(
     done.superseded += supersede(store, owner_id, target.repository_id, policy)
     log.info(f"{target.full_name}: {read} alerts read, {bad} in quarantine")
     # A sync that went on at a checkpoint has no tag of the first page, and another one is read whole soon.
-    return end("synced", f"{bad} alerts in quarantine" if bad else "", complete=True, etag=etag, alerts=read)
+    return end(
+        "synced",
+        f"{bad} alerts in quarantine" if bad else "",
+        complete=True,
+        etag=etag,
+        alerts=read,
+        whole_since=state.attempted_at if state.cursor is None else None,
+    )
 
 
 def _wait(page: AlertPage) -> timedelta | None:
@@ -324,7 +349,7 @@ def findings_metadata(
     numbers: Mapping[str, Any], the_worst: TableMetadataValue, repositories: Mapping[str, str]
 ) -> dict[str, MetadataValue[Any]]:
     """What is shown of an owner's findings: numbers that Dagster plots, the worst ones, how each repository stands."""
-    shown = ("findings", "open", *(f"open_{one}" for one in SEVERITIES), "fixed", "ignored", "overdue")
+    shown = ("findings", "open", *(f"open_{one}" for one in SEVERITIES), "fixed", "ignored", "overdue", "quarantined")
     return {
         **{name.replace("_", " "): MetadataValue.float(float(numbers[name])) for name in shown},
         "the worst": the_worst,
@@ -388,7 +413,7 @@ def tell(context: OpExecutionContext, store: Store, done: OwnerSync, *, whole: b
     """What a sync did; an owner of whom everything was read is materialized."""
     context.log.info(
         f"owner {done.owner_id}: {done.outcome}; {done.inserted} new, {done.changed} changed, {done.unchanged} unchanged,"
-        f" {done.quarantined} in quarantine, {done.superseded} superseded or back"
+        f" {done.outdated} {Reason.ALERT_OUTDATED}, {done.quarantined} in quarantine, {done.superseded} superseded or back"
     )
     if done.complete and whole:
         for made in _materialized(store, done):

@@ -9,10 +9,13 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
+import psycopg
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.finding_lists import Wanted, count_wanted, read_page, read_summary, read_work
@@ -58,7 +61,16 @@ _SLA = {
     "closed_at": "timestamptz",
     "reconstructed": "boolean",
     "policy_version": "integer",
+    "met_due": "timestamptz[]",
+    "missed_due": "timestamptz[]",
 }
+# What only the row's own values can be blamed for: an alert that nobody foresaw, never a lost connection or a deadlock.
+_REFUSALS = (
+    psycopg.errors.DataError,
+    psycopg.errors.CheckViolation,
+    psycopg.errors.NotNullViolation,
+    psycopg.errors.ProgramLimitExceeded,
+)
 # About 15,000 findings: some ten megabytes as a table in our process, whatever an owner has.
 BLOCK_BYTES = 2_000_000
 # The same without a table: one statement of some megabytes.
@@ -91,8 +103,10 @@ class Change:
     undecided: bool = False
 
 
-# (the finding as it stands or None, its history, the alert, its finding's id) -> what follows
-Decide = Callable[[FindingRow | None, list[FindingEventRow], Any, UUID], Change]
+# An SLA policy: its version and its content.
+Policy = tuple[int, dict[str, Any]]
+# (the finding as it stands or None, its history, the alert, its finding's id, the newest policy) -> what follows
+Decide = Callable[[FindingRow | None, list[FindingEventRow], Any, UUID, Policy | None], Change]
 
 
 @dataclass
@@ -103,6 +117,8 @@ class PageCount:
     changed: int = 0
     unchanged: int = 0
     rows_written: int = 0
+    outdated: int = 0
+    quarantined: int = 0
 
 
 class NotDisposedError(Exception):
@@ -145,8 +161,13 @@ class Findings:
         not_before: datetime | None = None,
         complete: bool,
         restart: bool = False,
+        whole_since: datetime | None = None,
     ) -> None:
-        """Keeps how a sync of a repository ended. Only a complete one makes it fresh; that and `restart` give up its checkpoint."""
+        """Keeps how a sync of a repository ended. Only a complete one makes it fresh; that and `restart` give up its checkpoint.
+
+        `whole_since`: every alert was read since then; what waits in quarantine and wasn't among them is gone.
+        """
+        now = self._clock.now()
         with self._database.owner(owner_id) as connection:
             changed(
                 connection,
@@ -165,8 +186,18 @@ class Findings:
                 restart=restart,
                 etag=etag,
                 alerts=alerts,
-                now=self._clock.now(),
+                now=now,
             )
+            if whole_since is not None:
+                changed(
+                    connection,
+                    "update quarantined_alerts set taken_at = :now where owner_id = :owner and repository_id = :repository"
+                    " and taken_at is null and last_seen_at < :since",
+                    owner=owner_id,
+                    repository=repository_id,
+                    now=now,
+                    since=whole_since,
+                )
 
     def syncs(self, owner_id: UUID) -> list[dict[str, Any]]:
         """How each of an owner's repositories stands."""
@@ -186,22 +217,8 @@ class Findings:
         """Keeps alerts that can't be taken, as (source id, reason, detail): counted and shown, each once."""
         if not bad:
             return
-        now = self._clock.now()
         with self._database.owner(owner_id) as connection:
-            for source_id, reason, detail in bad:
-                changed(
-                    connection,
-                    "insert into quarantined_alerts (owner_id, repository_id, source_id, reason, detail, first_seen_at, last_seen_at)"
-                    " values (:owner, :repository, :source_id, :reason, :detail, :now, :now)"
-                    " on conflict (owner_id, repository_id, source_id) do update set reason = excluded.reason, detail = excluded.detail,"
-                    " last_seen_at = excluded.last_seen_at, taken_at = null",
-                    owner=owner_id,
-                    repository=repository_id,
-                    source_id=source_id,
-                    reason=reason,
-                    detail=detail,
-                    now=now,
-                )
+            _quarantine(connection, owner_id, repository_id, bad, self._clock.now())
 
     def quarantined(self, owner_id: UUID) -> list[dict[str, Any]]:
         """What waits in quarantine, newest first."""
@@ -220,7 +237,7 @@ class Findings:
     ) -> PageCount:
         """One page of a repository's alerts in one transaction: what is new or changed is written with its history, audit and SLA.
 
-        An unchanged alert writes nothing. `cursor` is the page after this one: where a sync that stops here goes on.
+        An unchanged or outdated alert writes nothing; one that the database refuses goes into quarantine. `cursor` is the page after this one: where a sync that stops here goes on.
         """
         with self._database.owner(owner_id) as connection:
             count = write_alerts(connection, owner_id, repository_id, source, alerts, decide, self._clock.now())
@@ -470,7 +487,7 @@ class Findings:
         return dict(row)
 
     def posture(self) -> list[dict[str, Any]]:
-        """The same for every owner that has findings, for the operator."""
+        """The same for every owner that has findings or the Security Agent on, for the operator."""
         with self._database.system() as connection:
             return [dict(row) for row in rows(connection, system.POSTURE.sql, now=self._clock.now())]
 
@@ -493,7 +510,7 @@ class Findings:
             found = rows(connection, system.CHANGED_SECURITY_OWNERS.sql, limit=limit)
         return [(row["owner_id"], row["updated_at"]) for row in found]
 
-    def policy(self, owner_id: UUID, at: datetime | None = None) -> tuple[int, dict[str, Any]] | None:
+    def policy(self, owner_id: UUID, at: datetime | None = None) -> Policy | None:
         """The SLA policy in force (at a moment): its version and content; before the first one, the first one."""
         with self._database.owner(owner_id) as connection:
             return read_policy(connection, owner_id, at)
@@ -502,9 +519,7 @@ class Findings:
         """The version of this policy: the newest one when it says the same, else a new one."""
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
-            connection.execute(
-                text("select pg_advisory_xact_lock(hashtextextended('sla:' || :owner, 0))"), {"owner": str(owner_id)}
-            )
+            _lock_policy(connection, owner_id, "pg_advisory_xact_lock")
             newest = one(
                 connection,
                 "select version, policy from sla_policies where owner_id = :owner order by version desc limit 1",
@@ -569,8 +584,7 @@ class Findings:
     ) -> tuple[int, int]:
         """Deadlines of older policy versions anew, as `deadline(history, repository id)` says; (findings looked at, rows written).
 
-        Each block is a transaction of its own: what a crash leaves is found by whoever comes next. Who holds an older policy than
-        somebody else just saved moves nothing back.
+        Each block is read and written in transactions of its own: what a crash leaves is found by whoever comes next.
         """
         looked = written = 0
         for block in self.behind_policy(owner_id, version):
@@ -582,13 +596,13 @@ class Findings:
         return looked, written
 
     def write_sla(self, owner_id: UUID, deadlines: Iterable[tuple[UUID, SlaRow]]) -> int:
-        """Brings deadlines up to date; how many rows."""
+        """Brings deadlines up to date; how many rows. Whatever was written since of a longer history or a newer policy stays."""
         records = [{"finding_id": finding_id, **vars(sla)} for finding_id, sla in deadlines]
         with self._database.owner(owner_id) as connection:
             return _write_sla(connection, owner_id, records)
 
 
-def read_policy(connection: Connection, owner_id: UUID, at: datetime | None) -> tuple[int, dict[str, Any]] | None:
+def read_policy(connection: Connection, owner_id: UUID, at: datetime | None) -> Policy | None:
     """The SLA policy of a moment, in an owner's scope."""
     row = one(
         connection,
@@ -633,6 +647,9 @@ def write_alerts(
     connection.execute(text("set local plan_cache_mode = force_custom_plan"))
     # A webhook and a sync of one repository go one after the other: neither sees half of the other's new rows.
     lock_subject(connection, owner_id, "findings", str(repository_id))
+    # A policy is saved before this, or its recomputing comes after it.
+    _lock_policy(connection, owner_id, "pg_advisory_xact_lock_shared")
+    policy = read_policy(connection, owner_id, None)
     count = PageCount()
     latest = {alert.source_id: alert for alert in alerts}
     known = {
@@ -647,39 +664,86 @@ def write_alerts(
             ids=list(latest),
         )
     }
-    fresh = {
-        number: (known.get(number), alert, print_)
-        for number, alert in sorted(latest.items())
-        if (print_ := alert.fingerprint()) != (known[number].fingerprint if number in known else None)
-    }
-    count.unchanged = len(latest) - len(fresh)
-    if not fresh:
-        return count
-    history = read_history(connection, owner_id, [old.id for old, _, _ in fresh.values() if old is not None])
+    fresh: list[_Fresh] = []
+    for number, alert in sorted(latest.items()):
+        old, facts = known.get(number), {**alert.facts(), "fingerprint": alert.fingerprint()}
+        if old is not None and facts["fingerprint"] == old.fingerprint:
+            count.unchanged += 1
+        elif old is not None and facts["source_updated_at"] < old.source_updated_at:
+            count.outdated += 1  # an event was quicker than the page
+        else:
+            fresh.append(_Fresh(number, old, alert, facts))
+    history = read_history(connection, owner_id, [one.old.id for one in fresh if one.old is not None])
+
+    def write(some: list[_Fresh]) -> list[tuple[str, str, str]]:
+        """These as a whole, else each by itself; what the database refuses."""
+        try:
+            with connection.begin_nested():
+                count.rows_written += _write_fresh(
+                    connection, owner_id, repository_id, source, some, history, policy, decide, now
+                )
+        except DBAPIError as failure:
+            if not isinstance(failure.orig, _REFUSALS):
+                raise
+            if len(some) > 1:
+                return [refused for one in some for refused in write([one])]
+            return [(some[0].number, str(Reason.ALERT_REFUSED), type(failure.orig).__name__)]
+        return []
+
+    refused = write(fresh) if fresh else []
+    _quarantine(connection, owner_id, repository_id, refused, now)
+    set_aside = {number for number, _, _ in refused}
+    count.quarantined = len(refused)
+    count.inserted = sum(one.old is None for one in fresh if one.number not in set_aside)
+    count.changed = len(fresh) - count.quarantined - count.inserted
+    changed(
+        connection,
+        "update quarantined_alerts set taken_at = :now where owner_id = :owner and repository_id = :repository and source_id = any(:ids)"
+        " and taken_at is null",
+        now=now,
+        owner=owner_id,
+        repository=repository_id,
+        ids=[number for number in latest if number not in set_aside],
+    )
+    return count
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """An alert that is new or changed, with the finding as it stands."""
+
+    number: str
+    old: FindingRow | None
+    alert: Alert
+    facts: Mapping[str, Any]
+
+
+def _write_fresh(
+    connection: Connection,
+    owner_id: UUID,
+    repository_id: int,
+    source: str,
+    fresh: list[_Fresh],
+    history: Mapping[UUID, list[FindingEventRow]],
+    policy: Policy | None,
+    decide: Decide,
+    now: datetime,
+) -> int:
+    """Findings with all that follows from them; how many."""
     records, events, slas, undecided = [], [], [], []
-    for number, (old, alert, print_) in fresh.items():
-        finding_id = old.id if old else uuid4()
-        change = decide(old, history.get(finding_id, []), alert, finding_id)
-        records.append(
-            {
-                "id": finding_id,
-                "source_id": number,
-                "cwe_ids": list(alert.cwe_ids),
-                **alert.facts(),
-                "fingerprint": print_,
-            }
-        )
+    for new in fresh:
+        finding_id = new.old.id if new.old else uuid4()
+        change = decide(new.old, history.get(finding_id, []), new.alert, finding_id, policy)
+        records.append({"id": finding_id, "source_id": new.number, "cwe_ids": list(new.alert.cwe_ids), **new.facts})
         events += [{"finding_id": finding_id, **vars(event)} for event in change.events]
         if change.sla is not None:
             slas.append({"finding_id": finding_id, **vars(change.sla)})
         if change.undecided:
             undecided.append(finding_id)
-        count.inserted += old is None
-        count.changed += old is not None
     names = ", ".join(FACTS)
     shape = ", ".join(f"{name} {kind}" for name, kind in FACTS.items())
     sets = ", ".join(f"{name} = excluded.{name}" for name in FACTS)
-    count.rows_written = changed(
+    written = changed(
         connection,
         f"insert into findings (owner_id, id, repository_id, source, source_id, cwe_ids, first_seen_at, changed_at, {names})"
         f" select :owner, x.id, :repository, :source, x.source_id, x.cwe_ids, :now, :now, {', '.join('x.' + name for name in FACTS)}"
@@ -701,16 +765,31 @@ def write_alerts(
         )
     _write_events(connection, owner_id, events, source, now)
     _write_sla(connection, owner_id, slas)
-    changed(
-        connection,
-        "update quarantined_alerts set taken_at = :now where owner_id = :owner and repository_id = :repository and source_id = any(:ids)"
-        " and taken_at is null",
-        now=now,
-        owner=owner_id,
-        repository=repository_id,
-        ids=list(fresh),
-    )
-    return count
+    return written
+
+
+def _quarantine(
+    connection: Connection, owner_id: UUID, repository_id: int, bad: Sequence[tuple[str, str, str]], now: datetime
+) -> None:
+    for source_id, reason, detail in bad:
+        changed(
+            connection,
+            "insert into quarantined_alerts (owner_id, repository_id, source_id, reason, detail, first_seen_at, last_seen_at)"
+            " values (:owner, :repository, :source_id, :reason, :detail, :now, :now)"
+            " on conflict (owner_id, repository_id, source_id) do update set reason = excluded.reason, detail = excluded.detail,"
+            " last_seen_at = excluded.last_seen_at, taken_at = null",
+            owner=owner_id,
+            repository=repository_id,
+            source_id=source_id,
+            reason=reason,
+            detail=detail,
+            now=now,
+        )
+
+
+def _lock_policy(connection: Connection, owner_id: UUID, how: str) -> None:
+    """An owner's policy until commit: exclusive for who saves one, shared for who computes deadlines with it."""
+    connection.execute(text(f"select {how}(hashtextextended('sla:' || :owner, 0))"), {"owner": str(owner_id)})
 
 
 def read_finding(connection: Connection, owner_id: UUID, finding_id: UUID, *, lock: bool = False) -> FindingRow | None:
@@ -783,14 +862,22 @@ where i.kind is null or f.event_key is not null order by i.place
 
 
 def _write_sla(connection: Connection, owner_id: UUID, records: list[dict[str, Any]]) -> int:
+    """Deadlines, but none over one that follows from more steps, or from the same ones under a newer policy.
+
+    What was added under an older policy is written all the same: it is found by `behind_policy`.
+    """
     if not records:
         return 0
     names = ", ".join(_SLA)
     return changed(
         connection,
-        f"insert into finding_sla (owner_id, finding_id, {names}) select :owner, x.finding_id, {', '.join('x.' + name for name in _SLA)}"
-        f" from jsonb_to_recordset(cast(:records as jsonb)) as x (finding_id uuid, {', '.join(f'{name} {kind}' for name, kind in _SLA.items())})"
-        f" on conflict (owner_id, finding_id) do update set {', '.join(f'{name} = excluded.{name}' for name in _SLA)}",
+        f"insert into finding_sla (owner_id, finding_id, events, {names}) select :owner, x.finding_id,"
+        # A step whose key was there already wasn't added.
+        " least(x.events, (select count(*) from finding_events e where e.owner_id = :owner and e.finding_id = x.finding_id)),"
+        f" {', '.join('x.' + name for name in _SLA)} from jsonb_to_recordset(cast(:records as jsonb))"
+        f" as x (finding_id uuid, events integer, {', '.join(f'{name} {kind}' for name, kind in _SLA.items())})"
+        f" on conflict (owner_id, finding_id) do update set events = excluded.events, {', '.join(f'{name} = excluded.{name}' for name in _SLA)}"
+        " where (finding_sla.events, finding_sla.policy_version) <= (excluded.events, excluded.policy_version)",
         owner=owner_id,
         records=json.dumps(records, default=str),
     )
@@ -807,11 +894,20 @@ select count(*) as findings,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'ignored') as ignored,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now and {system.WATCHED}) as overdue,
     count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now and {system.WATCHED}) as within_due,
-    count(*) filter (where s.due_at > :since and s.due_at <= :now and s.closed_at <= s.due_at and {system.WATCHED}) as met,
-    count(*) filter (where s.due_at > :since and s.due_at <= :now and not s.paused and coalesce(s.closed_at > s.due_at, true) and {system.WATCHED}) as missed
+    count(*) filter (where s.due_at > :since and s.due_at <= :now and s.closed_at <= s.due_at and {system.WATCHED})
+        + coalesce(sum((select count(*) from unnest(s.met_due) due where due > :since and due <= :now)) filter (where s.met_due <> '{{}}' and {system.WATCHED}), 0)::bigint as met,
+    count(*) filter (where s.due_at > :since and s.due_at <= :now and coalesce(s.closed_at > s.due_at, true) and {system.WATCHED})
+        + coalesce(sum((select count(*) from unnest(s.missed_due) due where due > :since and due <= :now)) filter (where s.missed_due <> '{{}}' and {system.WATCHED}), 0)::bigint as missed,
+    (select count(*) from quarantined_alerts q where q.owner_id = :owner and q.taken_at is null) as quarantined
 from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
 {system.WATCHED_BY} left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id where f.owner_id = :owner
 """
+
+
+def _epochs(column: str) -> str:
+    """Moments of an array as seconds with blanks between them; nothing for none."""
+    return f"case when {column} <> '{{}}' then array_to_string(array(select extract(epoch from due) from unnest({column}) due), ' ') end"
+
 
 DEADLINE_COLUMNS = (
     "id",
@@ -819,7 +915,9 @@ DEADLINE_COLUMNS = (
     "severity",
     "status",
     "steps",
-    "detected",
+    "straight",
+    "opened",
+    "opened_as",
     "fixed",
     "due",
     "closed",
@@ -827,16 +925,22 @@ DEADLINE_COLUMNS = (
     "reconstructed",
     "version",
     "watched",
+    "met_due",
+    "missed_due",
 )
 _DEADLINES = f"""
 copy (
-    select f.id, f.repository_id, f.severity, finding_status(f.upstream_state, f.disposition), coalesce(e.steps, 0), extract(epoch from f.detected_at), extract(epoch from f.fixed_at),
+    select f.id, f.repository_id, f.severity, finding_status(f.upstream_state, f.disposition), coalesce(e.steps, 0),
+        (coalesce(e.first, 0) = 1 and e.steps = 1 + (e.fixed is not null)::int and coalesce(e.fixed >= e.opened, true))::int,
+        extract(epoch from e.opened), e.opened_as, extract(epoch from e.fixed),
         extract(epoch from s.due_at), extract(epoch from s.closed_at), coalesce(s.paused, false)::int, coalesce(e.reconstructed, 0), s.policy_version,
-        {system.WATCHED}::int
+        {system.WATCHED}::int, {_epochs("s.met_due")}, {_epochs("s.missed_due")}
     from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
     {system.WATCHED_BY}
-    left join (select finding_id, count(*) as steps, max(reconstructed::int) as reconstructed from finding_events
-        where owner_id = %(owner)s group by finding_id) e on e.finding_id = f.id
+    left join (select finding_id, count(*) as steps, max(reconstructed::int) as reconstructed,
+        count(*) filter (where kind = 'opened') as first, max(at) filter (where kind = 'opened') as opened,
+        max(severity) filter (where kind = 'opened') as opened_as, max(at) filter (where kind = 'fixed') as fixed
+        from finding_events where owner_id = %(owner)s group by finding_id) e on e.finding_id = f.id
     left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id
     where f.owner_id = %(owner)s
 ) to stdout with (format csv)

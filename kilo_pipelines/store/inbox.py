@@ -304,9 +304,12 @@ class AdmissionTx:
         return row["source_updated_at"] if row else None
 
     def take_alerts(self, repository_id: int, source: str, alerts: Sequence[Alert], decide: Decide) -> None:
-        """Brings findings up to what the delivery says of their alerts; the delivery is admitted with it."""
-        write_alerts(self._connection, self.delivery.owner_id, repository_id, source, alerts, decide, self._now)
-        self._settle("admitted", None, None)
+        """Brings findings up to what the delivery says of their alerts; the delivery is settled with it."""
+        count = write_alerts(self._connection, self.delivery.owner_id, repository_id, source, alerts, decide, self._now)
+        if count.quarantined:
+            self._settle("skipped", Reason.ALERT_REFUSED, None)
+        else:
+            self._settle("admitted", None, None)
 
     def cancel(self, item_id: UUID, reason: str) -> None:
         """Ends an older item of the subject; its session is asked to stop."""

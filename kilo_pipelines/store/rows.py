@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -307,6 +308,11 @@ class SlaRow:
     closed_at: datetime | None
     reconstructed: bool
     policy_version: int
+    # Deadlines of periods that ended before the present one began.
+    met_due: Sequence[datetime]
+    missed_due: Sequence[datetime]
+    # Of how many steps of history it was computed.
+    events: int
 
 
 @dataclass(frozen=True)

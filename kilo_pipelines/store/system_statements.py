@@ -476,15 +476,33 @@ FINDING_OWNER = SystemStatement(
     "a command names a finding; whose it is is the question",
 )
 POSTURE = SystemStatement(
-    "select f.owner_id, o.name as owner, count(*) as findings, count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open') as open,"
-    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'critical') as critical,"
-    " count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'high') as high,"
-    f" count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now and {WATCHED}) as overdue,"
-    f" count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now and {WATCHED}) as within_due,"
-    " (select min(y.succeeded_at) from repository_syncs y where y.owner_id = f.owner_id) as synced_since"
-    " from findings f join owners o on o.id = f.owner_id join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-    f" {WATCHED_BY} left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id"
-    " group by f.owner_id, o.name order by overdue desc, open desc, o.name",
+    f"""
+with counted as (
+    select f.owner_id, count(*) as findings, count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open') as open,
+        count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'critical') as critical,
+        count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'high') as high,
+        count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'medium') as medium,
+        count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and f.severity = 'low') as low,
+        count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at <= :now and {WATCHED}) as overdue,
+        count(*) filter (where finding_status(f.upstream_state, f.disposition) = 'open' and s.due_at > :now and {WATCHED}) as within_due
+    from findings f join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id
+    {WATCHED_BY} left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id group by f.owner_id
+), synced as (
+    -- a repository that was never read makes the whole never read; one whose alerts are off has none to read
+    select r.owner_id, case when bool_and(y.succeeded_at is not null) then min(y.succeeded_at) end as since
+    from repositories r join service_configs c on c.owner_id = r.owner_id and c.service = 'security_agent'
+    left join repository_syncs y on y.owner_id = r.owner_id and y.repository_id = r.external_id
+    where {WATCHED} and coalesce(y.outcome, '') <> 'alerts_disabled' group by r.owner_id
+), aside as (
+    select owner_id, count(*) as quarantined from quarantined_alerts where taken_at is null group by owner_id
+)
+select o.id as owner_id, o.name as owner, coalesce(n.findings, 0) as findings, coalesce(n.open, 0) as open, coalesce(n.critical, 0) as critical,
+    coalesce(n.high, 0) as high, coalesce(n.medium, 0) as medium, coalesce(n.low, 0) as low, coalesce(n.overdue, 0) as overdue,
+    coalesce(n.within_due, 0) as within_due, coalesce(a.quarantined, 0) as quarantined, y.since as synced_since
+from owners o left join counted n on n.owner_id = o.id left join synced y on y.owner_id = o.id left join aside a on a.owner_id = o.id
+where n.findings > 0 or exists (select 1 from service_configs c where c.owner_id = o.id and c.service = 'security_agent' and c.enabled)
+order by overdue desc, open desc, o.name
+""",
     "the operator compares owners",
 )
 WORK_GAUGES = SystemStatement(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,7 @@ from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.providers.github_webhooks import event_of_shape, shape_matches
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
+from kilo_pipelines.services.security.sla import SlaPolicy
 from kilo_pipelines.store import NewDelivery
 from tests.conftest import Database
 from tests.support.alerts import alert
@@ -109,6 +111,21 @@ def test_what_isnt_taken_says_why_and_changes_nothing(owner: World, prepare: str
         payload["alert"]["state"] = "snoozed"
     assert deliver(owner, payload) == reason
     assert states(owner) == {"1": "open"}
+
+
+def test_an_alert_that_the_database_refuses_says_why(owner: World) -> None:
+    policy = SlaPolicy.of_stored(*(owner.store.findings.policy(owner.owner.id) or (0, {})))
+    taker = AlertTaker(owner.owner.id, owner.repository, policy, first_sync=False)
+    (good,), _ = taker.sort([event(owner, 1, NOW + timedelta(days=1), "fixed")["alert"]])
+    noise = random.Random(1).randbytes(9_000).hex()
+    wide = type(good)(replace(good.found, manifest_path=noise))
+    new = NewDelivery(owner.owner.id, owner.integration, str(uuid4()), "dependabot_alert", "fixed", b"{}", {})
+    receipt = owner.store.inbox.record(new)
+    owner.store.inbox.admit_next(lambda tx: tx.take_alerts(owner.repository, SOURCE, [wide], taker.decide), 10)
+    with owner.store.database.owner(owner.owner.id) as connection:
+        found = connection.exec_driver_sql("select reason from deliveries where id = %(id)s", {"id": receipt.delivery_id}).one()
+    assert found[0] == Reason.ALERT_REFUSED and states(owner) == {"1": "open"}
+    assert len(owner.store.findings.quarantined(owner.owner.id)) == 1
 
 
 def test_before_the_first_sync_an_event_is_left_to_it(database: Database) -> None:

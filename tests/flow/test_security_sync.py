@@ -135,6 +135,18 @@ def test_a_malformed_alert_is_set_aside_and_the_others_are_taken(database: Datab
     assert owner.sync().inserted == 1 and owner.store.findings.quarantined(owner.id) == []
 
 
+def test_a_whole_reading_clears_what_is_gone_from_quarantine(database: Database, twin: Twin) -> None:
+    owner = Owner(database, twin, 1, 12)
+    twin.control("spoil-alert", repository=owner.names[0], number=5, kind="unknown_state")
+    owner.sync()
+    gone = [("?0123", str(Reason.ALERT_MALFORMED), "number")]
+    owner.store.findings.quarantine(owner.id, owner.repositories[0]["repository_id"], gone)
+    database.clock.advance(timedelta(hours=1))
+    assert owner.sync().complete and len(owner.store.findings.quarantined(owner.id)) == 2, "nothing was read"
+    assert owner.sync(whole=True).complete
+    assert [one["source_id"] for one in owner.store.findings.quarantined(owner.id)] == ["5"]
+
+
 def test_only_selected_repositories_are_read_but_one_may_be_asked_for(database: Database, twin: Twin) -> None:
     owner = Owner(database, twin, 2, 20, repository_selection_mode="selected", selected_repository_ids=[])
     assert owner.sync().outcome == Reason.NO_REPOSITORIES

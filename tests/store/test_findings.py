@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import random
+import string
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -10,10 +14,12 @@ import pytest
 from sqlalchemy import text
 
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.findings import deadline, policy_for
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, supersede
+from kilo_pipelines.services.security.alerts import NAME_BYTES, PATH_BYTES
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.store import PageCount
+from kilo_pipelines.services.security.sla import SlaPolicy
+from kilo_pipelines.store import Change, PageCount, Repository, SlaRow
 from tests.conftest import Database
 from tests.support.alerts import alert
 from tests.support.store import World
@@ -89,6 +95,179 @@ def test_a_bad_alert_is_set_aside_alone_and_forgotten_when_it_is_good(synced: Sy
     assert (kept["source_id"], kept["reason"]) == ("2", Reason.ALERT_MALFORMED) and "severity" in kept["detail"]
     synced.take(alert(2))
     assert synced.store.findings.quarantined(synced.owner) == [] and len(synced.all()) == 3
+
+
+def test_a_known_alert_that_was_malformed_once_leaves_quarantine_unchanged(synced: Synced) -> None:
+    synced.take(alert(1))
+    synced.take(alert(1, state="snoozed"))
+    assert [one["source_id"] for one in synced.store.findings.quarantined(synced.owner)] == ["1"]
+    assert synced.take(alert(1)).unchanged == 1
+    assert synced.store.findings.quarantined(synced.owner) == []
+
+
+def test_alerts_without_a_number_are_set_aside_apart_until_a_whole_reading_has_none(synced: Synced, database: Database) -> None:
+    nameless = [alert(0, **{"dependency.package.name": name}) for name in ("left", "right")]
+    for _ in range(2):
+        synced.take(*nameless)
+    assert len(synced.store.findings.quarantined(synced.owner)) == 2
+
+    def ended(*raw: dict[str, Any]) -> int:
+        database.clock.advance(timedelta(hours=1))
+        since = synced.store.findings.begin_sync(synced.owner, synced.repository).attempted_at
+        synced.take(*raw)
+        synced.store.findings.end_sync(synced.owner, synced.repository, outcome="synced", complete=True, whole_since=since)
+        return len(synced.store.findings.quarantined(synced.owner))
+
+    assert [ended(*nameless), ended(nameless[0]), ended()] == [2, 1, 0]
+
+
+def _text(chance: random.Random, size: int) -> str:
+    """So many bytes that no index compresses."""
+    return "".join(chance.choice(string.ascii_letters + string.digits) for _ in range(size))
+
+
+def test_the_longest_names_that_are_taken_fit_the_database(synced: Synced) -> None:
+    chance = random.Random(5)
+    names = {
+        "dependency.package.ecosystem": _text(chance, NAME_BYTES),
+        "dependency.package.name": _text(chance, NAME_BYTES),
+        "dependency.manifest_path": _text(chance, PATH_BYTES),
+    }
+    count = synced.take(alert(1, **names))
+    assert (count.inserted, count.quarantined) == (1, 0)
+
+
+def test_an_alert_that_the_database_refuses_is_set_aside_alone(synced: Synced) -> None:
+    taker = AlertTaker(synced.owner, synced.repository, synced.policy, first_sync=False)
+    good, _ = taker.sort([alert(1), alert(2), alert(3)])
+    wide = type(good[1])(replace(good[1].found, manifest_path=_text(random.Random(6), 9_000)))
+    synced.store.findings.begin_sync(synced.owner, synced.repository)
+
+    def page(*alerts: Any) -> PageCount:
+        return synced.store.findings.apply_page(synced.owner, synced.repository, SOURCE, alerts, taker.decide, cursor="next")
+
+    count = page(good[0], wide, good[2])
+    assert (count.inserted, count.rows_written, count.quarantined) == (2, 2, 1)
+    (kept,) = synced.store.findings.quarantined(synced.owner)
+    assert (kept["source_id"], kept["reason"], kept["detail"]) == ("2", Reason.ALERT_REFUSED, "ProgramLimitExceeded")
+    assert synced.audit().count("security.finding.created") == 2
+    assert synced.store.findings.begin_sync(synced.owner, synced.repository).cursor == "next", "the sync goes on"
+    assert page(good[0], wide).quarantined == 1 and page(*good).inserted == 1
+    assert synced.store.findings.quarantined(synced.owner) == []
+
+
+def test_an_older_page_takes_nothing_back(synced: Synced) -> None:
+    synced.take(alert(1), alert(2))
+    dismissal = {"disposition": "dismissed", "reason": "not_used", "by": "manual"}
+    synced.store.findings.dispose(synced.owner, synced.one(1).id, dismissal, lambda *_: Change([], None), actor="test")
+    later = {"updated_at": "2026-03-01T00:00:00Z"}
+    synced.take(alert(1, state="dismissed", dismissed_at=later["updated_at"], **later), alert(2, **later))
+    count = synced.take(alert(1), alert(2, **{"security_advisory.severity": "critical"}))
+    assert (count.outdated, count.rows_written) == (2, 0)
+    assert (synced.one(1).disposition, synced.one(1).upstream_state) == ("dismissed", "dismissed")
+    assert synced.take(alert(2, **later, **{"security_advisory.severity": "critical"})).changed == 1, "equally old is news"
+
+
+def test_a_quietly_raised_severity_has_its_days_from_now_on(synced: Synced) -> None:
+    began = datetime.now(UTC)
+    dates = dict.fromkeys(("created_at", "updated_at"), (began - timedelta(days=20)).isoformat())
+
+    def severity(name: str) -> None:
+        synced.take(alert(1, **dates, **{"security_advisory.severity": name}))
+
+    severity("medium")
+    severity("critical")
+    (shown,) = synced.all()
+    assert began + timedelta(days=15) <= shown["due_at"] < began + timedelta(days=16) and not shown["overdue"]
+    for name in ("high", "critical", "high", "low"):
+        severity(name)
+    (shown,) = synced.all()
+    (steps,) = synced.store.findings.history(synced.owner, [shown["id"]]).values()
+    assert [one.severity for one in steps] == ["medium", "critical", "high", "critical", "high", "low"]
+    assert synced.audit().count("security.finding.severity_changed") == 5 and shown["budget_days"] == 90
+
+
+def test_a_second_fix_between_two_syncs_is_a_period_of_its_own(synced: Synced) -> None:
+    synced.take(alert(1, state="fixed", fixed_at="2026-01-10T00:00:00Z"))
+    synced.take(alert(1, state="fixed", fixed_at="2026-02-20T00:00:00Z", updated_at="2026-02-20T00:00:00Z"))
+    with synced.store.database.owner(synced.owner) as connection:
+        row = connection.execute(text("select period, closed_at, cardinality(met_due) from finding_sla")).one()
+    assert (row[0], row[1].isoformat(), row[2]) == (2, "2026-02-20T00:00:00+00:00", 1)
+
+
+def test_a_deadline_of_a_shorter_history_or_an_older_policy_overwrites_nothing(synced: Synced) -> None:
+    synced.take(alert(1), alert(2))
+    ids = [synced.one(number).id for number in (1, 2)]
+    now = datetime.now(UTC)
+
+    def computed(policy: SlaPolicy) -> list[tuple[UUID, SlaRow]]:
+        history = synced.store.findings.history(synced.owner, ids)
+        return [(one, deadline(history[one], [], policy, synced.repository, now)) for one in ids]
+
+    def stored() -> list[tuple[Any, ...]]:
+        with synced.store.database.owner(synced.owner) as connection:
+            found = connection.execute(
+                text(
+                    "select s.closed_at is null, s.policy_version, s.budget_days from finding_sla s join findings f on f.id = s.finding_id order by f.source_id"
+                )
+            ).all()
+        return [tuple(one) for one in found]
+
+    before = computed(synced.policy)
+    synced.take(alert(1, state="fixed", fixed_at="2026-01-10T00:00:00Z"))
+    strict = policy_for(synced.store, synced.owner, SecurityConfig(sla_preset="strict"), actor="test")
+    assert synced.store.findings.write_sla(synced.owner, before) == 1, "the fixed one has more history by now"
+    assert synced.store.findings.write_sla(synced.owner, computed(strict)) == 2
+    assert synced.store.findings.write_sla(synced.owner, computed(synced.policy)) == 0
+    assert stored() == [(False, 2, 30), (True, 2, 90)]
+
+
+def test_a_page_is_measured_by_the_policy_that_was_saved_meanwhile(synced: Synced) -> None:
+    synced.take(alert(4))
+    policy_for(synced.store, synced.owner, SecurityConfig(sla_preset="strict"), actor="test")
+    synced.take(alert(4, updated_at="2026-01-06T00:00:00Z"), alert(8))  # its taker began with the older one
+    assert [one["budget_days"] for one in synced.all()] == [7, 7]
+    assert list(synced.store.findings.behind_policy(synced.owner, 2)) == []
+
+
+def test_a_policy_that_is_saved_during_a_page_waits_for_it_and_finds_its_deadlines(synced: Synced) -> None:
+    strict = SecurityConfig(sla_preset="strict")
+    saving = threading.Thread(target=policy_for, args=(synced.store, synced.owner, strict), kwargs={"actor": "test"})
+    taker = AlertTaker(synced.owner, synced.repository, synced.policy, first_sync=False)
+
+    def decide(*facts: Any) -> Change:
+        saving.start()
+        saving.join(0.3)
+        assert saving.is_alive()
+        return taker.decide(*facts)
+
+    good, _ = taker.sort([alert(4)])
+    synced.store.findings.apply_page(synced.owner, synced.repository, SOURCE, good, decide, cursor=None)
+    saving.join()
+    assert [len(block) for block in synced.store.findings.behind_policy(synced.owner, 2)] == [1]
+
+
+def test_the_posture_names_every_owner_and_tells_what_was_never_read(database: Database) -> None:
+    def posture(one: Synced) -> dict[str, Any]:
+        (mine,) = [row for row in one.store.findings.posture() if row["owner_id"] == one.owner]
+        return mine
+
+    synced = Synced(database)
+    assert (posture(synced)["findings"], posture(synced)["synced_since"]) == (0, None), "its agent is on"
+    synced.take(*(alert(number) for number in range(1, 9)), alert(9, state="snoozed"))
+    assert posture(synced)["synced_since"] is None
+    synced.store.findings.end_sync(synced.owner, synced.repository, outcome="synced", complete=True)
+    found = posture(synced)
+    assert found["synced_since"] == database.clock.now() and found["quarantined"] == 1
+    assert sum(found[name] for name in ("critical", "high", "medium", "low")) == found["open"] == 8
+    assert synced.store.findings.numbers(synced.owner)["quarantined"] == 1
+    another = [Repository(synced.repository + 500_000, "octo/another", "main", False)]
+    more = {"provider": "github", "installation_id": synced.world.installation, "account": "octo", "actor": "test"}
+    synced.store.owners.connect(synced.owner, repositories=another, **more)
+    assert posture(synced)["synced_since"] is None, "one of two was never read"
+    with synced.store.database.owner(synced.owner) as connection:
+        connection.execute(text("update repositories set removed_at = now() where full_name = 'octo/another'"))
+    assert posture(synced)["synced_since"] == database.clock.now()
 
 
 def test_an_interrupted_sync_goes_on_at_its_checkpoint(synced: Synced) -> None:

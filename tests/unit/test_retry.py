@@ -36,6 +36,7 @@ NO_FAILURE = {
     Reason.NOT_SYNCED_YET,
     Reason.ALERT_OUTDATED,
     Reason.ALERT_MALFORMED,
+    Reason.ALERT_REFUSED,
     Reason.FINDING_NOT_FOUND,
     Reason.FINDING_NOT_OPEN,
     Reason.ROLE_NOT_ALLOWED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.security.alerts import DESCRIPTION_LIMIT, AlertFacts, BadAlert, parse_alert, snapshot
-from kilo_pipelines.services.security.findings import effective_status, supersessions, transitions
+from kilo_pipelines.services.security.findings import Step, effective_status, supersessions, transitions
+from kilo_pipelines.services.security.sla import HistoryEvent
 from tests.support.alerts import alert
 
 OWNER, FINDING = uuid4(), uuid4()
+SEEN = datetime(2026, 6, 1, tzinfo=UTC)
 
 
 def facts(**more: Any) -> AlertFacts:
@@ -71,6 +74,11 @@ def test_several_weaknesses_keep_their_order() -> None:
         ("created_at", "yesterday"),
         ("created_at", 0),
         ("created_at", "2026-01-01T00:00:00"),
+        ("created_at", "0001-01-01T00:00:00+14:00"),
+        ("fixed_at", "9999-12-31T23:59:59-14:00"),
+        ("updated_at", "9999-12-31T00:00:00Z"),
+        ("dependency.manifest_path", "路" * 900),
+        ("dependency.package.name", "名" * 200),
         ("security_advisory.cvss", {"score": 11}),
         ("security_advisory.cvss", {"score": float("nan")}),
         ("dismissed_by", "somebody"),
@@ -80,7 +88,8 @@ def test_a_bad_field_sets_one_alert_aside_and_names_the_field(path: str, value: 
     found = parse_alert(alert(5, **{path: value}))
     assert isinstance(found, BadAlert) and found.reason is Reason.ALERT_MALFORMED
     assert path.split(".")[-1] in found.detail and "yesterday" not in found.detail and "vanished" not in found.detail
-    assert found.number == (None if path == "number" else 5)
+    assert found == parse_alert(alert(5, **{path: value})), "the same alert has the same name"
+    assert found.source_id.startswith("?") if path == "number" else found.source_id == "5"
 
 
 @given(
@@ -111,7 +120,9 @@ def test_invisible_characters_leave_the_texts() -> None:
     assert facts(**{"security_advisory.summary": "a\u202eb\x07c\U000e0041d"}).title == "abcd"
 
 
-@pytest.mark.parametrize("address", ["javascript:alert(1)", "not an address", 7, None, "https://x y", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "address", ["javascript:alert(1)", "not an address", 7, None, "https://x y", "https://x/\ud800", "file:///etc/passwd"]
+)
 def test_an_address_that_is_none_is_dropped(address: object) -> None:
     assert facts(html_url=address).html_url is None
 
@@ -147,12 +158,17 @@ def stored(found: AlertFacts, disposition: str | None = None, **more: Any) -> An
         "ghsa_id": found.ghsa_id,
         "package_name": found.package_name,
         "manifest_path": found.manifest_path,
+        "fixed_at": found.fixed_at,
     }
     return SimpleNamespace(**fields | more)
 
 
+def steps(before: Any, after: AlertFacts, *history: Any, seen: datetime = SEEN) -> list[Step]:
+    return transitions(before, after, owner_id=OWNER, finding_id=FINDING, first_sync=False, history=history, seen=seen)
+
+
 def kinds(before: Any, after: AlertFacts) -> list[str | None]:
-    return [one.kind for one in transitions(before, after, owner_id=OWNER, finding_id=FINDING, first_sync=False)]
+    return [one.kind for one in steps(before, after)]
 
 
 FIXED = {"state": "fixed", "fixed_at": "2026-02-01T00:00:00Z", "updated_at": "2026-02-01T00:00:00Z"}
@@ -191,9 +207,36 @@ def test_what_a_person_opened_again_at_the_source_is_open() -> None:
 
 def test_the_same_change_twice_has_the_same_keys() -> None:
     before, after = stored(facts()), facts(**FIXED)
-    one, two = (transitions(before, after, owner_id=OWNER, finding_id=FINDING, first_sync=False) for _ in range(2))
+    one, two = (steps(before, after) for _ in range(2))
     assert [step.event_key for step in one] == [step.event_key for step in two]
     assert str(OWNER) in one[0].event_key and one[0].at.isoformat() == "2026-02-01T00:00:00+00:00"
+
+
+def test_a_quiet_severity_counts_from_when_it_was_seen() -> None:
+    medium, high = facts(**{"security_advisory.severity": "medium"}), facts(**{"security_advisory.severity": "high"})
+    assert medium.updated_at == high.updated_at
+    (raised,) = steps(stored(medium), high)
+    (later,) = steps(stored(high), medium, raised, seen=SEEN + timedelta(days=1))
+    (again,) = steps(stored(medium), high, raised, later, seen=SEEN + timedelta(days=2))
+    assert [one.at for one in (raised, later, again)] == [SEEN + timedelta(days=days) for days in range(3)]
+    assert len({one.event_key for one in (raised, later, again)}) == 3
+    ahead = HistoryEvent(SEEN + timedelta(hours=1), "reopened")
+    assert steps(stored(medium), high, ahead)[0].at == ahead.at, "never before what is known"
+
+
+def test_a_second_fix_that_nobody_saw_begin_is_a_period_of_its_own() -> None:
+    anew = FIXED | {"fixed_at": "2026-02-20T00:00:00Z"}
+    reopened, fixed = steps(stored(facts(**FIXED)), facts(**anew))
+    assert (reopened.kind, fixed.kind) == ("reopened", "fixed") and reopened.at == fixed.at == facts(**anew).fixed_at
+    assert kinds(stored(facts(**anew)), facts(**FIXED)) == [], "a date that is put right isn't a second fix"
+
+
+def test_odd_dates_close_what_they_close() -> None:
+    back = HistoryEvent(SEEN, "reopened")
+    (fixed,) = steps(stored(facts()), facts(**FIXED), back)
+    assert (fixed.kind, fixed.at) == ("fixed", SEEN)
+    opened, early = steps(None, facts(**FIXED | {"fixed_at": "2025-01-01T00:00:00Z"}))
+    assert early.kind == "fixed" and early.at == opened.at
 
 
 # -- duplicates --------------------------------------------------------------------------------------------------------

@@ -87,6 +87,12 @@ def test_a_raised_severity_takes_the_earlier_deadline() -> None:
     assert evaluate(late, POLICY, 1, day(81)).due_at == day(90)
 
 
+def test_steps_of_one_moment_are_read_as_they_were_recorded() -> None:
+    raised = [HistoryEvent(day(1), "severity", "high"), HistoryEvent(day(1), "severity", "critical")]
+    assert evaluate([opened("medium"), *raised], POLICY, 1, day(2)).severity == "critical"
+    assert evaluate([opened("medium"), *reversed(raised)], POLICY, 1, day(2)).severity == "high"
+
+
 def test_a_lowered_severity_has_its_days_from_the_start() -> None:
     history = [opened("critical"), HistoryEvent(day(5), "ignored"), HistoryEvent(day(7), "reopened")]
     assert evaluate([*history, HistoryEvent(day(10), "severity", "low")], POLICY, 1, day(11)).due_at == day(92)
@@ -95,6 +101,13 @@ def test_a_lowered_severity_has_its_days_from_the_start() -> None:
 def test_a_severity_that_rises_while_ignored_shortens_what_is_left() -> None:
     history = [opened("low"), HistoryEvent(day(10), "ignored"), HistoryEvent(day(20), "severity", "critical")]
     assert evaluate([*history, HistoryEvent(day(30), "reopened")], POLICY, 1, day(31)).due_at == day(45)
+
+
+def test_a_severity_that_falls_while_ignored_takes_a_miss_back() -> None:
+    history = [opened("critical"), HistoryEvent(day(20), "ignored")]
+    assert evaluate(history, POLICY, 1, day(21)).due_at == day(15)
+    lower = [*history, HistoryEvent(day(22), "severity", "low"), HistoryEvent(day(30), "reopened")]
+    assert (evaluate(lower[:3], POLICY, 1, day(23)).due_at, evaluate(lower, POLICY, 1, day(31)).due_at) == (None, day(100))
 
 
 @pytest.mark.parametrize("history", [[], [HistoryEvent(START, "opened", "unknown")], [HistoryEvent(START, "fixed")]])
@@ -118,6 +131,23 @@ def test_the_past_is_judged_by_what_was_known_then() -> None:
         "open_within",
         "open_overdue",
     ]
+
+
+def test_every_period_counts_where_it_was_due_and_once() -> None:
+    late, back = HistoryEvent(day(35), "fixed"), HistoryEvent(day(50), "reopened")
+    for history, figures in (
+        ([opened(), HistoryEvent(day(31), "ignored")], (0, 1)),  # ignoring what is late doesn't make it good
+        ([opened(), HistoryEvent(day(31), "ignored"), HistoryEvent(day(60), "reopened")], (0, 1)),
+        ([opened(), HistoryEvent(day(31), "ignored"), HistoryEvent(day(60), "fixed")], (0, 1)),
+        ([opened(), HistoryEvent(day(30), "ignored")], (0, 0)),
+        ([opened(), late, back], (0, 2)),  # and it is late again
+        ([opened(), HistoryEvent(day(3), "fixed"), back, HistoryEvent(day(51), "fixed")], (2, 0)),
+        ([opened(), late, back, HistoryEvent(day(51), "fixed")], (1, 1)),
+    ):
+        found = compliance([evaluate(history, POLICY, 1, day(85))], day(85))
+        assert (found["met"], found["missed"]) == figures, history
+    ignored = [opened(), HistoryEvent(day(31), "ignored")]
+    assert [compliance([evaluate(ignored, POLICY, 1, day(at))], day(at))["missed"] for at in (119, 120)] == [1, 0]
 
 
 def test_the_explanation_tells_every_step_and_the_policy() -> None:
@@ -186,6 +216,7 @@ def test_later_events_change_no_earlier_answer(history: list[HistoryEvent], poli
 
 @given(histories(), policies, st.randoms())
 def test_order_and_repetition_don_t_matter(history: list[HistoryEvent], policy: SlaPolicy, chance: object) -> None:
+    assume(len({one.at for one in history}) == len(history))
     twice = [*history, *history]
     chance.shuffle(twice)  # type: ignore[attr-defined]
     assert evaluate(twice, policy, 1, LATER) == evaluate(history, policy, 1, LATER)
@@ -196,12 +227,20 @@ def test_the_table_s_arithmetic_is_the_function_s(at: datetime, severity: str, p
     assert evaluate([opened(severity, at)], policy, 1, at).due_at == simple_due(at, severity, policy, 1)
 
 
-@given(moments, spans, spans, spans)
+@given(moments, st.timedeltas(timedelta(0), timedelta(days=90)), spans, spans)
 def test_a_pause_moves_the_deadline_by_its_length(at: datetime, before: timedelta, pause: timedelta, rest: timedelta) -> None:
     history = [opened("low", at), HistoryEvent(at + before, "ignored"), HistoryEvent(at + before + pause, "reopened")]
     assume(pause > timedelta(0))
     due = evaluate(history, POLICY, 1, at + before + pause + rest).due_at
     assert due == at + timedelta(days=90) + pause
+
+
+@given(moments, spans, spans, st.sampled_from(["reopened", "fixed"]))
+def test_no_pause_moves_a_deadline_that_has_passed(at: datetime, late: timedelta, pause: timedelta, kind: str) -> None:
+    assume(late > timedelta(0))
+    ignored = at + timedelta(days=90) + late
+    history = [opened("low", at), HistoryEvent(ignored, "ignored"), HistoryEvent(ignored + pause, kind)]
+    assert evaluate(history, POLICY, 1, ignored + pause).due_at == at + timedelta(days=90)
 
 
 @given(moments, st.sampled_from(SEVERITIES), st.sampled_from(SEVERITIES), spans, policies)

@@ -21,7 +21,7 @@ from kilo_pipelines.core.text import clean, storable
 DESCRIPTION_LIMIT = 20_000
 CUT = "\n\n(shortened)"
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}")
-_URL = re.compile(r"https?://[^\s<>\"'\\^`{|}\x00-\x20\x7f]{1,2000}")
+_URL = re.compile(r"https?://[^\s<>\"'\\^`{|}\x00-\x20\x7f\ud800-\udfff]{1,2000}")
 
 
 def _shorten(text: str) -> str:
@@ -29,12 +29,32 @@ def _shorten(text: str) -> str:
     return text if len(text) <= DESCRIPTION_LIMIT else text[: DESCRIPTION_LIMIT - len(CUT)] + CUT
 
 
+# No alert is of another time, and whatever is counted from these (budgets, pauses, tables in nanoseconds) stays within a calendar.
+_FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+# Ecosystem, name and path stand in one row of an index, which PostgreSQL lets have 2,704 bytes.
+NAME_BYTES = 400
+PATH_BYTES = 1_600
+
+
 def _utc(moment: datetime) -> datetime:
+    if not _FIRST <= moment < _LAST:
+        raise ValueError("no date of an alert")
     return moment.astimezone(UTC)
 
 
+def _name(most: int) -> AfterValidator:
+    def check(text: str) -> str:
+        kept = storable(clean(text))
+        if len(kept.encode()) > most:
+            raise ValueError(f"more than {most} bytes")
+        return kept
+
+    return AfterValidator(check)
+
+
 Line = Annotated[str, Field(strict=True, max_length=65_536), AfterValidator(lambda text: storable(clean(text))[:500])]
-Name = Annotated[str, Field(strict=True, min_length=1, max_length=1_000), AfterValidator(lambda text: storable(clean(text)))]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=1_000), _name(NAME_BYTES)]
+FilePath = Annotated[str, Field(strict=True, min_length=1, max_length=4_096), _name(PATH_BYTES)]
 Body = Annotated[str, Field(strict=True), AfterValidator(lambda text: storable(_shorten(text)))]
 Moment = Annotated[AwareDatetime, BeforeValidator(lambda value: value if isinstance(value, str) else None), AfterValidator(_utc)]
 Severity = Literal["critical", "high", "medium", "low"]
@@ -51,7 +71,7 @@ class _Package(_Shape):
 
 class _Dependency(_Shape):
     package: _Package
-    manifest_path: Name
+    manifest_path: FilePath
     scope: Literal["development", "runtime"] | None = None
 
 
@@ -139,9 +159,9 @@ class AlertFacts:
 
 @dataclass(frozen=True)
 class BadAlert:
-    """An alert that can't be taken: its number when it has one, and which fields are wrong (names, never values)."""
+    """An alert that can't be taken: its number or a name for it, and which fields are wrong (names, never values)."""
 
-    number: int | None
+    source_id: str
     reason: Reason
     detail: str
 
@@ -152,7 +172,7 @@ def parse_alert(raw: object) -> AlertFacts | BadAlert:
         alert = _Alert.model_validate(raw)
     except ValidationError as failure:
         number = raw.get("number") if isinstance(raw, dict) else None
-        known = number if type(number) is int and 0 < number < 2**31 else None
+        known = str(number) if type(number) is int and 0 < number < 2**31 else _digest(raw)
         fields = sorted(
             {".".join(str(part) for part in error["loc"]) or "alert" for error in failure.errors(include_input=False)}
         )
@@ -184,6 +204,15 @@ def parse_alert(raw: object) -> AlertFacts | BadAlert:
         dismissed_at=alert.dismissed_at,
         auto_dismissed_at=alert.auto_dismissed_at,
     )
+
+
+def _digest(raw: object) -> str:
+    """What an alert without a number is called: the same one the same in every sync."""
+    try:
+        text = json.dumps(raw, sort_keys=True, default=str)
+    except RecursionError:  # nested as deep as it could be read
+        text = "nested"
+    return f"?{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def without_addresses(text: str) -> str:

@@ -6,7 +6,7 @@ reference", 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -34,11 +34,26 @@ class Finding(Protocol):
     @property
     def canonical_id(self) -> UUID | None: ...
     @property
+    def fixed_at(self) -> datetime | None: ...
+    @property
     def ghsa_id(self) -> str | None: ...
     @property
     def package_name(self) -> str: ...
     @property
     def manifest_path(self) -> str: ...
+
+
+class PastStep(Protocol):
+    """A step of a finding's stored history."""
+
+    @property
+    def at(self) -> datetime: ...
+    @property
+    def kind(self) -> str: ...
+
+
+# What begins time that counts; every other kind but a severity ends it.
+_OPENING = ("opened", "reopened")
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,20 @@ def reopened_by_person(before: Finding | None, after: AlertFacts) -> bool:
     )
 
 
-def transitions(before: Finding | None, after: AlertFacts, *, owner_id: UUID, finding_id: UUID, first_sync: bool) -> list[Step]:
-    """Steps that lead from what is known of an alert to what the source says now; none for a change of mere words."""
+def transitions(
+    before: Finding | None,
+    after: AlertFacts,
+    *,
+    owner_id: UUID,
+    finding_id: UUID,
+    first_sync: bool,
+    history: Sequence[PastStep],
+    seen: datetime,
+) -> list[Step]:
+    """Steps that lead from what is known of an alert to what the source says now; none for a change of mere words.
+
+    `seen`: when we saw this change. It is part of each key, so that what changes there and back again counts each time.
+    """
 
     def step(kind: str, action: str, at: datetime, *discriminator: object, **data: Any) -> Step:
         return Step(
@@ -91,21 +118,29 @@ def transitions(before: Finding | None, after: AlertFacts, *, owner_id: UUID, fi
             data={"finding": snapshot(after), "source_occurred_at": at.isoformat(), **data},
         )
 
+    def moved(old: str, new: str) -> Step:
+        kind = {"open": "reopened", "fixed": "fixed", "ignored": "ignored"}[new]
+        action = {"dismissed": "dismissed", "auto_dismissed": "auto_dismissed"}.get(after.upstream_state, "status_change")
+        at = _not_before(kind, _moment(after), [*history, *found])
+        return step(kind, action, at, at.isoformat(), old, new, seen.isoformat(), before=old, after=new)
+
+    found: list[Step] = []
     if before is None:
-        found = [step("opened", "created", after.created_at, after.created_at.isoformat())]
+        found.append(step("opened", "created", after.created_at, after.created_at.isoformat()))
         old_status = "open"
         disposition = None
     else:
-        found = []
         old_status = before.status
         disposition = None if reopened_by_person(before, after) else before.disposition
         if before.severity != after.severity:
+            # An advisory's new severity doesn't touch the alert's own date: the new days count from when it was seen.
+            at = max([seen, *(one.at for one in history)])
             found.append(
                 step(
                     "severity",
                     "severity_changed",
-                    after.updated_at,
-                    after.updated_at.isoformat(),
+                    at,
+                    seen.isoformat(),
                     before.severity,
                     after.severity,
                     before=before.severity,
@@ -114,11 +149,20 @@ def transitions(before: Finding | None, after: AlertFacts, *, owner_id: UUID, fi
             )
     status = effective_status(after.upstream_state, disposition)
     if status != old_status:
-        at = _moment(after)
-        kind = {"open": "reopened", "fixed": "fixed", "ignored": "ignored"}[status]
-        action = {"dismissed": "dismissed", "auto_dismissed": "auto_dismissed"}.get(after.upstream_state, "status_change")
-        found.append(step(kind, action, at, at.isoformat(), old_status, status, before=old_status, after=status))
+        found.append(moved(old_status, status))
+    elif before is not None and status == "fixed" and before.fixed_at and after.fixed_at and after.fixed_at > before.fixed_at:
+        # Fixed anew: nobody saw it open, and its second fix is the only moment that is known of it.
+        found.append(moved("fixed", "open"))
+        found.append(moved("open", "fixed"))
     return found
+
+
+def _not_before(kind: str, at: datetime, history: Iterable[Any]) -> datetime:
+    """The moment of a step, after the newest one that it answers: else a source with odd dates would open what it closes."""
+    answered: list[datetime] = [
+        one.at for one in history if one.kind != "severity" and (one.kind in _OPENING) != (kind in _OPENING)
+    ]
+    return max([at, *answered])
 
 
 def _moment(facts: AlertFacts) -> datetime:

@@ -206,8 +206,8 @@ class AuditReport(BaseModel):
 def verdict(history: Sequence[sla.HistoryEvent], policy: sla.SlaPolicy, repository_id: int, at: datetime) -> Verdict:
     """Whether the deadline held, as of a moment. What is ignored is judged by where it stood when that began."""
     state = sla.evaluate(history, policy, repository_id, at)
-    if state.status == "paused":
-        return "terminal_met" if _ignored_in_time(history, policy, repository_id, at) else "terminal_missed"
+    if state.status == "paused":  # a deadline that passed before is told, one that stands isn't
+        return "terminal_met" if state.due_at is None else "terminal_missed"
     by_status: dict[str, Verdict] = {
         "untracked": "unknown",
         "met": "terminal_met",
@@ -216,16 +216,6 @@ def verdict(history: Sequence[sla.HistoryEvent], policy: sla.SlaPolicy, reposito
         "open_overdue": "open_past_deadline",
     }
     return by_status[state.status]
-
-
-def _ignored_in_time(history: Sequence[sla.HistoryEvent], policy: sla.SlaPolicy, repository_id: int, at: datetime) -> bool:
-    """Looks back to the last step after which the clock still ran."""
-    read = [one for one in sla.in_order(history) if one.at <= at]
-    for count in range(len(read) - 1, 0, -1):
-        before = sla.evaluate(read[:count], policy, repository_id, read[count].at)
-        if before.status != "paused":
-            return before.due_at is not None and read[count].at <= before.due_at
-    return False
 
 
 def status_at(history: Sequence[sla.HistoryEvent], at: datetime) -> Literal["open", "fixed", "ignored", "unknown"]:

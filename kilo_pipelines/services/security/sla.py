@@ -16,8 +16,6 @@ RANK = {"critical": 0, "high": 1, "medium": 2, "low": 3}
 PERIOD = timedelta(days=90)
 
 Status = Literal["open_within", "open_overdue", "paused", "met", "missed", "untracked"]
-# Steps of one moment are read in this order, so that the order in which they were found doesn't matter.
-_ORDER = {"opened": 0, "severity": 1, "ignored": 2, "reopened": 3, "fixed": 4}
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,10 @@ def steps_of(stored: Iterable[Any]) -> list[HistoryEvent]:
 
 @dataclass(frozen=True)
 class SlaState:
-    """Where a finding stands. `due_at` is None while it is paused (it depends on when it comes back) and when untracked."""
+    """Where a finding stands. `due_at` is None when untracked, and while it is paused in time (it depends on when it comes back).
+
+    `met_due` and `missed_due`: deadlines of periods that a fix ended before the present one began.
+    """
 
     status: Status
     severity: str | None = None
@@ -87,6 +88,8 @@ class SlaState:
     reconstructed: bool = False
     policy_version: int = 0
     steps: tuple[str, ...] = ()
+    met_due: tuple[datetime, ...] = ()
+    missed_due: tuple[datetime, ...] = ()
 
 
 def advance(start: datetime, budget: timedelta, business_days: bool) -> datetime:
@@ -138,6 +141,8 @@ class _Clock:
     period: int = 0
     reconstructed: bool = False
     steps: list[str] = field(default_factory=list)
+    met_due: list[datetime] = field(default_factory=list)
+    missed_due: list[datetime] = field(default_factory=list)
 
     def read(self, event: HistoryEvent) -> None:
         """One step."""
@@ -183,6 +188,7 @@ class _Clock:
         if self.left is not None:
             spent = counted(self._begin, self.paused_at or at, self.policy.business_days) - self.pauses
             self.left = min(self.left, fresh) if raised else fresh - spent
+            self.due = advance(self.paused_at or at, self.left, self.policy.business_days)
             self.steps.append(f"{before} became {severity} {at:%Y-%m-%d} while it was ignored")
             return
         old = self.due
@@ -222,14 +228,21 @@ class _Clock:
             self.closed, self.ended_ignored = None, False
             self.steps.append(f"back {at:%Y-%m-%d}: due {self.due:%Y-%m-%d} as before")
         elif self.closed is not None:
+            (self.met_due if self.closed <= self._end else self.missed_due).append(self._end)
             self._start(at, "came back")
 
     def _resume(self, at: datetime) -> None:
         assert self.paused_at is not None and self.left is not None  # noqa: S101  # the callers look first
         self.paused += at - self.paused_at
         self.pauses += counted(self.paused_at, at, self.policy.business_days)
-        self.due = advance(at, self.left, self.policy.business_days)
+        if not self._passed:
+            self.due = advance(at, self.left, self.policy.business_days)
         self.paused_at = self.left = None
+
+    @property
+    def _passed(self) -> bool:
+        """Ignored after its deadline: that one was missed, and no pause moves it."""
+        return self.left is not None and self.left < timedelta()
 
     def _fixable(self) -> bool:
         return self.closed is None or self.ended_ignored
@@ -257,7 +270,7 @@ class _Clock:
             status=status,
             severity=self.severity,
             started_at=self.started,
-            due_at=None if status == "paused" else self.due,
+            due_at=None if status == "paused" and not self._passed else self.due,
             closed_at=self.closed,
             budget_days=self._budget.days,
             paused_seconds=int(self.paused.total_seconds()),
@@ -265,6 +278,8 @@ class _Clock:
             reconstructed=self.reconstructed,
             policy_version=self.policy.version,
             steps=tuple(self.steps),
+            met_due=tuple(self.met_due),
+            missed_due=tuple(self.missed_due),
         )
 
 
@@ -282,12 +297,16 @@ def evaluate(history: Sequence[HistoryEvent], policy: SlaPolicy, repository_id: 
 
 
 def in_order(history: Iterable[HistoryEvent]) -> list[HistoryEvent]:
-    """The steps in the one order in which they are read, each once."""
-    return sorted(set(history), key=lambda one: (one.at, _ORDER[one.kind], one.severity or "", one.reconstructed))
+    """The steps in the one order in which they are read; those of one moment as they were recorded."""
+    return sorted(history, key=lambda one: one.at)
 
 
-def kept(state: SlaState) -> dict[str, Any]:
-    """What is stored of a computed state: nothing that changes by the clock alone."""
+def kept(history: Sequence[HistoryEvent], policy: SlaPolicy, repository_id: int, now: datetime) -> dict[str, Any]:
+    """What is stored of a finding's deadline: nothing that changes by the clock alone.
+
+    All steps are read, also those of a source whose clock is ahead of ours.
+    """
+    state = evaluate(history, policy, repository_id, max([now, *(one.at for one in history)]))
     return {
         "severity": state.severity or "",
         "started_at": state.started_at,
@@ -299,6 +318,9 @@ def kept(state: SlaState) -> dict[str, Any]:
         "closed_at": state.closed_at,
         "reconstructed": state.reconstructed,
         "policy_version": state.policy_version,
+        "met_due": list(state.met_due),
+        "missed_due": list(state.missed_due),
+        "events": len(history),
     }
 
 
@@ -311,7 +333,9 @@ def explain(state: SlaState) -> str:
     """How the deadline came to be, in a sentence or two for people."""
     if state.status == "untracked":
         return "No deadline: it has no known severity or was never seen open."
-    if state.status == "paused":
+    if state.status == "paused" and state.due_at is not None:
+        end = f"It is ignored since after its deadline, {state.due_at:%Y-%m-%d %H:%M} UTC."
+    elif state.status == "paused":
         end = "It is ignored; the deadline is set when it comes back."
     elif state.closed_at is not None:
         end = f"It was closed {state.closed_at:%Y-%m-%d %H:%M} UTC, {'in time' if state.status == 'met' else 'too late'}."
@@ -328,14 +352,19 @@ def percent(part: int, whole: int) -> float | None:
 
 
 def compliance(states: Iterable[SlaState], at: datetime) -> dict[str, float | int | None]:
-    """The two figures: open findings within their deadline, and met of what was due in the `PERIOD` before `at`."""
+    """The two figures: open findings within their deadline, and met of what was due in the `PERIOD` before `at`.
+
+    Every period of a finding has a deadline of its own; one that was ignored after its deadline missed it.
+    """
     within = overdue = met = missed = 0
     for state in states:
         within += state.status == "open_within"
         overdue += state.status == "open_overdue"
+        met += sum(at - PERIOD < due <= at for due in state.met_due)
+        missed += sum(at - PERIOD < due <= at for due in state.missed_due)
         if state.due_at is not None and at - PERIOD < state.due_at <= at:
             met += state.status == "met"
-            missed += state.status in ("missed", "open_overdue")
+            missed += state.status != "met"
     return {
         "open_within": within,
         "open_overdue": overdue,

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
 import httpx

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -9,11 +12,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from sqlalchemy import create_engine, text
 
 from kilo_pipelines import jobs, schedules, tags
 from kilo_pipelines.acts.security import enable, request_sync
 from kilo_pipelines.assets.security import compliance_table
+from kilo_pipelines.cli.main import main
 from kilo_pipelines.cli.work import _unreadable
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops import security_sync
@@ -21,7 +26,8 @@ from kilo_pipelines.ops.security_sync import SEVERITIES, Trigger
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.services.security.config import SERVICE
 from kilo_pipelines.services.security.report import Refusal
-from kilo_pipelines.store import Integration
+from kilo_pipelines.settings import Settings, write_secret
+from kilo_pipelines.store import Cipher, Integration
 from tests.conftest import Database
 from tests.support.security import Owner, seeded, syncing
 from tests.support.twin import Twin
@@ -126,9 +132,11 @@ def test_a_refused_token_pauses_the_installation_over_runs(database: Database, t
 def test_a_limit_holds_for_the_whole_installation_as_long_as_it_says(database: Database, twin: Twin) -> None:
     owner = Owner(database, twin, 3, 15)
     owner.fault(owner.names[0], status=429, headers={"retry-after": "120"})
-    for _ in range(2):  # in the run that met it and in the next one
+    for number in range(2):  # in the run that met it and in the next one
         assert set(owner.sync().repositories.values()) == {str(Reason.PROVIDER_RATE_LIMITED)}
         assert not any(owner.fresh().values()), "nothing is asked meanwhile"
+        if number == 0:
+            assert sum(one["attempted_at"] is not None for one in owner.store.findings.syncs(owner.id)) == 1
     with owner.store.database.owner(owner.id) as connection:
         connection.execute(text("update repository_syncs set not_before = not_before - interval '121 seconds'"))
         connection.execute(text("update rate_budgets set blocked_until = blocked_until - interval '121 seconds'"))
@@ -410,3 +418,24 @@ def test_the_agent_is_switched_on_only_where_it_can_work(database: Database, twi
     assert owner.sync().outcome == Reason.SECURITY_DISABLED, "no refusal switches it on"
     owner.select([owner.repositories[0]["repository_id"]])
     assert enabled() is True and owner.sync().complete
+
+
+def test_the_command_says_why_the_agent_stays_off(database: Database, twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Owner(database, twin, 1, 2)
+    owner.store.owners.enable_service(owner.id, SERVICE, False, actor="test")
+    monkeypatch.setenv("KILO_DATABASE_URL", "postgresql://given/elsewhere")
+    secrets = Settings().home / "secrets"
+    write_secret(secrets / "database.json", json.dumps(database.logins))
+    write_secret(secrets / "encryption.key", Cipher.new_key_file())
+
+    def switched() -> Result:
+        done = CliRunner().invoke(main, ["services", "enable", SERVICE, "--owner", str(owner.id)])
+        with warnings.catch_warnings():  # connections, which end with a process of their own
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+        return done
+
+    owner.select([])
+    assert switched().exit_code == 1 and "(no_repositories: nothing to read)" in switched().stderr
+    owner.select([owner.repositories[0]["repository_id"]])
+    assert switched().stdout == "on\n" and owner.sync().complete

@@ -158,12 +158,11 @@ class Control:
         return {"repository": found["full_name"], "repository_id": found["id"]}
 
     def transfer(self, repository: str, to: str) -> dict[str, Any]:
-        """Gives a repository to another account (`to`), where the App isn't installed."""
+        """Gives a repository to another account (`to`), where the App isn't installed: GitHub tells `transferred` there only."""
         self._repository(repository)
         found = self.twin.rename(repository, f"{to}/{repository.partition('/')[2]}")
         found["installed"] = False
         self.twin.save()
-        self._about(found, "transferred", changes={"owner": {"from": {"organization": account(ACCOUNT, "Organization")}}})
         self._listed("removed", found)
         return {"repository": found["full_name"], "repository_id": found["id"]}
 

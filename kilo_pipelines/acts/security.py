@@ -20,7 +20,7 @@ from kilo_pipelines.services.security import report, sla, vex
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of, selects
 from kilo_pipelines.services.security.permissions import may
 from kilo_pipelines.services.security.report import Refusal
-from kilo_pipelines.store import FindingEventRow, FindingRow, Limits, NewItem, SlaRow, StaleRevisionError, Store
+from kilo_pipelines.store import FindingEventRow, FindingRow, Limits, NewItem, SlaRow, StaleRevisionError, Store, SyncTarget
 from kilo_pipelines.store.finding_lists import ANALYZED
 
 Form = Literal["csv", "json", "vex"]
@@ -173,22 +173,48 @@ def request_sync(store: Store, owner_id: UUID, repository_id: int | None, *, rol
         return Refusal(Reason.SECURITY_DISABLED, "it is off")
     if setting.action_required is not None:
         return Refusal(Reason.ACTION_REQUIRED, "see the owner's services")
-    config = SecurityConfig.model_validate(setting.config)
-    wanted = [
-        one.repository_id
-        for one in store.owners.sync_targets(owner_id)
-        if (selects(config, one.repository_id) if repository_id is None else one.repository_id == repository_id)
-    ]
+    wanted = targets_of(store, owner_id, SecurityConfig.model_validate(setting.config), repository_id)
     if not wanted:
         return Refusal(Reason.NO_REPOSITORIES, "nothing to read" if repository_id is None else f"repository {repository_id}")
     item = NewItem(
         service="security_sync",
         subject_key="sync" if repository_id is None else f"sync:{repository_id}",
-        repository_id=wanted[0],
+        repository_id=wanted[0].repository_id,
         priority=0,
         details={"repository_id": repository_id, "requested_by": actor},
     )
-    return store.queue.open(owner_id, item, actor=actor)
+    return store.queue.open(owner_id, item, actor=actor, act="security.sync.triggered")
+
+
+def enable(
+    store: Store, owner_id: UUID, unreadable: Callable[[SyncTarget], Reason | None], *, role: str, actor: str
+) -> bool | Refusal:
+    """Switches the Security Agent on where there is something to watch and it may be read (contract 4); False without settings.
+
+    `unreadable` asks the provider why a repository's alerts may not be read; one of each installation is asked for.
+    """
+    if not may(role, "settings"):
+        return Refusal(Reason.ROLE_NOT_ALLOWED, role)
+    setting = store.owners.config(owner_id, SERVICE)
+    if setting is None:
+        return False
+    targets = targets_of(store, owner_id, SecurityConfig.model_validate(setting.config))
+    if not targets:
+        return Refusal(Reason.NO_REPOSITORIES, "nothing to read")
+    for target in {one.installation_id: one for one in targets}.values():
+        reason = unreadable(target)
+        if reason is not None:
+            return Refusal(reason, f"asked for {target.full_name}")
+    return store.owners.enable_service(owner_id, SERVICE, True, actor=actor)
+
+
+def targets_of(store: Store, owner_id: UUID, config: SecurityConfig, only: int | None = None) -> list[SyncTarget]:
+    """The repositories of an owner's working installations that its settings select, or the one asked for, selected or not."""
+    return [
+        one
+        for one in store.owners.sync_targets(owner_id)
+        if (selects(config, one.repository_id) if only is None else one.repository_id == only)
+    ]
 
 
 def _storable(value: Any) -> bool:

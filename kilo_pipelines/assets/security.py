@@ -27,6 +27,7 @@ from kilo_pipelines.ops.findings import deadline, policy_for
 from kilo_pipelines.ops.security_sync import (
     SEVERITIES,
     SHOWN,
+    Trigger,
     compliance_metadata,
     deadline_metadata,
     findings_metadata,
@@ -60,7 +61,7 @@ SLOW = {tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: SERVICE}
 def security_findings(context: AssetExecutionContext, store: StoreResource, github: GitHubResource) -> MaterializeResult[None]:
     platform = store.get()
     owner_id = UUID(context.partition_key)
-    done = sync_owner(platform, github, owner_id, context.log, whole=True)
+    done = sync_owner(platform, github, owner_id, context.log, whole=True, trigger=Trigger("backfill", "dagster-ui"))
     if not done.complete:
         raise Failure(
             f"not everything was read: {done.outcome}",

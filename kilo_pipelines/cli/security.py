@@ -149,11 +149,12 @@ def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
 def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> None:
     """Copies the owner's Dependabot alerts now."""
     # The orchestrator's library takes seconds to load, and only these two commands need it.
-    from kilo_pipelines.ops.security_sync import sync_owner
+    from kilo_pipelines.ops.security_sync import Trigger, sync_owner
     from kilo_pipelines.resources.github import GitHubResource
 
     _, store = open_store(plain)
-    done = sync_owner(store, GitHubResource(), owner_of(store, owner, plain), log, only=repository)
+    by = Trigger("command", OPERATOR)
+    done = sync_owner(store, GitHubResource(), owner_of(store, owner, plain), log, only=repository, trigger=by)
 
     if not done.repositories:
         meaning, remedy = MEANING[Reason(done.outcome)]

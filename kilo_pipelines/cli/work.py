@@ -8,10 +8,14 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.acts import security
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.effects import EffectState
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.core.work import WorkState
+from kilo_pipelines.services.security.config import SERVICE as SECURITY
+from kilo_pipelines.services.security.report import Refusal
+from kilo_pipelines.store import SyncTarget
 
 _scope_options = [
     click.option("--owner", type=click.UUID, help="Only this owner's work."),
@@ -257,9 +261,27 @@ def services_list(plain: bool) -> None:
 
 def _switch(owner: UUID, service: str, enabled: bool, plain: bool) -> None:
     _, store = open_store(plain)
-    if not store.owners.enable_service(owner, service, enabled, actor=OPERATOR):
+    if enabled and service == SECURITY:
+        done = security.enable(store, owner, _unreadable, role=OPERATOR, actor=OPERATOR)
+    else:
+        done = store.owners.enable_service(owner, service, enabled, actor=OPERATOR)
+    if isinstance(done, Refusal):
+        meaning, remedy = MEANING[done.reason]
+        end(plain, f"{meaning} {remedy} ({done.reason}: {done.detail})")
+    if not done:
         end(plain, f"owner {owner} has no service {service}")
     show(plain, {"enabled": enabled}, lambda: "on" if enabled else "off")
+
+
+def _unreadable(target: SyncTarget) -> Reason | None:
+    # The orchestrator's library takes seconds to load, and no other command here needs it.
+    from kilo_pipelines.resources.github import GitHubResource, ProviderError
+
+    try:
+        GitHubResource().may_read_alerts(target.installation_id, target.repository_id)
+    except ProviderError as failure:
+        return failure.reason
+    return None
 
 
 @services.command("enable")

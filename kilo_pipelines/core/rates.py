@@ -36,8 +36,8 @@ def full(rate: Rate, now: datetime) -> Bucket:
     return Bucket(rate.burst, now)
 
 
-def take(bucket: Bucket, rate: Rate, cost: float, now: datetime) -> Taken:
-    """Takes `cost` tokens, or says when they will be there.
+def take(bucket: Bucket, rate: Rate, cost: float, now: datetime, leave: float = 0.0) -> Taken:
+    """Takes `cost` tokens where `leave` more are there, or says when they will be.
 
     A cost above the burst is taken from a full bucket, which then owes: refused for ever it would never be done. A clock that
     went back gives nothing and takes nothing.
@@ -47,7 +47,7 @@ def take(bucket: Bucket, rate: Rate, cost: float, now: datetime) -> Taken:
     refilled = Bucket(tokens, max(now, bucket.refilled_at), bucket.blocked_until)
     if bucket.blocked_until is not None and bucket.blocked_until > now:
         return Taken(refilled, bucket.blocked_until)
-    needed = min(cost, rate.burst)
+    needed = min(cost + leave, rate.burst)
     if tokens < needed:
         # A millisecond more than computed, so that rounding never sends anybody round again.
         return Taken(refilled, now + timedelta(seconds=(needed - tokens) * 3600 / rate.per_hour, milliseconds=1))

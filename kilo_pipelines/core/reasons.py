@@ -66,6 +66,7 @@ class Reason(StrEnum):
     ALERT_MALFORMED = "alert_malformed"
     ALERT_REFUSED = "alert_refused"
     SYNC_OUT_OF_TIME = "sync_out_of_time"
+    SYNC_FAILED = "sync_failed"
     ALERTS_SYNCED = "alerts_synced"
     SYNC_PARTLY = "sync_partly"
     # reports and the control API of the Security Agent
@@ -309,6 +310,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "The owner's share of the run was used up.",
         "Nothing; the next sync goes on with what was left.",
     ),
+    Reason.SYNC_FAILED: (
+        "A repository's alerts could not be taken: something failed that no rule foresees.",
+        "The run's log names it and where; the other repositories were read, and the next sync tries again.",
+    ),
     Reason.REPO_NOT_IN_SCOPE: (
         "The finding's repository isn't selected, or no working installation sees it.",
         "Select it in the owner's settings, or let the App see it.",
@@ -527,8 +532,8 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Accept the App's permissions at GitHub, Dependabot alerts among them.",
     ),
     Reason.REPOSITORY_MOVED: (
-        "The repository has another name at GitHub.",
-        "Nothing; it is asked under its new name once the list of repositories is read again.",
+        "The repository has another name at GitHub than the one that was looked up for it.",
+        "Nothing; its name is looked up again at the next sync.",
     ),
     Reason.ACCESS_BLOCKED: ("GitHub blocks access to the repository.", "Ask GitHub's support."),
     Reason.ALERTS_DISABLED: (

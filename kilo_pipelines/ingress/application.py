@@ -41,6 +41,7 @@ from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,
     InstallationShape,
     RepositoryLabel,
+    RepositoryShape,
     installation_id,
     shape_matches,
     verify_signature,
@@ -53,7 +54,7 @@ HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
 # Events that a service admits; everything else is stored as settled.
 _ADMITTED = {"pull_request", "dependabot_alert"}
-_LIFECYCLE = frozenset({"installation", "installation_repositories"})
+_LIFECYCLE = frozenset({"installation", "installation_repositories", "repository"})
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
 DISPATCH_LOOK_BACK = 1_000
@@ -238,6 +239,13 @@ def _apply_lifecycle(store: Store, integration: Integration, event: str, payload
             store.owners.disconnect(integration)
         elif change.action in ("suspend", "unsuspend"):
             store.owners.set_suspended(integration, change.action == "suspend")
+        return
+    if event == "repository":
+        about = RepositoryShape.model_validate(payload)
+        if about.action in ("renamed", "transferred"):  # the receiver of a transfer is told of it; the giver's list changes
+            store.owners.rename(integration.owner_id, about.repository.id, about.repository.full_name)
+        elif about.action == "deleted":
+            store.owners.change_repositories(integration, added=[], removed=[about.repository.id])
         return
     lists = InstallationRepositoriesShape.model_validate(payload)
     store.owners.change_repositories(

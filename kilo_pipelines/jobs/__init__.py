@@ -21,6 +21,9 @@ from kilo_pipelines.ops.upkeep import remove_old, seal_audit
 
 # Longer than any session's own cap by five minutes: Dagster's monitor is the last net, the runner's cap the first.
 SESSION_MAX_RUNTIME_SECONDS = 1_800 + 300
+# A chunk of owners, four at a time with eight minutes each at most, may take hours. At its end the next scheduled sync begins
+# (schedules.SYNC_CRON), with the owners first that this one didn't come to.
+SYNC_MAX_RUNTIME_SECONDS = 6 * 3_600
 
 
 @job(
@@ -79,7 +82,11 @@ def retention() -> None:
 
 @job(
     executor_def=in_process_executor,
-    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE, tags.SERVICE: "security_agent"},
+    tags={
+        tags.QUEUE: tags.QUEUE_MAINTENANCE,
+        tags.SERVICE: "security_agent",
+        tags.MAX_RUNTIME: str(SYNC_MAX_RUNTIME_SECONDS),
+    },
     description="Copies the Dependabot alerts of the named owners; each owner that was read whole is materialized.",
 )
 def security_sync() -> None:

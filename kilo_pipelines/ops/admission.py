@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, settle_duplicates
 from kilo_pipelines.services.code_review import admission as code_review
 from kilo_pipelines.services.code_review import outcome
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -47,9 +47,12 @@ def _alert(tx: AdmissionTx) -> None:
     elif security.is_outdated(facts, tx.alert_known_at(repository_id, SOURCE, facts.source_id)):
         tx.skip(Reason.ALERT_OUTDATED)
     else:
-        taker = AlertTaker(tx.delivery.owner_id, repository_id, SlaPolicy.of_stored(*policy), first_sync=False)
+        owner_id, in_force = tx.delivery.owner_id, SlaPolicy.of_stored(*policy)
+        taker = AlertTaker(owner_id, repository_id, in_force, first_sync=False)
         good, _ = taker.sort([tx.delivery.payload["alert"]])
         tx.take_alerts(repository_id, SOURCE, good, taker.decide)
+        if facts.ghsa_id is not None:
+            settle_duplicates(tx.duplicates(repository_id, facts.ghsa_id), tx.dispose, owner_id, repository_id, in_force)
 
 
 def _pull_request(tx: AdmissionTx, marker: Marker) -> None:

@@ -1,16 +1,20 @@
 """Copying an owner's Dependabot alerts into findings: page by page, repository by repository, each with its own outcome."""
 
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 from uuid import UUID
 
 from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, TableMetadataValue, op
 
 from kilo_pipelines.acts.analysis import queue_analyses
 from kilo_pipelines.acts.common import Log
+from kilo_pipelines.acts.security import targets_of
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
@@ -26,35 +30,55 @@ from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.security import alerts as rules
 from kilo_pipelines.services.security import findings as lifecycle
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, selects
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import (
     Change,
     FindingEventRow,
     FindingRow,
     PageCount,
     Refused,
+    SQLAlchemyError,
     Store,
     SyncTarget,
 )
 
 SOURCE = "dependabot"
-# An owner's share of a run (contract 7.2.6): the rest goes on where it stopped, stalest repositories first.
+# An owner's share of a run (contract 7.2.6), looked at before each page: the rest goes on where it stopped, stalest repositories first.
 OWNER_SECONDS = 480.0
 # A refused credential is asked for again after an hour (contract 5).
 AUTH_PAUSE = timedelta(minutes=60)
-# An advisory's new severity moves no alert (providers/github_alerts.py): every fourth sync reads everything.
-WHOLE_READING = timedelta(hours=24)
+# An advisory's new severity moves no alert (providers/github_alerts.py): every fourth sync reads everything, a day after the last
+# one began, or up to half the time between two syncs less: an owner's turn comes now sooner and now later in its run.
+WHOLE_READING = timedelta(hours=21)
+# A wait for the integration's budget that is slept through: it fills by more than one page a second.
+BUDGET_SECONDS = 5.0
+# The installation's trouble: its other repositories would get the same answer.
+OF_THE_INSTALLATION = (Reason.PROVIDER_AUTH, Reason.PROVIDER_RATE_LIMITED)
+# What data of one repository may provoke in our code, in libraries or in the database; whatever stops the process isn't among them.
+UNEXPECTED = (SQLAlchemyError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Pages of a hundred alerts: ten times what GitHub shows of any repository that we know of; a link that leads on for ever ends here.
 MAX_PAGES = 1_000
 
 
-# A sync that somebody asked for is a work item of this service; its lease outlives the owner's share of a run.
+# A sync that somebody asked for is a work item of this service. Its lease outlives the owner's share of a run, the last page and what
+# follows it: a fetch of the repository (six minutes at most, cloud_agent/git.py) to look at the grounds of dismissals.
 REQUESTED = "security_sync"
-REQUESTED_LEASE_SECONDS = OWNER_SECONDS + 120
+REQUESTED_LEASE_SECONDS = OWNER_SECONDS + 420
 
 # What a security lead looks at first; the whole list is `kilo-pipelines security findings`.
 SHOWN = 20
 SEVERITIES = ("critical", "high", "medium", "low")
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Why an owner is synced, and who wanted it."""
+
+    how: Literal["schedule", "request", "command", "backfill"]
+    by: str
+
+
+BY_CLOCK = Trigger("schedule", "platform")
 
 
 @dataclass
@@ -178,25 +202,32 @@ class AlertTaker:
 
 
 def sync_owner(
-    store: Store, github: GitHubResource, owner_id: UUID, log: Log, *, only: int | None = None, whole: bool = False
+    store: Store,
+    github: GitHubResource,
+    owner_id: UUID,
+    log: Log,
+    *,
+    only: int | None = None,
+    whole: bool = False,
+    trigger: Trigger = BY_CLOCK,
 ) -> OwnerSync:
     """Brings an owner's findings up to date, at most `OWNER_SECONDS`; `only`: one repository, selected or not (contract 7.2.3).
 
-    `whole` reads every alert, whatever the conditional request would say: a person who asks for a backfill doubts what is there.
+    `whole` reads every alert, whatever the conditional request or a checkpoint would say: a person who asks for a backfill doubts
+    what is there.
     """
+    until = time.monotonic() + OWNER_SECONDS
     setting = store.owners.config(owner_id, SERVICE)
     if setting is None or not setting.enabled:
         return OwnerSync(owner_id, Reason.SECURITY_DISABLED)
     if setting.action_required is not None:
         return OwnerSync(owner_id, Reason.ACTION_REQUIRED)
     config = SecurityConfig.model_validate(setting.config)
-    targets = [
-        one
-        for one in store.owners.sync_targets(owner_id)
-        if (selects(config, one.repository_id) if only is None else one.repository_id == only)
-    ]
+    targets = targets_of(store, owner_id, config, only)
     if not targets:
         return OwnerSync(owner_id, Reason.NO_REPOSITORIES)
+    if trigger.how in ("command", "backfill"):  # a request was noted when it was made
+        store.findings.note_sync(owner_id, "triggered", {"trigger": trigger.how, "repository_id": only}, actor=trigger.by)
     policy = policy_for(store, owner_id, config, actor="platform")
     # Settings are saved before deadlines follow: what a crash between the two left is caught up with here.
     now = datetime.now(UTC)
@@ -204,28 +235,52 @@ def sync_owner(
         owner_id, policy.version, lambda history, repository: deadline(history, [], policy, repository, now)
     )
     done = OwnerSync(owner_id, "synced", complete=True)
-    until = time.monotonic() + OWNER_SECONDS
-    refused: set[int] = set()
+    refused = {
+        one.installation_id: str(Reason.PROVIDER_AUTH)
+        for one in targets
+        if one.refused_until is not None and one.refused_until > now
+    }
     for number, target in enumerate(targets):
         if target.installation_id in refused:
-            outcome = str(Reason.PROVIDER_AUTH)
+            outcome = refused[target.installation_id]
         elif number and time.monotonic() > until:
             outcome = str(Reason.SYNC_OUT_OF_TIME)
         else:
-            outcome = _sync_repository(store, github, owner_id, target, policy, done, log, whole)
-        if outcome == Reason.PROVIDER_AUTH:
-            refused.add(target.installation_id)
+            try:
+                outcome, target = _sync_repository(store, github, owner_id, target, policy, done, log, whole, until)
+                if outcome in ("synced", "unchanged"):
+                    follow_up(store, github, owner_id, target.repository_id, log)
+                    reexamine(store, github, owner_id, target, policy, log)
+            except UNEXPECTED as failure:
+                # The words of an error may be somebody's data: the log says what it was and where.
+                log.error(f"{target.full_name}: {type(failure).__name__}\n{''.join(traceback.format_tb(failure.__traceback__))}")
+                outcome = str(Reason.SYNC_FAILED)
+                store.findings.end_sync(
+                    owner_id, target.repository_id, outcome=outcome, detail=type(failure).__name__, complete=False
+                )
+        if outcome in OF_THE_INSTALLATION:
+            refused[target.installation_id] = outcome
         done.repositories[target.full_name] = outcome
-        if outcome in ("synced", "unchanged"):
-            follow_up(store, github, owner_id, target.repository_id, log)
-            reexamine(store, github, owner_id, target, policy, log)
         if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
             done.complete = False
             log.warning(f"{target.full_name}: {outcome}")
     done.outcome = "synced" if done.complete else "partly"
     done.analyses = queue_analyses(store, owner_id, config, log)
     stage(store, owner_id)
+    store.findings.note_sync(owner_id, "completed", _counted(done, trigger, only), actor=trigger.by)
     return done
+
+
+def _counted(done: OwnerSync, trigger: Trigger, only: int | None) -> dict[str, Any]:
+    """What the audit keeps of a sync (contract 7.2.9)."""
+    return {
+        "source": "system" if trigger == BY_CLOCK else "user",
+        "trigger": trigger.how,
+        "repository_id": only,
+        "outcome": done.outcome,
+        "repositories": dict(Counter(done.repositories.values())),
+        **{name: getattr(done, name) for name in ("inserted", "changed", "unchanged", "quarantined", "superseded", "analyses")},
+    }
 
 
 def _sync_repository(
@@ -237,28 +292,46 @@ def _sync_repository(
     done: OwnerSync,
     log: Log,
     whole: bool,
-) -> str:
-    """One repository to its end, or to the reason why not; a stopped one goes on at its checkpoint."""
+    until: float,
+) -> tuple[str, SyncTarget]:
+    """One repository to its end, or to the reason why not, and the repository under its present name.
+
+    A stopped one goes on at its checkpoint, and then reads what changed since: that stands at the beginning.
+    """
     now = datetime.now(UTC)
     state = store.findings.begin_sync(owner_id, target.repository_id)
     if state.not_before is not None and state.not_before > now:
-        return state.outcome or str(Reason.PROVIDER_RATE_LIMITED)
+        return state.outcome or str(Reason.PROVIDER_RATE_LIMITED), target
 
-    def end(outcome: str, detail: str = "", *, wait: timedelta | None = None, complete: bool = False, **more: Any) -> str:
-        after = now + wait if wait is not None else None
+    def end(
+        outcome: str, detail: str = "", *, wait: timedelta | None = None, complete: bool = False, **more: Any
+    ) -> tuple[str, SyncTarget]:
+        after = datetime.now(UTC) + wait if wait is not None else None
+        if after is not None and outcome == Reason.PROVIDER_RATE_LIMITED:
+            store.budgets.block(owner_id, target.integration_id, after)
         store.findings.end_sync(
             owner_id, target.repository_id, outcome=outcome, detail=detail, not_before=after, complete=complete, **more
         )
-        return outcome
+        return outcome, target
 
     taker = AlertTaker(owner_id, target.repository_id, policy, first_sync=state.succeeded_at is None)
-    cursor, etag, read, bad = state.cursor, None, 0, 0
+    cursor, etag, read, bad = None if whole else state.cursor, None, 0, 0
+    resumed = behind = cursor is not None
     # The tag tells of changed states only, and only for the beginning: a day after the last whole reading all is read again.
     lately = state.read_at is not None and now - state.read_at < WHOLE_READING
-    tag = state.etag if lately and cursor is None and not whole else None
+    tag = state.etag if lately and not resumed and not whole else None
     try:
-        for _ in range(MAX_PAGES):
+        for number in range(MAX_PAGES):
+            if number and time.monotonic() > until:
+                return end(str(Reason.SYNC_OUT_OF_TIME), f"after {number} pages")
+            short = _within_budget(store, github, owner_id, target)
+            if short is not None:
+                return end(str(Reason.PROVIDER_RATE_LIMITED), "the integration's budget is used up", wait=short)
             page = github.alerts(target.installation_id, target.repository_id, target.full_name, etag=tag, after=cursor)
+            if page.full_name is not None:
+                log.info(f"{target.full_name} is {page.full_name} now")
+                store.owners.rename(owner_id, target.repository_id, page.full_name)
+                target = replace(target, full_name=page.full_name)
             if page.status == "unchanged":
                 return end("unchanged", complete=True)
             if page.status != "ok":
@@ -269,12 +342,14 @@ def _sync_repository(
             tag = None
             good, refused = taker.sort(page.alerts)
             store.findings.quarantine(owner_id, target.repository_id, refused)
-            count = store.findings.apply_page(owner_id, target.repository_id, SOURCE, good, taker.decide, cursor=page.next)
-            done.add(count)
+            taken = store.findings.apply_page(owner_id, target.repository_id, SOURCE, good, taker.decide, cursor=page.next)
+            done.add(taken)
             done.quarantined += len(refused)
-            read, bad, cursor = read + len(page.alerts), bad + len(refused) + count.quarantined, page.next
-            if cursor is None:
+            read, bad, cursor = read + len(page.alerts), bad + len(refused) + taken.quarantined, page.next
+            known = resumed and not behind and not taken.inserted + taken.changed
+            if known or (cursor is None and not behind):
                 break
+            behind = behind and cursor is not None
         else:
             return end(str(Reason.SYNC_OUT_OF_TIME), f"more than {MAX_PAGES} pages")
     except ProviderError as failure:
@@ -282,15 +357,24 @@ def _sync_repository(
         return end(str(failure.reason), wait=wait)
     done.superseded += supersede(store, owner_id, target.repository_id, policy)
     log.info(f"{target.full_name}: {read} alerts read, {bad} in quarantine")
-    # A sync that went on at a checkpoint has no tag of the first page, and another one is read whole soon.
-    return end(
-        "synced",
-        f"{bad} alerts in quarantine" if bad else "",
-        complete=True,
-        etag=etag,
-        alerts=read,
-        whole_since=state.attempted_at if state.cursor is None else None,
-    )
+    told = f"{bad} alerts in quarantine" if bad else ""
+    if resumed:
+        # What lies before a checkpoint was read at another time: no whole reading, and the next sync makes one.
+        return end("synced", told, complete=True)
+    return end("synced", told, complete=True, etag=etag, alerts=read, whole_since=state.attempted_at)
+
+
+def _within_budget(store: Store, github: GitHubResource, owner_id: UUID, target: SyncTarget) -> timedelta | None:
+    """Takes a page from the integration's budget, after a short wait if need be; else how long it has to be waited for."""
+    while True:
+        now = datetime.now(UTC)
+        until = store.budgets.take(owner_id, target.integration_id, github.page_costs(), now)
+        if until is None:
+            return None
+        wait = until - now
+        if wait.total_seconds() > BUDGET_SECONDS:
+            return wait
+        time.sleep(wait.total_seconds())
 
 
 def _wait(page: AlertPage) -> timedelta | None:
@@ -300,9 +384,16 @@ def _wait(page: AlertPage) -> timedelta | None:
 
 
 def supersede(store: Store, owner_id: UUID, repository_id: int, policy: sla.SlaPolicy) -> int:
+    """`settle_duplicates` for a whole repository."""
+    found = store.findings.of_repository(owner_id, repository_id, open_or_superseded=True)
+    return settle_duplicates(found, partial(store.findings.dispose, owner_id), owner_id, repository_id, policy)
+
+
+def settle_duplicates(
+    found: list[FindingRow], dispose: Callable[..., bool], owner_id: UUID, repository_id: int, policy: sla.SlaPolicy
+) -> int:
     """Duplicates of one advisory, package and manifest: the newest alert speaks for all, and the others come back when it is done."""
     now = datetime.now(UTC)
-    found = store.findings.of_repository(owner_id, repository_id, open_or_superseded=True)
     old, back = lifecycle.supersessions(found)
 
     def change(kind: str, action: str, canonical: UUID | None) -> Callable[[FindingRow, list[FindingEventRow]], Change | None]:
@@ -330,11 +421,9 @@ def supersede(store: Store, owner_id: UUID, repository_id: int, policy: sla.SlaP
     moved = 0
     for finding_id, canonical in old.items():
         disposition = {"disposition": "superseded", "reason": f"superseded:{canonical}", "by": "system", "canonical": canonical}
-        moved += store.findings.dispose(
-            owner_id, finding_id, disposition, change("ignored", "superseded", canonical), actor="platform"
-        )
+        moved += dispose(finding_id, disposition, change("ignored", "superseded", canonical), actor="platform")
     for finding_id in back:
-        moved += store.findings.dispose(owner_id, finding_id, None, change("reopened", "reopened", None), actor="platform")
+        moved += dispose(finding_id, None, change("reopened", "reopened", None), actor="platform")
     return moved
 
 
@@ -438,7 +527,8 @@ def sync_requested(context: OpExecutionContext, config: Ids, store: StoreResourc
             say(context, item_id, claim.outcome)
             return
         only = claim.details["repository_id"]
-        done = sync_owner(platform, github, claim.owner_id, context.log, only=only)
+        by = Trigger("request", claim.details["requested_by"])
+        done = sync_owner(platform, github, claim.owner_id, context.log, only=only, trigger=by)
         tell(context, platform, done, whole=only is None)
         if done.complete:
             platform.queue.complete(claim, Reason.ALERTS_SYNCED, details={}, effects=[])

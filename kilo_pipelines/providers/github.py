@@ -303,10 +303,10 @@ class GitHubInstallation:
         """`provider_errors` for calls with this client's token."""
         return provider_errors(self.forget)
 
-    def repository(self, full_name: str) -> Repository:
-        """The repository, provided that its id is one that this token was minted for."""
+    def repository(self, which: str | int) -> Repository:
+        """The repository by name or by its id, provided that its id is one that this token was minted for."""
         with self.errors():
-            found = self._client.get_repo(full_name)
+            found = self._client.get_repo(which)
         if found.id not in self._repository_ids:
             raise ProviderError(Reason.OWNER_CHANGED, retryable=False, detail="another repository has this name now")
         return found

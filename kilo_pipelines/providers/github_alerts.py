@@ -57,6 +57,7 @@ class AlertPage:
     `next`: what to pass as `after_page`, None on the last page. `retryable`: the same call may succeed later, after
     `retry_after_s` seconds where GitHub says how long. `detail`: status and repository, never a body.
     `repository_unavailable` with `repository_moved`: it exists under another name, so nothing may be concluded from the old one.
+    `full_name`: the repository's present name, where another one was asked for (`fetch_alerts_of`).
     """
 
     status: Status
@@ -68,6 +69,29 @@ class AlertPage:
     retryable: bool = False
     retry_after_s: float | None = None
     detail: str = ""
+    full_name: str | None = None
+
+
+def fetch_alerts_of(
+    installation: GitHubInstallation, repository_id: int, full_name: str, *, etag: str | None, after_page: str | None
+) -> AlertPage:
+    """`fetch_alerts` of the repository with this id, whatever it is called by now.
+
+    A name that leads nowhere, elsewhere or to what this token may not read is looked up by the id and asked for once more; GitHub's
+    redirect is not followed. Raises ProviderError; `owner_changed` where the id leads nowhere either.
+    """
+    page = fetch_alerts(installation, full_name, etag=etag, after_page=after_page)
+    if page.status != "repository_unavailable" and page.reason is not Reason.PROVIDER_REFUSED:
+        return page
+    try:
+        present = installation.repository(repository_id).full_name
+    except ProviderError as failure:
+        if failure.reason is not Reason.PROVIDER_NOT_FOUND:
+            raise
+        raise ProviderError(Reason.OWNER_CHANGED, retryable=False, detail="its id leads nowhere") from None
+    if present == full_name:
+        return page
+    return replace(fetch_alerts(installation, present, etag=etag, after_page=after_page), full_name=present)
 
 
 def fetch_alerts(installation: GitHubInstallation, full_name: str, *, etag: str | None, after_page: str | None) -> AlertPage:

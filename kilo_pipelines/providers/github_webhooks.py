@@ -148,6 +148,14 @@ class InstallationRepositoriesShape(_Shape):
     repositories_removed: list[RepositoryLabel]
 
 
+class RepositoryShape(_Shape):
+    """`repository`: what became of a repository itself, under its present name."""
+
+    action: Action
+    repository: RepositoryLabel
+    installation: _InstallationId
+
+
 class PingShape(_Shape):
     """`ping`: sent when a hook is made."""
 
@@ -160,8 +168,15 @@ SHAPES: dict[str, type[_Shape]] = {
     "dependabot_alert": DependabotAlertShape,
     "installation": InstallationShape,
     "installation_repositories": InstallationRepositoriesShape,
+    "repository": RepositoryShape,
     "ping": PingShape,
 }
+
+# `repository` has no field of its own: its actions, and nothing beside what every event of a repository carries, tell it from others.
+_REPOSITORY_ACTIONS = frozenset(
+    {"archived", "created", "deleted", "edited", "privatized", "publicized", "renamed", "transferred", "unarchived"}
+)
+_REPOSITORY_FIELDS = frozenset({"action", "changes", "enterprise", "installation", "organization", "repository", "sender"})
 
 # What only other events about a pull request carry beside it.
 _NOT_PULL_REQUEST = ("review", "comment", "thread")
@@ -182,6 +197,14 @@ def event_of_shape(payload: Mapping[str, Any]) -> str | None:
         return "installation"
     if "zen" in payload and "hook_id" in payload:
         return "ping"
+    action = payload.get("action")
+    if (
+        "repository" in payload
+        and payload.keys() <= _REPOSITORY_FIELDS
+        and isinstance(action, str)
+        and action in _REPOSITORY_ACTIONS
+    ):
+        return "repository"
     return None
 
 

@@ -38,6 +38,8 @@ EFFECT_READS = 5
 # GitHub allows 900 points a minute, a read is one (REST API, secondary rate limits); half is left to others. Twenty launches and
 # the effects of their admission are 260.
 READ_BURST = 450
+# Syncs can wait, reviews can't: they never take the last of the budget, which a few launches with their effects need at once.
+READS_LEFT = 4 * (LAUNCH_READS + EFFECT_READS)
 # GitHub asks for at most 80 content-generating requests a minute (REST API, secondary rate limits); half is left to others.
 WRITE_BURST = 40
 
@@ -67,9 +69,13 @@ class GitHubResource(ConfigurableResource[None]):
     def alerts(
         self, installation_id: int, repository_id: int, full_name: str, *, etag: str | None, after: str | None
     ) -> AlertPage:
-        """One page of a repository's Dependabot alerts (see `providers.github_alerts.fetch_alerts`); ProviderError without a token."""
+        """One page of a repository's Dependabot alerts (see `providers.github_alerts.fetch_alerts_of`); ProviderError without a token."""
         installation = self._app().installation(installation_id, [repository_id], github_alerts.READ_ALERTS)
-        return github_alerts.fetch_alerts(installation, full_name, etag=etag, after_page=after)
+        return github_alerts.fetch_alerts_of(installation, repository_id, full_name, etag=etag, after_page=after)
+
+    def may_read_alerts(self, installation_id: int, repository_id: int) -> None:
+        """Raises ProviderError where a repository's alerts may not be read: `permission_missing`, `owner_changed` and others."""
+        self._app().installation(installation_id, [repository_id], github_alerts.READ_ALERTS)
 
     def clone_token(self, installation_id: int, repository_id: int) -> str:
         """A read-only token for fetching one repository."""
@@ -86,6 +92,10 @@ class GitHubResource(ConfigurableResource[None]):
     def effect_costs(self) -> list[Cost]:
         """What one effect takes from the integration's budget."""
         return [Cost("read", EFFECT_READS, self._reads()), Cost("write", 1, Rate(current().github_writes_per_hour, WRITE_BURST))]
+
+    def page_costs(self) -> list[Cost]:
+        """What one page of alerts takes from the integration's budget; it leaves what launches and effects need."""
+        return [Cost("read", 1, self._reads(), leave=READS_LEFT)]
 
     @staticmethod
     def _reads() -> Rate:

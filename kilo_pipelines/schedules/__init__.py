@@ -89,7 +89,8 @@ sweeps = ScheduleDefinition(
 
 # Contract 7.1.
 SYNC_CRON = "0 */6 * * *"
-# Owners of one run: enough that a thousand owners are twenty runs, few enough that a run ends within the hour.
+# Owners of one run: enough that a thousand owners are twenty runs, few enough that a usual run ends within the hour; how long one
+# may last at most is its job's tag.
 LEAST_OWNERS, MOST_OWNERS, RUNS_OF_A_SYNC = 50, 200, 20
 
 

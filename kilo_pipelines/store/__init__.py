@@ -5,6 +5,8 @@ Holds: every SQL statement. Does not belong here: rules that need no database (c
 
 from __future__ import annotations
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store.analyses import Analyses
 from kilo_pipelines.store.audit import Audit, Seal
@@ -93,6 +95,7 @@ __all__ = [
     "RemediationRow",
     "Repository",
     "ReviewRow",
+    "SQLAlchemyError",
     "Seal",
     "ServiceConfig",
     "SessionClaim",

@@ -15,11 +15,12 @@ from kilo_pipelines.store.database import Database, changed, one
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work takes from the bucket `kind` (`read` or `write`) that refills at `rate`."""
+    """What a piece of work takes from the bucket `kind` (`read` or `write`) that refills at `rate`, and what it leaves to others."""
 
     kind: str
     requests: float
     rate: Rate
+    leave: float = 0.0
 
 
 def take_budget(
@@ -54,7 +55,7 @@ def _take(connection: Connection, owner_id: UUID, integration_id: UUID, cost: Co
         **place,
     )
     assert row is not None  # noqa: S101  # it was just made, and budgets are never deleted
-    taken = take(Bucket(**row), cost.rate, cost.requests, now)
+    taken = take(Bucket(**row), cost.rate, cost.requests, now, cost.leave)
     changed(
         connection,
         "update rate_budgets set tokens = :tokens, refilled_at = :refilled where owner_id = :owner and integration_id = :integration and kind = :kind",
@@ -70,10 +71,15 @@ WHATEVER_THE_BURST = 1e9
 
 
 class Budgets:
-    """What providers said of their limits."""
+    """What providers said of their limits, and what is left within them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def take(self, owner_id: UUID, integration_id: UUID, costs: Sequence[Cost], now: datetime) -> datetime | None:
+        """`take_budget` for what is no work item."""
+        with self._database.owner(owner_id) as connection:
+            return take_budget(connection, owner_id, integration_id, costs, now)
 
     def block(self, owner_id: UUID, integration_id: UUID, until: datetime) -> None:
         """The provider asked to wait (Retry-After, secondary limit): nobody asks it for this integration before `until`."""

@@ -107,6 +107,8 @@ class Change:
 Policy = tuple[int, dict[str, Any]]
 # (the finding as it stands or None, its history, the alert, its finding's id, the newest policy) -> what follows
 Decide = Callable[[FindingRow | None, list[FindingEventRow], Any, UUID, Policy | None], Change]
+# (a finding, its history) -> what follows from a decision of ours; None where it moved on
+Dispose = Callable[[FindingRow, list[FindingEventRow]], Change | None]
 
 
 @dataclass
@@ -165,7 +167,8 @@ class Findings:
     ) -> None:
         """Keeps how a sync of a repository ended. Only a complete one makes it fresh; that and `restart` give up its checkpoint.
 
-        `whole_since`: every alert was read since then; what waits in quarantine and wasn't among them is gone.
+        `alerts` is how many there are, for a sync that read them all: it counts as of when it began. `whole_since`: every alert was
+        read since then; what waits in quarantine and wasn't among them is gone.
         """
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
@@ -175,7 +178,7 @@ class Findings:
                 " succeeded_at = case when :complete then cast(:now as timestamptz) else succeeded_at end,"
                 " syncs = syncs + case when :complete then 1 else 0 end, cursor = case when :complete or :restart then null else cursor end,"
                 " etag = coalesce(:etag, etag), alerts = coalesce(:alerts, alerts),"
-                " read_at = case when cast(:alerts as integer) is not null then cast(:now as timestamptz) else read_at end"
+                " read_at = case when cast(:alerts as integer) is not null then attempted_at else read_at end"
                 " where owner_id = :owner and repository_id = :repository",
                 owner=owner_id,
                 repository=repository_id,
@@ -198,6 +201,11 @@ class Findings:
                     now=now,
                     since=whole_since,
                 )
+
+    def note_sync(self, owner_id: UUID, what: str, data: Mapping[str, Any], *, actor: str) -> None:
+        """The audit event of an owner's sync: `triggered` or `completed`."""
+        with self._database.owner(owner_id) as connection:
+            audit(connection, owner_id, actor, f"security.sync.{what}", str(owner_id), dict(data), self._clock.now())
 
     def syncs(self, owner_id: UUID) -> list[dict[str, Any]]:
         """How each of an owner's repositories stands."""
@@ -273,7 +281,7 @@ class Findings:
         """
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
-            return self._dispose(connection, owner_id, finding_id, disposition, decide, actor, now)
+            return self.dispose_within(connection, owner_id, finding_id, disposition, decide, actor, now)
 
     def disposing(
         self,
@@ -287,7 +295,7 @@ class Findings:
         """`dispose` in a transaction of the queue's, which it ends with NotDisposedError where `decide` says None."""
 
         def also(connection: Connection) -> None:
-            if not self._dispose(connection, owner_id, finding_id, disposition, decide, actor, self._clock.now()):
+            if not self.dispose_within(connection, owner_id, finding_id, disposition, decide, actor, self._clock.now()):
                 raise NotDisposedError(str(finding_id))
 
         return also
@@ -305,7 +313,7 @@ class Findings:
         """Takes a dismissal of ours back, with the effects that its item wants now, in one transaction; False when `decide` says None."""
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
-            done = self._dispose(connection, owner_id, finding_id, None, decide, actor, now)
+            done = self.dispose_within(connection, owner_id, finding_id, None, decide, actor, now)
             if done:
                 intend(connection, owner_id, item_id, effects, now)
         return done
@@ -345,8 +353,8 @@ class Findings:
                 commit=commit,
             )
 
-    def _dispose(
-        self,
+    @staticmethod
+    def dispose_within(
         connection: Connection,
         owner_id: UUID,
         finding_id: UUID,
@@ -355,6 +363,7 @@ class Findings:
         actor: str,
         now: datetime,
     ) -> bool:
+        """`dispose` in the caller's transaction."""
         finding = read_finding(connection, owner_id, finding_id, lock=True)
         change = finding and decide(finding, read_history(connection, owner_id, [finding_id]).get(finding_id, []))
         if not change:
@@ -801,6 +810,19 @@ def read_finding(connection: Connection, owner_id: UUID, finding_id: UUID, *, lo
         id=finding_id,
     )
     return FindingRow(**row) if row else None
+
+
+def read_duplicates(connection: Connection, owner_id: UUID, repository_id: int, ghsa_id: str) -> list[FindingRow]:
+    """A repository's findings of one advisory that supersession looks at, in an owner's scope."""
+    found = rows(
+        connection,
+        f"select {_COLUMNS} from findings f where f.owner_id = :owner and f.repository_id = :repository and f.ghsa_id = :ghsa"
+        f" and ({_STATUS} = 'open' or f.disposition = 'superseded') order by f.source_id, f.id",
+        owner=owner_id,
+        repository=repository_id,
+        ghsa=ghsa_id,
+    )
+    return [FindingRow(**row) for row in found]
 
 
 def noted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,9 +18,9 @@ from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
-from kilo_pipelines.store.findings import Alert, Decide, write_alerts
+from kilo_pipelines.store.findings import Alert, Decide, Dispose, Findings, read_duplicates, write_alerts
 from kilo_pipelines.store.queue import end_item, intend, lock_subject, open_item, reopen_item
-from kilo_pipelines.store.rows import DeliveryRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
+from kilo_pipelines.store.rows import DeliveryRow, FindingRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
 
 log = logging.getLogger(__name__)
 
@@ -310,6 +310,16 @@ class AdmissionTx:
             self._settle("skipped", Reason.ALERT_REFUSED, None)
         else:
             self._settle("admitted", None, None)
+
+    def duplicates(self, repository_id: int, ghsa_id: str) -> list[FindingRow]:
+        """A repository's findings of one advisory that supersession looks at."""
+        return read_duplicates(self._connection, self.delivery.owner_id, repository_id, ghsa_id)
+
+    def dispose(self, finding_id: UUID, disposition: Mapping[str, Any] | None, decide: Dispose, *, actor: str) -> bool:
+        """`Findings.dispose` with the admission."""
+        return Findings.dispose_within(
+            self._connection, self.delivery.owner_id, finding_id, disposition, decide, actor, self._now
+        )
 
     def cancel(self, item_id: UUID, reason: str) -> None:
         """Ends an older item of the subject; its session is asked to stop."""

@@ -126,6 +126,17 @@ class Owners:
                 )
                 self._end_work(connection, integration, external_id)
 
+    def rename(self, owner_id: UUID, external_id: int, full_name: str) -> None:
+        """A known repository has another name now; its id is what it is known by."""
+        with self._database.owner(owner_id) as connection:
+            changed(
+                connection,
+                "update repositories set full_name = :name where owner_id = :owner and external_id = :id and full_name <> :name",
+                owner=owner_id,
+                id=external_id,
+                name=full_name,
+            )
+
     def _end_work(self, connection: Any, integration: Integration, external_id: int | None = None) -> None:
         """What left an owner is worked on no more: a waiting or running session would read what may be somebody else's by now."""
         live = rows(
@@ -226,12 +237,14 @@ class Owners:
         with self._database.owner(owner_id) as connection:
             found = rows(
                 connection,
-                "select r.external_id as repository_id, r.full_name, i.installation_id from repositories r"
+                "select r.external_id as repository_id, r.full_name, i.installation_id, i.id as integration_id,"
+                " max(s.not_before) filter (where s.outcome = :refused) over (partition by i.id) as refused_until from repositories r"
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
                 " left join repository_syncs s on s.owner_id = r.owner_id and s.repository_id = r.external_id"
                 " where r.owner_id = :owner and r.removed_at is null and i.provider = 'github' and i.suspended_at is null"
                 " and i.disconnected_at is null order by s.attempted_at nulls first, r.external_id",
                 owner=owner_id,
+                refused=Reason.PROVIDER_AUTH,
             )
         return [SyncTarget(**row) for row in found]
 

@@ -581,14 +581,14 @@ class Queue:
                 now=self._clock.now(),
             )
 
-    def open(self, owner_id: UUID, new: NewItem, *, actor: str) -> UUID | None:
-        """Opens an item by hand or by a rule; None when its subject has a live one already."""
+    def open(self, owner_id: UUID, new: NewItem, *, actor: str, act: str = "item.open") -> UUID | None:
+        """Opens an item by hand or by a rule; None when its subject has a live one already. `act` names it in the audit."""
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
             lock_subject(connection, owner_id, new.service, new.subject_key)
             item_id = open_item(connection, owner_id, new, now)
             if item_id is not None:
-                audit(connection, owner_id, actor, "item.open", str(item_id), {"service": new.service}, now)
+                audit(connection, owner_id, actor, act, str(item_id), {"service": new.service}, now)
         return item_id
 
     def conclude(self, claim: Claimed, state: str, reason: str) -> bool:

@@ -333,11 +333,16 @@ class SyncRow:
 
 @dataclass(frozen=True)
 class SyncTarget:
-    """A repository that an owner's installation can see, with the installation that reads it."""
+    """A repository that an owner's installation can see, with the installation that reads it.
+
+    `refused_until`: GitHub refused the installation's token (for whichever of its repositories), and it isn't asked before then.
+    """
 
     repository_id: int
     full_name: str
     installation_id: int
+    integration_id: UUID
+    refused_until: datetime | None
 
 
 @dataclass(frozen=True)

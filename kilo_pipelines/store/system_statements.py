@@ -17,13 +17,24 @@ class SystemStatement(NamedTuple):
     reason: str
 
 
-# A repository (r) that the Security Agent watches under its owner's settings (c): neither gone nor left out of the selection. Findings
-# of the others are kept and listed, and count against no deadline (contract 17.18).
-WATCHED = (
-    "(r.removed_at is null and (c.config ->> 'repository_selection_mode' is distinct from 'selected'"
-    " or coalesce(c.config -> 'selected_repository_ids' @> to_jsonb(r.external_id), false)))"
+# A repository (r) that its owner's installation can see: neither it nor the integration (via) is gone or suspended, and GitHub didn't
+# say at the last sync (seen) that it left. What can't be read can't be seen to be mended: it accuses nobody.
+WITHIN_REACH = (
+    "(r.removed_at is null and via.disconnected_at is null and via.suspended_at is null"
+    " and seen.outcome is distinct from 'owner_changed')"
 )
-WATCHED_BY = "left join service_configs c on c.owner_id = f.owner_id and c.service = 'security_agent'"
+REACHED_BY = (
+    "join integrations via on via.owner_id = r.owner_id and via.id = r.integration_id"
+    " left join repository_syncs seen on seen.owner_id = r.owner_id and seen.repository_id = r.external_id"
+)
+SELECTED = (
+    "(c.config ->> 'repository_selection_mode' is distinct from 'selected'"
+    " or coalesce(c.config -> 'selected_repository_ids' @> to_jsonb(r.external_id), false))"
+)
+# A repository that the Security Agent watches under its owner's settings (c). Findings of the others are kept and listed, and count
+# against no deadline (contract 17.18).
+WATCHED = f"({WITHIN_REACH} and {SELECTED})"
+WATCHED_BY = f"left join service_configs c on c.owner_id = f.owner_id and c.service = 'security_agent' {REACHED_BY}"
 
 INTEGRATION_BY_INSTALLATION = SystemStatement(
     "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"
@@ -402,18 +413,17 @@ SECURITY_CHECKS = {
         "open findings past their deadline",
     ),
     "unsynced": SystemStatement(
-        "select o.name as owner, r.full_name as repository, y.outcome, y.succeeded_at from service_configs c"
-        " join owners o on o.id = c.owner_id and o.enabled join repositories r on r.owner_id = c.owner_id and r.removed_at is null"
-        " left join repository_syncs y on y.owner_id = r.owner_id and y.repository_id = r.external_id"
-        f" where c.service = 'security_agent' and c.enabled and coalesce(y.outcome, '') <> 'alerts_disabled' and {WATCHED}"
-        " and coalesce(y.succeeded_at, c.updated_at) < :now - interval '24 hours' order by y.succeeded_at nulls first limit :limit",
+        "select o.name as owner, r.full_name as repository, seen.outcome, seen.succeeded_at from service_configs c"
+        f" join owners o on o.id = c.owner_id and o.enabled join repositories r on r.owner_id = c.owner_id {REACHED_BY}"
+        f" where c.service = 'security_agent' and c.enabled and coalesce(seen.outcome, '') <> 'alerts_disabled' and {WATCHED}"
+        " and coalesce(seen.succeeded_at, c.updated_at) < :now - interval '24 hours' order by seen.succeeded_at nulls first limit :limit",
         "repositories of owners with the Security Agent that were not read for a day (a sync is due every six hours)",
     ),
     "orphaned": SystemStatement(
         "select o.name as owner, r.full_name as repository, count(*) as findings from findings f join owners o on o.id = f.owner_id"
-        " join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-        " where finding_status(f.upstream_state, f.disposition) = 'open' and r.removed_at is not null group by o.name, r.full_name order by findings desc limit :limit",
-        "open findings of repositories that left their owner's installation",
+        f" join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id {REACHED_BY}"
+        f" where finding_status(f.upstream_state, f.disposition) = 'open' and not {WITHIN_REACH} group by o.name, r.full_name order by findings desc limit :limit",
+        "open findings of repositories that their owner's installation can't see",
     ),
     "remediation_unconfirmed": SystemStatement(
         "select o.name as owner, r.full_name as repository, m.item_id as item, m.branch, m.merged_at, m.syncs_since_merge, m.flagged_at"
@@ -446,12 +456,14 @@ SECURITY_CHECKS = {
 
 SECURITY_OWNERS = SystemStatement(
     "select c.owner_id from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
-    " and c.action_required is null and o.enabled and coalesce((c.config ->> 'auto_sync_enabled')::boolean, true) order by c.owner_id",
-    "one schedule syncs every owner whose Security Agent is on",
+    " and c.action_required is null and o.enabled and coalesce((c.config ->> 'auto_sync_enabled')::boolean, true)"
+    " order by (select max(y.succeeded_at) from repository_syncs y where y.owner_id = c.owner_id) nulls first, c.owner_id",
+    "one schedule syncs every owner whose Security Agent is on, those first of whom nothing was read for the longest time",
 )
 CHANGED_SECURITY_OWNERS = SystemStatement(
     "select c.owner_id, c.updated_at from service_configs c join owners o on o.id = c.owner_id where c.service = 'security_agent' and c.enabled"
-    " and c.action_required is null and o.enabled and exists (select 1 from repositories r where r.owner_id = c.owner_id and r.removed_at is null)"
+    f" and c.action_required is null and o.enabled and exists (select 1 from repositories r {REACHED_BY} where r.owner_id = c.owner_id"
+    f" and {WATCHED})"
     " and not exists (select 1 from repository_syncs y where y.owner_id = c.owner_id and y.attempted_at >= c.updated_at)"
     " order by c.updated_at limit :limit",
     "one sensor syncs every owner whose Security Agent was switched on or whose settings changed since",

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2] / "kilo_pipelines"
 # Opened only to read, or by a person's command that is repeated by hand: nothing durable follows them in another transaction.
 NO_STEP = {
     "store.budget.Budgets.block",
+    "store.budget.Budgets.take",
     "store.database.Database.check_roles",
     "store.invariants.Invariants.offenders",
     "store.outbox.Outbox._by_person",

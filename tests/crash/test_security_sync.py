@@ -22,7 +22,7 @@ from tests.support.twin import Twin
 
 FINDINGS = Path(security_sync.__file__).resolve().parents[1] / "store" / "findings.py"
 # What a sync commits; the rest of the room reads, or is a person's.
-STEPS = ("begin_sync", "quarantine", "apply_page", "end_sync", "keep_policy", "dispose")
+STEPS = ("begin_sync", "quarantine", "apply_page", "end_sync", "keep_policy", "dispose", "note_sync")
 READS = {
     "syncs",
     "quarantined",
@@ -81,7 +81,8 @@ def _facts(owner: Owner) -> tuple[object, ...]:
                 "select f.source_id::int, e.at, e.kind from finding_events e join findings f on f.id = e.finding_id"
                 " where e.kind <> 'ignored' or f.disposition is null order by 1, 2, 3",
                 "select f.source_id::int, s.due_at, s.closed_at from finding_sla s join findings f on f.id = s.finding_id order by 1",
-                "select action, count(*) from audit_events where action like 'security.%' group by 1 order by 1",
+                "select action, count(*) from audit_events where action like 'security.%' and action not like 'security.sync.%'"
+                " group by 1 order by 1",
                 "select source_id, reason from quarantined_alerts order by 1",
             )
         )

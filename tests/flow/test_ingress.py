@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -137,6 +138,26 @@ def test_installation_events_keep_the_integration_in_step(world: IngressWorld) -
     world.webhook(lifecycle("added", repositories_added=[again], repositories_removed=[]), "installation_repositories")
     known = world.store.owners.repository(world.owner.id, REPOSITORY)
     assert known is not None and known.default_branch == "main"
+
+
+def test_a_repository_is_followed_through_its_names_until_it_is_deleted(world: IngressWorld) -> None:
+    number = 31_338
+    listed = {"id": number, "full_name": "octo/before", "name": "before", "private": True}
+    world.webhook(lifecycle("added", repositories_added=[listed], repositories_removed=[]), "installation_repositories")
+
+    def told(action: str, full_name: str, **more: Any) -> tuple[str, list[str]]:
+        repository = {"id": number, "full_name": full_name, "private": True}
+        body = {"action": action, "repository": repository, "installation": {"id": INSTALLATION}, "sender": {}, **more}
+        outcome = world.webhook(body, "repository").json()["outcome"]
+        return outcome, [
+            name for name in world.store.owners.integrations(world.owner.id)[0]["repositories"] if name != "octo/demo"
+        ]
+
+    assert told("renamed", "octo/after", changes={"repository": {"name": {"from": "before"}}}) == ("applied", ["octo/after"])
+    assert told("edited", "octo/other") == ("applied", ["octo/after"])
+    assert told("transferred", "duck/after", changes={}) == ("applied", ["duck/after"])
+    assert told("deleted", "duck/after") == ("applied", [])
+    assert told("renamed", "octo/again", changes={}) == ("applied", []), "a name brings nothing back"
 
 
 def test_a_replayed_suspension_turns_nothing_back(world: IngressWorld) -> None:

@@ -89,6 +89,19 @@ def test_events_in_any_order_and_twice_end_in_the_last_state(owner: World) -> No
     assert states(owner) == {"1": "fixed"} and answers == {None, Reason.ALERT_OUTDATED}
 
 
+def test_duplicates_are_settled_with_the_event(owner: World) -> None:
+    """What the newest alert speaks for is open again the moment that it is fixed, not at the next sync."""
+    same = {"security_advisory.ghsa_id": "GHSA-same", "dependency.package.name": "left"}
+    deliver(owner, event(owner, 7, NOW, **same))
+    deliver(owner, event(owner, 8, NOW, **same))
+    deliver(owner, event(owner, 9, NOW, **same, **{"dependency.manifest_path": "other/package-lock.json"}))
+    assert states(owner) == {"1": "open", "7": "ignored", "8": "open", "9": "open"}
+    deliver(owner, event(owner, 8, NOW + timedelta(hours=1), "fixed", **same))
+    assert states(owner) == {"1": "open", "7": "open", "8": "fixed", "9": "open"}
+    due = {one["source_id"]: one["paused"] for one in owner.store.findings.listed(owner.owner.id, status="open", limit=10)}
+    assert due["7"] is False
+
+
 @pytest.mark.parametrize(
     ("prepare", "reason"),
     [

@@ -19,7 +19,7 @@ from tests.support.asgi import InProcess, signed
 from tests.support.figures import Figures
 
 EXAMPLES = Path(__file__).parents[2] / ".cache/openapi/node_modules/@octokit/webhooks-examples/api.github.com/index.json"
-LIFECYCLE = ("installation", "installation_repositories")
+LIFECYCLE = ("installation", "installation_repositories", "repository")
 
 
 @pytest.fixture(scope="module")

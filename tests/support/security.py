@@ -171,6 +171,15 @@ class Owner:
         numbers = self.store.findings.numbers(self.id)
         return {name: numbers[name] for name in ("open", "fixed", "ignored")}
 
+    def select(self, repositories: list[int]) -> None:
+        """Only these repositories; on or off stays."""
+        setting = self.store.owners.config(self.id, SERVICE)
+        assert setting is not None
+        chosen = {**setting.config, "repository_selection_mode": "selected", "selected_repository_ids": repositories}
+        self.store.owners.put_config(
+            self.id, SERVICE, chosen, enabled=setting.enabled, expected_revision=setting.revision, actor="test"
+        )
+
     def configure(self, **config: Any) -> None:
         """Other settings, as `security settings` saves them."""
         setting = self.store.owners.config(self.id, SERVICE)

@@ -45,3 +45,10 @@ def test_a_providers_own_wait_stands_above_the_tokens() -> None:
     blocked = Bucket(100, START, START + timedelta(seconds=30))
     assert take(blocked, Rate(3600, 100), 1, START).wait_until == START + timedelta(seconds=30)
     assert take(blocked, Rate(3600, 100), 1, START + timedelta(seconds=30)).wait_until is None
+
+
+@given(rate=rates, spent=st.floats(0, 1_000), leave=st.floats(0, 2_000))
+def test_who_leaves_something_never_takes_it(rate: Rate, spent: float, leave: float) -> None:
+    bucket = Bucket(rate.burst - spent, START)
+    taken = take(bucket, rate, 0.5, START, leave)
+    assert taken.wait_until is not None or bucket.tokens >= min(0.5 + leave, rate.burst)

@@ -28,6 +28,7 @@ NO_FAILURE = {
     Reason.SECURITY_DISABLED,
     Reason.NO_REPOSITORIES,
     Reason.SYNC_OUT_OF_TIME,
+    Reason.SYNC_FAILED,
     Reason.ALERTS_SYNCED,
     Reason.SYNC_PARTLY,
     Reason.ALERTS_DISABLED,

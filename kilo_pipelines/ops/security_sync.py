@@ -201,7 +201,7 @@ def sync_owner(
         done.repositories[target.full_name] = outcome
         if outcome in ("synced", "unchanged"):
             follow_up(store, github, owner_id, target.repository_id, log)
-            reexamine(store, github, owner_id, target, policy, log)
+            reexamine(store, github, owner_id, target, policy, log, until)
         if outcome not in ("synced", "unchanged", Reason.ALERTS_DISABLED):
             done.complete = False
             log.warning(f"{target.full_name}: {outcome}")

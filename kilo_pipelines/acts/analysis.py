@@ -8,18 +8,22 @@ from kilo_pipelines.acts.common import Log
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.services.security import eligibility
+from kilo_pipelines.services.security.analysis import is_fresh
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import FindingRow, Store
 
 # Findings of an owner that one sweep brings in line; the next one goes on, the worst first.
 SWEPT = 1_000
+# Findings with their advisories that are held against what was analysed at once.
+PAGE = 200
 
 
 def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig, log: Log) -> int:
     """Brings the queue of automatic analyses in line with settings and findings; how many were opened.
 
-    What is due and was never analysed is opened, what came back is opened again (at most twice), and what waits without being due
-    any more ends. Nothing is lost by a crash between a sync and this: the next sweep finds the same findings.
+    What is due and was never analysed is opened, what came back or isn't what was analysed any more is opened again (at most twice,
+    then that is noted), and what waits without being due any more ends. Nothing is lost by a crash between a sync and this: the next
+    sweep finds the same findings.
     """
     severities = eligibility.severities(config)
     for finding_id, item_id in store.analyses.waiting_automatic(owner_id).items():
@@ -30,9 +34,19 @@ def queue_analyses(store: Store, owner_id: UUID, config: SecurityConfig, log: Lo
     if not severities:
         return 0
     since = None if config.auto_analysis_include_existing else config.auto_analysis_enabled_at
-    due = store.analyses.candidates(owner_id, severities, since, limit=SWEPT)
-    for finding_id in due.get("looping", []):
+    due = store.analyses.candidates(owner_id, severities, since, eligibility.PASSING, limit=SWEPT)
+    after = None
+    while page := store.analyses.changed_since(owner_id, severities, since, eligibility.PASSING, after, limit=PAGE):
+        after = page[-1][0].id
+        known = store.analyses.latest(owner_id, [finding.id for finding, _ in page])
+        for finding, origin in page:
+            analysis = known.get(finding.id)
+            if analysis is not None and not is_fresh(analysis.snapshot, finding) and finding.id not in due.get(origin, []):
+                due.setdefault(origin, []).append(finding.id)
+    looping = due.get("looping", [])
+    for finding_id in looping:
         log.warning(f"finding {finding_id}: {Reason.ANALYSIS_LOOP}")
+    store.analyses.open(owner_id, looping, origin="reopened", mode="auto", actor="platform", skip=Reason.ANALYSIS_LOOP)
     return sum(
         len(store.analyses.open(owner_id, due.get(origin, []), origin=origin, mode="auto", actor="platform"))
         for origin in ("automatic", "reopened")

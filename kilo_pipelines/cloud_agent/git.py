@@ -144,8 +144,18 @@ def _run(
 
 
 @contextmanager
-def _reading(bare: Path, *args: str, reason: Reason, extra: dict[str, str] | None = None) -> Iterator[IO[bytes]]:
-    """The output of git as it comes, for what may be endless: leaving early ends git, an error of git is a GitError."""
+def _reading(
+    bare: Path,
+    *args: str,
+    reason: Reason,
+    extra: dict[str, str] | None = None,
+    seconds: float = TIMEOUT_SECONDS,
+    finds: bool = False,
+) -> Iterator[IO[bytes]]:
+    """The output of git as it comes, for what may be endless: leaving early ends git, an error of git is a GitError.
+
+    With `finds` git's status 1 is an answer (nothing found), and any word of complaint an error: something was not looked at.
+    """
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
@@ -158,7 +168,7 @@ def _reading(bare: Path, *args: str, reason: Reason, extra: dict[str, str] | Non
         ) as process,
     ):
         assert process.stdout is not None  # noqa: S101  # asked for above
-        alarm = threading.Timer(TIMEOUT_SECONDS, process.kill)
+        alarm = threading.Timer(seconds, process.kill)
         alarm.start()
         try:
             yield process.stdout
@@ -170,9 +180,12 @@ def _reading(bare: Path, *args: str, reason: Reason, extra: dict[str, str] | Non
             alarm.cancel()
         if not ended:  # the reader has seen enough
             process.kill()
-        elif process.wait():
-            errors.seek(0)
-            raise GitError(reason, f"git {args[0]}: {errors.read().decode(errors='replace').strip()[-500:]}")
+            return
+        status = process.wait()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip()[-500:]
+        if status not in ((0, 1) if finds else (0,)) or (finds and said):
+            raise GitError(reason, f"git {args[0]} ({status}): {said}")
 
 
 def bare_path(repositories: Path, owner_id: UUID, repository_id: int) -> Path:
@@ -265,21 +278,20 @@ def blobs_at(bare: Path, commit: str, paths: list[str]) -> dict[str, str]:
     return found
 
 
-def lines_with(bare: Path, commit: str, texts: list[str]) -> list[tuple[str, str]]:
-    """Lines of a commit's text files that hold one of these literal texts, as (path, line); GitError when there are too many."""
+def lines_with(bare: Path, commit: str, texts: list[str], seconds: float) -> list[tuple[str, str]]:
+    """Lines of a commit's files, binary ones too, that hold one of these literal texts, as (path, line).
+
+    GitError: `ground_too_wide` when there are too many, `fetch_failed` when the search didn't come to its end.
+    """
     if not texts:
         return []
     patterns = [part for text in texts for part in ("-e", text)]
-    command = ("grep", "-I", "-F", "-z", "--full-name", "--no-color", "--threads=1", *patterns, _hex(commit))
-    try:
-        with _reading(bare, *command, reason=Reason.REPOSITORY_TOO_LARGE) as output:
-            content = output.read(MAX_HITS_BYTES + 1)
-    except GitError as failure:
-        if failure.detail.endswith(": "):  # status 1 and no word: nothing is found
-            return []
-        raise
+    # As text: one NUL in a file, or an attribute, would hide all of it (threats, rule 10).
+    command = ("grep", "-a", "-F", "-z", "--full-name", "--no-color", "--threads=1", *patterns, _hex(commit))
+    with _reading(bare, *command, reason=Reason.FETCH_FAILED, seconds=seconds, finds=True) as output:
+        content = output.read(MAX_HITS_BYTES + 1)
     if len(content) > MAX_HITS_BYTES:
-        raise GitError(Reason.REPOSITORY_TOO_LARGE, "the search hits more than a dismissal can rest on")
+        raise GitError(Reason.GROUND_TOO_WIDE, "the search hits more than a dismissal can rest on")
     found = []
     for line in content.split(b"\n"):
         path, _, text = line.partition(b"\0")

@@ -53,6 +53,8 @@ EVENT_BYTES = 2**20
 MAX_EVENTS = 200_000
 # Files with hits that are kept as evidence: more of them say nothing more.
 MAX_FOUND = 200
+# A search of some gigabytes of objects; a longer one counts as none.
+SEARCH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -579,7 +581,7 @@ def _files_with(bare: Path, commit: str, texts: list[str]) -> list[str] | None:
     if not texts:
         return None
     try:
-        return sorted({path for path, _ in git.lines_with(bare, commit, texts)})[:MAX_FOUND]
+        return sorted({path for path, _ in git.lines_with(bare, commit, texts, SEARCH_SECONDS)})[:MAX_FOUND]
     except git.GitError:
         return None
 

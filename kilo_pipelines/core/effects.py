@@ -46,6 +46,9 @@ DELIVERY: dict[EffectKind, Delivery] = {
 }
 
 
+# Each undoes the other at the same alert.
+ALERT_EFFECTS = frozenset({EffectKind.GITHUB_DISMISS_ALERT, EffectKind.GITHUB_REOPEN_ALERT})
+
 # To people, past the provider: they take nothing of its budget.
 NOTICES = frozenset({EffectKind.NOTICE_EMAIL, EffectKind.NOTICE_SLACK, EffectKind.NOTICE_WEBHOOK})
 
@@ -83,3 +86,6 @@ class EffectReceipt(BaseModel):
     external_id: str
     url: str | None = None
     created: bool = Field(description="False when read-back found it or an existing object was updated")
+    state: str | None = Field(
+        default=None, description="The state in which the provider's object is now, where that matters here"
+    )

@@ -95,6 +95,7 @@ class Reason(StrEnum):
     CONFIDENCE_TOO_LOW = "confidence_too_low"
     DISMISSAL_ACTIVE = "dismissal_active"
     GROUND_CHANGED = "ground_changed"
+    GROUND_TOO_WIDE = "ground_too_wide"
     # remediation
     FINDING_NOT_FOUND = "finding_not_found"
     REPO_NOT_IN_SCOPE = "repo_not_in_scope"
@@ -323,7 +324,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Only the alert's metadata were analysed, not the repository.",
         "Start a deep analysis: `kilo-pipelines security analyze --deep`.",
     ),
-    Reason.STALE_ANALYSIS: ("The finding changed since it was analysed.", "Analyse it again."),
+    Reason.STALE_ANALYSIS: (
+        "The finding, or what of the repository its analysis rests on, changed since it was analysed.",
+        "Analyse it again.",
+    ),
     Reason.REMEDIATION_ACTIVE: ("A remediation of the finding or of its package waits or runs.", "Wait for it, or cancel it."),
     Reason.PR_ALREADY_OPENED: (
         "A pull request for the finding is open, or was merged and its fix has not shown yet.",
@@ -387,7 +391,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.INSUFFICIENT_CREDITS: (
         "The model's provider wants to be paid first.",
-        "Add credit there; the owner's service waits and goes on by itself.",
+        "Add credit there; what needs the model waits and goes on by itself.",
     ),
     Reason.FINDING_NOT_FOUND: ("There is no such finding of this owner.", "Look at `kilo-pipelines security findings`."),
     Reason.FINDING_NOT_OPEN: ("The finding is fixed or ignored.", "Nothing; reopen it at its source to have it looked at."),
@@ -429,6 +433,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.DISMISSAL_ACTIVE: ("The finding is being dismissed.", "Nothing."),
     Reason.GROUND_CHANGED: ("What a dismissal rested on has changed.", "Have the finding analysed again."),
+    Reason.GROUND_TOO_WIDE: (
+        "The texts that a dismissal rests on stand in more lines than can be looked at again.",
+        "Have the finding analysed again, or dismiss it by hand.",
+    ),
     Reason.NOTICE_NOT_WANTED: ("What was to be told doesn't hold any more.", "Nothing."),
     Reason.NOTIFIED: ("The people who are to be told are told.", "Nothing; `security notices list` shows each message."),
     Reason.CHANNEL_MISSING: (

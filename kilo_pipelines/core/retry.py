@@ -66,6 +66,7 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.PROVIDER_NOT_FOUND: FailureClass.INPUT,
     Reason.PROVIDER_INVALID: FailureClass.INPUT,
     Reason.REPOSITORY_TOO_LARGE: FailureClass.INPUT,
+    Reason.GROUND_TOO_WIDE: FailureClass.INPUT,
     Reason.DIFF_TOO_LARGE: FailureClass.INPUT,
     Reason.DIFF_EMPTY: FailureClass.INPUT,
     Reason.RESULT_MISSING: FailureClass.INPUT,  # the runner has had its repair turn

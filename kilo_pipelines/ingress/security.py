@@ -436,14 +436,16 @@ def security_routes(desk: Desk, clock: Clock) -> list[Route]:
         found = await desk.caller(request, "read", Asked)
         if isinstance(found, Response):
             return found
-        stored = await anyio.to_thread.run_sync(store.owners.config, found[0].owner_id, SERVICE)
+        owner_id = found[0].owner_id
+        stored = await anyio.to_thread.run_sync(store.owners.config, owner_id, SERVICE)
+        services = await anyio.to_thread.run_sync(store.owners.services, owner_id)
         config = SecurityConfig.model_validate(stored.config if stored else {})
         return told(
             Settings(
                 settings=config,
                 enabled=stored.enabled if stored else False,
                 revision=stored.revision if stored else 0,
-                action_required=stored.action_required if stored else None,
+                action_required=next((one["action_required"] for one in services if one["service"] == SERVICE), None),
             )
         )
 

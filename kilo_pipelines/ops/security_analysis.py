@@ -149,16 +149,16 @@ def _triage(
     if found is None:
         context.log.warning(f"item {claim.item_id}: {Reason.TRIAGE_UNUSABLE}")
         found = triage.fallback()
-    store.queue.unblock_service(claim.owner_id, SERVICE)
+    store.queue.unblock_service(claim.owner_id, SERVICE, "question")
     store.queue.keep(claim, {"triage": found.model_dump(mode="json"), "snapshot": snapshot})
     return found
 
 
 def _model_refused(context: OpExecutionContext, store: Store, claim: Claimed, reason: Reason) -> None:
-    """No credit lets the owner's whole service wait; a model that is away this item, for a while; anything else ends it."""
+    """No credit lets all analyses of the owner wait; a model that is away this item, for a while; anything else ends it."""
     now = datetime.now(UTC)
     if reason in retry.BLOCKING:
-        until = store.queue.block_service(claim.owner_id, SERVICE, reason, claim.item_id)
+        until = store.queue.block_service(claim.owner_id, SERVICE, "question", reason, claim.item_id)
         store.queue.release(claim, not_before=until or now, reason=reason)
     elif reason is Reason.MODEL_UNREACHABLE and claim.tries + 1 < retry.MAX_LAUNCH_TRIES:
         wait = retry.launch_wait(reason, claim.tries, None)
@@ -233,6 +233,7 @@ def _settle(context: OpExecutionContext, store: Store, item_id: UUID) -> None:
         else:
             said = _failed(store, tx, Reason(session.reason or Reason.AGENT_CRASHED), session.evidence)
     if analysed is not None:
+        store.queue.unblock_service(analysed[0], SERVICE, "session")
         follow(store, *analysed, context.log)
     say(context, item_id, said)
 
@@ -259,7 +260,7 @@ def _conclude(tx: SettleTx, result: dict[str, Any], evidence: dict[str, Any] | N
 
 def _failed(store: Store, tx: SettleTx, reason: Reason, evidence: dict[str, Any] | None) -> str:
     if reason in retry.BLOCKING:
-        until = store.queue.block_service(tx.item.owner_id, SERVICE, reason, tx.item.id)
+        until = store.queue.block_service(tx.item.owner_id, SERVICE, "session", reason, tx.item.id)
         tx.retry(reason, max(timedelta(), until - datetime.now(UTC)) if until else timedelta())
         return reason
     again = retry.next_attempt(reason, tx.failures() + 1)

@@ -166,6 +166,7 @@ def _settle(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentRe
             said = _conclude(
                 tx, findings, session.spec, session.result or {}, session.evidence, cloud_agent.details_url(context.run_id)
             )
+            store.queue.unblock_service(tx.item.owner_id, SERVICE, "session")
         else:
             said = _failed(store, tx, Reason(session.reason or Reason.AGENT_CRASHED), session.evidence)
     say(context, item_id, said)
@@ -226,7 +227,7 @@ def _conclude(
 
 def _failed(store: Store, tx: SettleTx, reason: Reason, evidence: dict[str, Any] | None) -> str:
     if reason in retry.BLOCKING:
-        until = store.queue.block_service(tx.item.owner_id, SERVICE, reason, tx.item.id)
+        until = store.queue.block_service(tx.item.owner_id, SERVICE, "session", reason, tx.item.id)
         tx.retry(reason, max(timedelta(), until - datetime.now(UTC)) if until else timedelta())
         return reason
     again = retry.next_attempt(reason, tx.failures() + 1)

@@ -250,7 +250,7 @@ def sync_owner(
                 outcome, target = _sync_repository(store, github, owner_id, target, policy, done, log, whole, until)
                 if outcome in ("synced", "unchanged"):
                     follow_up(store, github, owner_id, target.repository_id, log)
-                    reexamine(store, github, owner_id, target, policy, log)
+                    reexamine(store, github, owner_id, target, policy, log, until)
             except UNEXPECTED as failure:
                 # The words of an error may be somebody's data: the log says what it was and where.
                 log.error(f"{target.full_name}: {type(failure).__name__}\n{''.join(traceback.format_tb(failure.__traceback__))}")

@@ -360,5 +360,5 @@ def _alert(
     if written:
         gate()
         found = write()
-    url = found.get("html_url")
-    return EffectReceipt(external_id=str(wanted.number), url=url if isinstance(url, str) else None, created=written)
+    url, state = (one if isinstance(one := found.get(name), str) else None for name in ("html_url", "state"))
+    return EffectReceipt(external_id=str(wanted.number), url=url, created=written, state=state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -19,7 +20,7 @@ from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, Se
 from kilo_pipelines.cloud_agent.proxy_client import ProxyError, ask
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
-from kilo_pipelines.cloud_agent.tree import read_tree
+from kilo_pipelines.cloud_agent.tree import Ground, Read, read_tree
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers.github import BranchHead, ProviderError, PullState
 from kilo_pipelines.settings import Settings, current
@@ -45,13 +46,18 @@ def sandbox_of(settings: Settings) -> Sandbox:
 
 
 def read_branch(
-    owner_id: UUID, at: BranchHead, token: str, reads: list[tuple[list[str], list[str]]]
-) -> tuple[str, list[tuple[dict[str, str], list[tuple[str, str]]]]]:
-    """The default branch's commit and what it holds (`cloud_agent.tree.read_tree`); ProviderError when it can't be read."""
+    owner_id: UUID, at: BranchHead, token: str, reads: Sequence[Read], seconds: float
+) -> tuple[str, list[Ground | Reason]]:
+    """The default branch's commit and what each read found, or why it found nothing (`cloud_agent.tree.read_tree`).
+
+    ProviderError when the branch can't be read.
+    """
+    where = (current().repos_dir, owner_id, at.repository_id, at.clone_url, at.default_branch, token)
     try:
-        return read_tree(current().repos_dir, owner_id, at.repository_id, at.clone_url, at.default_branch, token, reads)
+        commit, found = read_tree(*where, reads, seconds)
     except GitError as failure:
         raise ProviderError(failure.reason, retryable=failure.reason is Reason.FETCH_FAILED, detail=failure.detail) from None
+    return commit, [one.reason if isinstance(one, GitError) else one for one in found]
 
 
 class CloudAgentResource(ConfigurableResource[None]):

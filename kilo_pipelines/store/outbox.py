@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Connection
+
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.effects import NOTICES, EffectIntent, EffectReceipt
+from kilo_pipelines.core.effects import ALERT_EFFECTS, NOTICES, EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
@@ -134,7 +136,7 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
         """Right before the write: whether the effect is still ours, with its lease made whole again."""
         return self._end(effect, "lease_until = :until", until=self._clock.now() + timedelta(seconds=LEASE_SECONDS))
 
-    def _end(self, effect: ClaimedEffect, sql: str, **values: Any) -> bool:
+    def _end(self, effect: ClaimedEffect, sql: str, *, also: Callable[[Connection], None] | None = None, **values: Any) -> bool:
         with self._database.owner(effect.owner_id) as connection:
             done = changed(
                 connection,
@@ -146,13 +148,32 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             )
             if not done:
                 count_late_write(connection, "effect")
+            elif also is not None:
+                also(connection)
             return bool(done)
 
     def applied(self, effect: ClaimedEffect, receipt: EffectReceipt) -> bool:
-        """The provider holds it. False for a late writer."""
+        """The provider holds it. False for a late writer.
+
+        An alert that we dismissed or opened is known to be so from now on: a person who turns that round before the next sync has the
+        last word, too.
+        """
+
+        def note(connection: Connection) -> None:
+            changed(
+                connection,
+                "update findings f set upstream_state = :state from dismissals d join effects e on e.owner_id = d.owner_id and e.item_id = d.item_id"
+                " where d.owner_id = :owner and e.id = :id and f.owner_id = d.owner_id and f.id = d.finding_id"
+                " and f.upstream_state <> :state and f.upstream_state in ('open', 'dismissed')",
+                owner=effect.owner_id,
+                id=effect.id,
+                state=receipt.state,
+            )
+
         return self._end(
             effect,
             "state = 'applied', reason = null, lease_until = null, external_id = :external, url = :url, ended_at = :now",
+            also=note if effect.intent.kind in ALERT_EFFECTS and receipt.state in ("open", "dismissed") else None,
             external=receipt.external_id,
             url=receipt.url,
             now=self._clock.now(),
@@ -201,7 +222,8 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
     def revive(self, effect_id: UUID, *, actor: str) -> str | None:
         """A person tries a dead or unknown effect again: its new state, None when it is in neither.
 
-        When the same kind was applied to the same subject since, the old write would undo the newer one: it is dropped instead.
+        When the same kind was applied to the same subject since, or its opposite was wanted since, the old write would undo the newer
+        one: it is dropped instead.
         """
         return self._by_person(
             effect_id,
@@ -209,10 +231,12 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             "effect.retry",
             "update effects e set state = case when newer then 'dropped' else 'pending' end, tries = 0, not_before = :now, offer_until = null,"
             " reason = case when newer then :superseded end, ended_at = case when newer then cast(:now as timestamptz) end"
-            " from (select o.id, exists (select 1 from effects n where n.owner_id = o.owner_id and n.subject_key = o.subject_key and n.kind = o.kind"
-            "  and n.seq > o.seq and n.state = 'applied') as newer from effects o where o.owner_id = :owner and o.id = :id) seen"
+            " from (select o.id, exists (select 1 from effects n where n.owner_id = o.owner_id and n.subject_key = o.subject_key and n.seq > o.seq"
+            "  and (n.kind = o.kind and n.state = 'applied' or n.kind <> o.kind and n.kind = any(:alerts) and o.kind = any(:alerts) and n.state <> 'dropped'))"
+            " as newer from effects o where o.owner_id = :owner and o.id = :id) seen"
             " where e.owner_id = :owner and e.id = seen.id and e.state in ('dead', 'unknown') returning e.state",
             superseded=Reason.SUPERSEDED,
+            alerts=sorted(ALERT_EFFECTS),
         )
 
     def abandon(self, effect_id: UUID, *, actor: str) -> str | None:

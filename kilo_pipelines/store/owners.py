@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.work import SETTINGS_OF
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.queue import audit, end_item, owner_of_item
@@ -264,8 +265,12 @@ class Owners:
         with self._database.owner(owner_id) as connection:
             found = rows(
                 connection,
-                "select service, enabled, revision, action_required from service_configs where owner_id = :owner order by service",
+                "select c.service, c.enabled, c.revision, coalesce(c.action_required, (select b.action_required from service_blocks b"
+                "   where b.owner_id = c.owner_id and b.action_required is not null"
+                "     and coalesce(cast(:settings_of as jsonb) ->> b.service, b.service) = c.service order by b.service, b.call limit 1)) as action_required"
+                " from service_configs c where c.owner_id = :owner order by c.service",
                 owner=owner_id,
+                settings_of=json.dumps(SETTINGS_OF),
             )
         return [dict(row) for row in found]
 
@@ -280,6 +285,16 @@ class Owners:
                 service=service,
                 enabled=enabled,
             )
+            if done and enabled:
+                changed(
+                    connection,
+                    "update service_blocks set times = 0, blocked_until = :now, action_required = null where owner_id = :owner"
+                    " and coalesce(cast(:settings_of as jsonb) ->> service, service) = :service",
+                    owner=owner_id,
+                    service=service,
+                    settings_of=json.dumps(SETTINGS_OF),
+                    now=self._clock.now(),
+                )
             if done:
                 audit(
                     connection,

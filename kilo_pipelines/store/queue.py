@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, text
@@ -32,6 +32,9 @@ SINGLE_ITEM_RUNS = 8
 ITEMS_A_RUN = 25
 # Outstanding offers are capped near 4 x worker slots of the largest runs, so that the broker never holds the backlog.
 OUTSTANDING_CAP = 4 * 3 * ITEMS_A_RUN
+
+# How a service calls a model: one question through the proxy, or an agent's session. Each may have a model, hence a bill, of its own.
+Call = Literal["question", "session"]
 
 # The table of each service's own row of an item; all have the columns item_id, verdict and evidence.
 SERVICE_TABLES = {
@@ -376,6 +379,7 @@ class Queue:
                 "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
                 " (i.suspended_at is not null or i.disconnected_at is not null) as cut_off, (r.removed_at is not null) as removed,"
                 " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = :settings and c.action_required is not null)"
+                " or exists (select 1 from service_blocks b where b.owner_id = w.owner_id and b.service = w.service and b.action_required is not null)"
                 " as action_required"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
@@ -402,9 +406,10 @@ class Queue:
                 return Refused(held, "waiting")
             held_until = one(
                 connection,
-                "select reason, blocked_until from service_blocks where owner_id = :owner and service = :settings and blocked_until > :now",
+                "select reason, blocked_until from service_blocks where owner_id = :owner and service = :service and blocked_until > :now"
+                " order by blocked_until desc limit 1",
                 owner=owner_id,
-                settings=SETTINGS_OF.get(service, service),
+                service=service,
                 now=now,
             )
             if held_until is not None:
@@ -541,43 +546,55 @@ class Queue:
             notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
 
-    def block_service(self, owner_id: UUID, service: str, reason: str, item_id: UUID) -> datetime | None:
-        """Lets an owner's service wait, longer each time in a row (`core.retry.block`): until when; None when a person has to act now."""
+    def block_service(self, owner_id: UUID, service: str, call: Call, reason: str, item_id: UUID) -> datetime | None:
+        """Lets one of an owner's services wait, longer each time in a row that this kind of call to a model failed (`core.retry.block`).
+
+        Until when; None when a person has to act now: then its items end, and what needs no model goes on.
+        """
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
             row = one(
                 connection,
-                "insert into service_blocks (owner_id, service, reason, times, blocked_until) values (:owner, :service, :reason, 1, :now)"
-                " on conflict (owner_id, service) do update set reason = excluded.reason,"
+                "insert into service_blocks (owner_id, service, call, reason, times, blocked_until) values (:owner, :service, :call, :reason, 1, :now)"
+                " on conflict (owner_id, service, call) do update set reason = excluded.reason,"
                 # Whoever meets the same shortage meanwhile adds nothing to it.
                 " times = service_blocks.times + (service_blocks.blocked_until <= :now)::int returning times",
                 owner=owner_id,
-                service=SETTINGS_OF.get(service, service),
+                service=service,
+                call=call,
                 reason=reason,
                 now=now,
             )
             assert row is not None  # noqa: S101  # upserts return their row
             wait = retry.block(row["times"])
-            if wait is None:
-                require_action(connection, owner_id, service, reason, item_id, now)
-                return None
+            until = now + wait if wait is not None else None
+            needed = {"reason": reason, "detected_at": now.isoformat(), "service": service, "item": str(item_id)}
             changed(
                 connection,
-                "update service_blocks set blocked_until = greatest(blocked_until, :until) where owner_id = :owner and service = :service",
+                "update service_blocks set blocked_until = greatest(blocked_until, :until),"
+                " action_required = coalesce(action_required, cast(:needed as jsonb))"
+                " where owner_id = :owner and service = :service and call = :call",
                 owner=owner_id,
-                service=SETTINGS_OF.get(service, service),
-                until=now + wait,
+                service=service,
+                call=call,
+                until=until or now,
+                needed=None if until else json.dumps(needed),
             )
-        return now + wait
+            if until is None:
+                told = {"reason": reason, "item": str(item_id)}
+                audit(connection, owner_id, "platform", "service.action_required", service, told, now)
+        return until
 
-    def unblock_service(self, owner_id: UUID, service: str) -> None:
-        """The owner's service was served again: the next shortage begins with the shortest wait."""
+    def unblock_service(self, owner_id: UUID, service: str, call: Call) -> None:
+        """This kind of call was answered again: the next shortage begins with the shortest wait."""
         with self._database.owner(owner_id) as connection:
             changed(
                 connection,
-                "update service_blocks set times = 0, blocked_until = :now where owner_id = :owner and service = :service and times > 0",
+                "update service_blocks set times = 0, blocked_until = :now, action_required = null"
+                " where owner_id = :owner and service = :service and call = :call and times > 0",
                 owner=owner_id,
-                service=SETTINGS_OF.get(service, service),
+                service=service,
+                call=call,
                 now=self._clock.now(),
             )
 

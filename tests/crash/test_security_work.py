@@ -37,7 +37,7 @@ from tests.support.twin import Twin
 STORE = Path(failpoints.__file__).parent / "store"
 # Rooms of the Security Agent's work, and functions of theirs that only read.
 ROOMS = ("analyses",)
-READS = {"of_finding", "latest", "owners", "candidates", "waiting_automatic", "completed_since"}
+READS = {"of_finding", "latest", "owners", "candidates", "waiting_automatic", "changed_since", "completed_since"}
 # Steps of the engine that only this service's items take.
 SENDS = {f"send.{one}" for one in (EffectKind.GITHUB_DISMISS_ALERT, EffectKind.GITHUB_REOPEN_ALERT, *NOTICES)}
 # Of the room of findings: what takes a dismissal back, and what notes that its ground still stands.

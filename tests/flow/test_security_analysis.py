@@ -5,18 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
 from dagster import DagsterInstance
 from sqlalchemy import text
 
-from kilo_pipelines.acts.analysis import analyse
+from kilo_pipelines.acts.analysis import analyse, queue_analyses
+from kilo_pipelines.acts.dismissal import dismiss
+from kilo_pipelines.core.owners import analysis_pools, dismissal_pools
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.retry import BLOCK, BLOCKS_UNTIL_A_PERSON_ACTS
 from kilo_pipelines.services.security import triage
-from kilo_pipelines.store import AnalysisRow, Claimed, FindingRow
+from kilo_pipelines.services.security.analysis import snapshot_of
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
+from kilo_pipelines.store import AnalysisRow, Claimed, FindingRow, Refused
+from kilo_pipelines.store.analyses import MAX_PASSED
 from tests.conftest import Database
-from tests.support.security import Dispatcher, Owner, Storefront, syncing, with_model
+from tests.support.security import LOG, Dispatcher, Owner, Storefront, syncing, with_model
 from tests.support.twin import Twin
 
 
@@ -152,8 +159,14 @@ def test_a_finding_that_keeps_coming_back_is_analysed_again_twice_and_no_more(
             time.sleep(1.05)
             database.clock.advance(timedelta(seconds=5))
         desk.work(owner.id)
-    origins = [row.origin for row in owner.store.analyses.of_finding(owner.id, one.id)]
-    assert sorted(origins) == ["automatic", "reopened", "reopened"]
+    assert owner.sync().analyses == 0
+    found = [(row.origin, row.reason) for row in reversed(owner.store.analyses.of_finding(owner.id, one.id))]
+    assert found == [
+        ("automatic", Reason.ANALYSED),
+        ("reopened", Reason.ANALYSED),
+        ("reopened", Reason.ANALYSED),
+        ("reopened", Reason.ANALYSIS_LOOP),
+    ], "that it isn't analysed is on record, once for each time that it came back"
     assert any(f"finding {one.id}: {Reason.ANALYSIS_LOOP}" in line for line in caplog.messages)
 
 
@@ -176,7 +189,8 @@ def test_what_was_due_and_isnt_analysed_for_a_day_is_shown(database: Database, t
     claimed = owner.store.queue.claim(item, "security_analysis", run_id="r", pools=lambda _kind, _plan: {"x": 1}, lease_s=60)
     assert isinstance(claimed, Claimed)
     database.clock.advance(timedelta(hours=3))
-    assert [one["item"] for one in owner.store.findings.offenders("stale_running")] == [item]
+    stale = owner.store.findings.offenders("stale_running")
+    assert [one["item"] for one in stale if one["owner"] == owner.names[0]] == [item]
     owner.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")
 
 
@@ -240,6 +254,141 @@ def test_two_owners_of_one_repository_have_analyses_of_their_own(database: Datab
     assert _only(mine, one).state == "completed"
     assert theirs.items("security_analysis") == []
     assert theirs.store.analyses.of_finding(theirs.id, one.id) == []
+
+
+def _claim(owner: Owner, item: UUID, *, automatic: bool) -> Claimed | Refused:
+    pools = analysis_pools(automatic=automatic)
+    return owner.store.queue.claim(item, "security_analysis", run_id="r", pools=lambda _kind, _plan: pools, lease_s=60)
+
+
+def _due(database: Database, twin: Twin, **config: Any) -> tuple[Owner, list[FindingRow]]:
+    """An owner whose open findings all wait for automatic analysis."""
+    owner = Owner(database, twin, 1, 30, auto_analysis_include_existing=True, analysis_mode="shallow", **config)
+    owner.configure(auto_analysis_enabled=True, auto_analysis_min_severity="all")
+    assert owner.sync().analyses > 4
+    return owner, owner.findings(status="open")
+
+
+def _sweep(owner: Owner) -> int:
+    setting = owner.store.owners.config(owner.id, SERVICE)
+    assert setting is not None
+    return queue_analyses(owner.store, owner.id, SecurityConfig.model_validate(setting.config), LOG)
+
+
+def test_two_automatic_analyses_at_once_and_three_in_all(database: Database, twin: Twin) -> None:
+    owner, due = _due(database, twin)
+    waiting = [_only(owner, one).item_id for one in due]
+    taken = [_claim(owner, one, automatic=True) for one in waiting[:3]]
+    assert [one.outcome if isinstance(one, Refused) else None for one in taken] == [None, None, Reason.NO_SLOT]
+    asked = [_claim(owner, one, automatic=False) for one in waiting[3:5]]
+    assert [one.outcome if isinstance(one, Refused) else None for one in asked] == [None, Reason.NO_SLOT]
+    assert isinstance(taken[0], Claimed) and owner.store.queue.conclude(taken[0], "cancelled", Reason.USER_CANCELLED)
+    assert isinstance(_claim(owner, waiting[4], automatic=False), Claimed), "a free slot is anybody's"
+    database.clock.advance(timedelta(seconds=31))
+    assert isinstance(_claim(owner, waiting[2], automatic=True), Refused), "three are under way"
+
+
+def test_an_end_that_says_nothing_of_the_finding_is_tried_again_with_waits_and_an_end(database: Database, twin: Twin) -> None:
+    owner, (one, other, *_) = _due(database, twin)
+    owner.configure(auto_analysis_enabled=False)
+    assert _sweep(owner) == 0 and _only(owner, other).reason == Reason.ANALYSIS_NOT_WANTED
+    owner.configure(auto_analysis_enabled=True)
+    assert _sweep(owner) > 1, "switched on again, what was waiting before waits again"
+    tries = 0
+    while (live := owner.store.analyses.of_finding(owner.id, one.id)[0]).ended_at is None:
+        claim = _claim(owner, live.item_id, automatic=True)
+        assert isinstance(claim, Claimed) and owner.store.queue.conclude(claim, "failed", Reason.MODEL_UNREACHABLE)
+        assert _sweep(owner) == 0, "not at once"
+        tries += 1
+        database.clock.advance(timedelta(minutes=15) * 2 ** (tries - 1))
+        _sweep(owner)
+    assert tries == MAX_PASSED
+    database.clock.advance(timedelta(days=30))
+    assert _sweep(owner) == 0
+    assert isinstance(_asked(owner, one), UUID), "a person may always"
+
+
+def test_what_a_result_or_a_person_ended_is_not_tried_again_by_itself(database: Database, twin: Twin) -> None:
+    owner, (one, other, *_) = _due(database, twin)
+    claim = _claim(owner, _only(owner, one).item_id, automatic=True)
+    assert isinstance(claim, Claimed) and owner.store.queue.conclude(claim, "failed", Reason.RESULT_INVALID)
+    owner.store.queue.cancel(_only(owner, other).item_id, reason=Reason.USER_CANCELLED, actor="test")
+    database.clock.advance(timedelta(days=1))
+    assert _sweep(owner) == 0
+
+
+def test_other_facts_are_analysed_anew_within_the_limit_and_a_mere_touch_is_not(database: Database, twin: Twin) -> None:
+    owner, (one, *_) = _due(database, twin)
+
+    def done() -> None:
+        row = owner.store.findings.get(owner.id, one.id)
+        assert row is not None
+        claim = _claim(owner, owner.store.analyses.of_finding(owner.id, one.id)[0].item_id, automatic=True)
+        assert isinstance(claim, Claimed)
+        details = {"snapshot": snapshot_of(row), "triage": _told(), "completed_at": owner.clock.now().isoformat()}
+        assert owner.store.queue.complete(claim, Reason.ANALYSED, details=details, effects=[])
+
+    def changed(**columns: Any) -> None:
+        database.clock.advance(timedelta(minutes=1))
+        sets = ", ".join(f"{name} = :{name}" for name in columns)
+        with owner.store.database.owner(owner.id) as connection:
+            values = {**columns, "id": one.id, "now": owner.clock.now()}
+            connection.execute(text(f"update findings set {sets}, changed_at = :now where id = :id"), values)
+
+    done()
+    changed(html_url="https://github.com/other")
+    assert _sweep(owner) == 0
+    for number in range(3):
+        changed(vulnerable_version_range=f"< {number}")
+        assert _sweep(owner) == (1 if number < 2 else 0), "as often as one that comes back"
+        if number < 2:
+            done()
+    assert owner.store.analyses.of_finding(owner.id, one.id)[0].reason == Reason.ANALYSIS_LOOP
+    assert _sweep(owner) == 0 and len(owner.store.analyses.of_finding(owner.id, one.id)) == 4
+
+
+def _told() -> dict[str, Any]:
+    return {"needs_deep": False, "reasoning": "r", "action": "manual_review", "confidence": "high", "fallback": False}
+
+
+def test_without_credit_only_what_needs_the_model_waits_and_only_what_was_refused_is_forgiven(
+    database: Database, twin: Twin
+) -> None:
+    owner, (one, other, *_) = _due(database, twin)
+    queue, credit = owner.store.queue, Reason.INSUFFICIENT_CREDITS
+    item = _only(owner, one).item_id
+    for times in range(BLOCKS_UNTIL_A_PERSON_ACTS):
+        until = queue.block_service(owner.id, "security_analysis", "session", credit, item)
+        assert until is not None, times
+        refused = _claim(owner, item, automatic=True)
+        assert isinstance(refused, Refused) and (refused.outcome, refused.state) == (credit, "waiting")
+        queue.unblock_service(owner.id, "security_analysis", "question")  # another model, another bill
+        database.clock.advance(until - database.clock.now())
+    assert queue.block_service(owner.id, "security_analysis", "session", credit, item) is None
+    refused = _claim(owner, item, automatic=True)
+    assert isinstance(refused, Refused) and (refused.outcome, refused.state) == (Reason.ACTION_REQUIRED, "failed")
+
+    setting = owner.store.owners.config(owner.id, SERVICE)
+    assert setting is not None and setting.action_required is None
+    assert owner.sync().outcome == "synced" and owner.id in owner.store.findings.owners(), "syncs go on, by the clock, too"
+    assert _sweep(owner) == 0, "nothing is opened that couldn't start"
+    owner.configure(notice_recipients=[{"kind": "email", "address": "ada@acme.test"}])
+    assert owner.id in owner.store.notices.owners()
+    dismissal = dismiss(owner.store, other, role="owner", actor="test", reason="not_used", comment="")
+    assert isinstance(dismissal, UUID)
+    assert isinstance(queue.claim(dismissal, "dismissal", run_id="r", pools=dismissal_pools, lease_s=60), Claimed)
+
+    (service,) = owner.store.owners.services(owner.id)
+    assert (service["action_required"]["reason"], service["action_required"]["service"]) == (credit, "security_analysis")
+    owner.store.owners.enable_service(owner.id, SERVICE, True, actor="test")
+    (service,) = owner.store.owners.services(owner.id)
+    assert service["action_required"] is None
+    assert _sweep(owner) == 1 and isinstance(_claim(owner, _newest(owner, one), automatic=True), Claimed)
+    assert queue.block_service(owner.id, "security_analysis", "session", credit, item) == database.clock.now() + BLOCK
+
+
+def _newest(owner: Owner, finding: FindingRow) -> UUID:
+    return owner.store.analyses.of_finding(owner.id, finding.id)[0].item_id
 
 
 @pytest.mark.agent_cli

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,14 +16,19 @@ from dagster import DagsterInstance
 from sqlalchemy import text
 
 from kilo_pipelines.acts.analysis import analyse
-from kilo_pipelines.acts.dismissal import dismiss, dismiss_many
+from kilo_pipelines.acts.dismissal import after_analysis, dismiss, dismiss_many
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.services.security.config import SERVICE
+from kilo_pipelines.ops import security_dismissal
+from kilo_pipelines.ops.findings import policy_for
+from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
+from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.services.security.dismissal import units
-from kilo_pipelines.store import FindingRow
+from kilo_pipelines.store import FindingRow, NewItem
 from tests.conftest import Database
 from tests.support.git import git
-from tests.support.security import Dispatcher, Owner, Storefront, seeded, syncing, with_model
+from tests.support.remediation import Shop, analysed
+from tests.support.security import LOG, Dispatcher, Owner, Storefront, seeded, syncing, with_model
 from tests.support.twin import Twin
 
 
@@ -237,3 +244,200 @@ def test_another_owner_of_the_repository_decides_for_itself(database: Database, 
         if row.source_id == one.source_id
     ]
     assert [(row.disposition, row.status) for row in other] == [(None, "open")]
+
+
+NOT_USED = {"exploitable": False, "action": "dismiss", "search": ["require('twin-tables')"], "summary": "Nobody imports it."}
+LETS_GO = {"needs_deep": False, "reasoning": "Only a tool.", "action": "dismiss", "confidence": "high", "fallback": False}
+
+
+def head(twin: Twin, shop: Shop) -> str:
+    return git(twin.home / "git" / f"{shop.full_name}.git", "rev-parse", "refs/heads/main").strip()
+
+
+def told_anew(shop: Shop, finding: FindingRow, **more: Any) -> FindingRow:
+    """The source says other facts of an alert, as a page of a sync or an event brings them."""
+    raw = upstream(shop, finding)
+    for path, value in more.items():
+        where, _, name = path.rpartition("__")
+        (raw[where] if where else raw)[name] = value
+    policy = policy_for(shop.store, shop.id, SecurityConfig(), actor="test")
+    taker = AlertTaker(shop.id, shop.repository_id, policy, first_sync=False)
+    good, bad = taker.sort([raw])
+    assert not bad
+    shop.store.findings.apply_page(shop.id, shop.repository_id, SOURCE, good, taker.decide, cursor=None)
+    return again(shop, finding)
+
+
+def let_go(database: Database, twin: Twin, desk: Dispatcher, home: Path) -> tuple[Shop, FindingRow]:
+    """A shop of which one finding was dismissed by the rules, here and at the source."""
+    shop = Shop(database, twin, home, auto_dismiss_enabled=True)
+    one = shop.finding("twin-tables")
+    analysed(shop, one, commit=head(twin, shop), **NOT_USED)
+    after_analysis(shop.store, shop.id, one.id, LOG)
+    desk.work(shop.id)
+    assert (again(shop, one).status, upstream(shop, one)["state"]) == ("ignored", "dismissed")
+    shop.sync()
+    return shop, again(shop, one)
+
+
+@pytest.mark.parametrize(
+    ("change", "catalogued", "reason"),
+    [
+        ({"security_advisory__severity": "critical"}, False, Reason.NEVER_DISMISSED),
+        ({}, True, Reason.NEVER_DISMISSED),
+        ({"security_vulnerability__vulnerable_version_range": "< 99"}, False, Reason.STALE_ANALYSIS),
+    ],
+)
+def test_what_the_rules_let_go_comes_back_when_it_is_another_thing_though_no_commit_came(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path, change: Any, catalogued: bool, reason: Reason
+) -> None:
+    shop, one = let_go(database, twin, desk, tmp_path)
+    shop.sync()
+    assert again(shop, one).status == "ignored"
+    known = Path(os.environ["KILO_KNOWN_EXPLOITED_FILE"])
+    before = known.read_text()
+    told_anew(shop, one, **change)
+    if catalogued:
+        assert one.cve_id is not None
+        known.write_text(json.dumps({"vulnerabilities": [{"cveID": one.cve_id}]}))
+    try:
+        shop.sync()
+    finally:
+        known.write_text(before)
+    assert again(shop, one).disposition is None
+    assert [one["reason"] for one in shop.audited("security.finding.reopened")] == [str(reason)]
+    database.clock.advance(timedelta(seconds=20))
+    desk.work(shop.id)
+    assert (again(shop, one).status, upstream(shop, one)["state"]) == ("open", "open")
+
+
+def test_what_becomes_critical_while_the_repository_is_read_is_not_dismissed(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop(database, twin, tmp_path, auto_dismiss_enabled=True)
+    one = shop.finding("twin-tables")
+    analysed(shop, one, commit=head(twin, shop), **NOT_USED)
+    after_analysis(shop.store, shop.id, one.id, LOG)
+    read = security_dismissal.read_branch
+
+    def slowly(*wanted: Any) -> Any:
+        found = read(*wanted)
+        told_anew(shop, one, security_advisory__severity="critical")
+        return found
+
+    monkeypatch.setattr(security_dismissal, "read_branch", slowly)
+    desk.work(shop.id)
+    (item,) = shop.items("dismissal")
+    assert (item.state, item.reason) == ("cancelled", Reason.NEVER_DISMISSED)
+    assert (again(shop, one).status, upstream(shop, one)["state"]) == ("open", "open")
+
+
+def test_critical_and_known_exploited_ones_stay_open_whoever_but_a_person_asks(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop(database, twin, tmp_path, auto_dismiss_enabled=True)
+    critical = told_anew(shop, shop.finding("twin-tables"), security_advisory__severity="critical")
+    exploited = shop.finding("twin-unpack")
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps({"vulnerabilities": [{"cveID": str(exploited.cve_id).lower()}]}))
+    monkeypatch.setenv("KILO_KNOWN_EXPLOITED_FILE", str(known))
+    for one in (critical, exploited):
+        analysis = analysed(shop, one, commit=head(twin, shop), **NOT_USED)
+        after_analysis(shop.store, shop.id, one.id, LOG)
+        assert shop.items("dismissal") == [], "nothing is asked for"
+        details = {"finding_id": str(one.id), "requested_by": "platform", "reason": "not_used", "analysis_id": str(analysis)}
+        for origin in ("automatic", "bulk"):  # as it would have been before it was one of these
+            new = NewItem("dismissal", f"finding:{one.id}", one.repository_id, 0, {**details, "origin": origin})
+            assert shop.store.queue.open(shop.id, new, actor="test") is not None
+            desk.work(shop.id)
+            item = shop.items("dismissal")[0]
+            assert (item.state, item.reason) == ("cancelled", Reason.NEVER_DISMISSED)
+        with shop.store.database.owner(shop.id) as connection:
+            connection.execute(text("update work_items set service = 'done' where service = 'dismissal'"))
+        assert (again(shop, one).status, upstream(shop, one)["state"]) == ("open", "open")
+
+
+def test_a_ground_that_moved_since_the_analysis_is_no_ground_but_for_a_person(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path
+) -> None:
+    shop = Shop(database, twin, tmp_path, auto_dismiss_enabled=True)
+    one, analysed_at = shop.finding("twin-tables"), head(twin, shop)
+    analysed(shop, one, commit=analysed_at, **NOT_USED)
+    push(twin, shop.full_name, "src/report.js", "const { table } = require('twin-tables');\n")
+    after_analysis(shop.store, shop.id, one.id, LOG)
+    desk.work(shop.id)
+    (item,) = shop.items("dismissal")
+    assert (item.state, item.reason) == ("cancelled", Reason.STALE_ANALYSIS)
+    assert (again(shop, one).status, upstream(shop, one)["state"]) == ("open", "open")
+    asked(shop, one)
+    desk.work(shop.id)
+    bound = (again(shop, one).disposition_evidence or {})["binding"]
+    assert (bound["commit"], bound["hits"]) == (head(twin, shop), 1)
+
+
+def test_a_commit_that_is_gone_shows_nothing_to_be_the_same(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path
+) -> None:
+    shop = Shop(database, twin, tmp_path, auto_dismiss_enabled=True)
+    one = shop.finding("twin-tables")
+    analysed(shop, one, commit="f" * 40, **NOT_USED)
+    after_analysis(shop.store, shop.id, one.id, LOG)
+    desk.work(shop.id)
+    assert [one.reason for one in shop.items("dismissal")] == [Reason.STALE_ANALYSIS]
+
+
+def test_each_dismissal_is_judged_by_itself_and_a_use_too_wide_to_look_at_is_a_change(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop, kept = let_go(database, twin, desk, tmp_path)
+    wide = shop.finding("twin-unpack")
+    analysed(shop, wide, commit=head(twin, shop), **NOT_USED | {"search": ["everywhere()"]})
+    asked(shop, wide)
+    desk.work(shop.id)
+    push(twin, shop.full_name, "src/bundle.js", "everywhere();" + "0" * 2**20 + "\n")
+    policy = policy_for(shop.store, shop.id, SecurityConfig(), actor="test")
+    (target,) = shop.store.owners.sync_targets(shop.id)
+    assert security_dismissal.reexamine(shop.store, GitHubResource(), shop.id, target, policy, LOG, time.monotonic()) == 0
+    assert {again(shop, one).status for one in (kept, wide)} == {"ignored"}, "no time, no answer"
+    assert "can't be looked at" in caplog.text
+    shop.sync()
+    assert (again(shop, kept).status, again(shop, wide).disposition) == ("ignored", None)
+    assert (again(shop, kept).disposition_evidence or {})["binding"]["commit"] == head(twin, shop)
+    # And it is bound to nothing that way again: a person's dismissal stands for itself, the rules make none.
+    asked(shop, told_anew(shop, wide, state="open"))
+    desk.work(shop.id)
+    row = again(shop, wide)
+    assert row.status == "ignored" and "binding" not in (row.disposition_evidence or {})
+
+
+def test_whoever_opens_it_again_before_a_sync_saw_it_dismissed_has_the_last_word_too(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path
+) -> None:
+    shop = Shop(database, twin, tmp_path)
+    one = shop.finding("twin-tables")
+    asked(shop, one)
+    desk.work(shop.id)
+    assert upstream(shop, one)["state"] == "dismissed" and again(shop, one).upstream_state == "dismissed"
+    twin.control("move-alert", repository=shop.full_name, number=int(one.source_id), action="reopened")
+    shop.sync()
+    row = again(shop, one)
+    assert (row.status, row.disposition) == ("open", None)
+
+
+def test_what_reading_the_repository_told_is_not_overruled_by_its_metadata(
+    database: Database, twin: Twin, desk: Dispatcher, tmp_path: Path
+) -> None:
+    shop = Shop(database, twin, tmp_path, auto_dismiss_enabled=True)
+    one = shop.finding("twin-tables")
+    read = analysed(shop, one, commit=head(twin, shop))
+    database.clock.advance(timedelta(minutes=1))
+    analysed(shop, one, triage=LETS_GO)
+    assert shop.store.analyses.latest(shop.id, [one.id])[one.id].item_id == read
+    after_analysis(shop.store, shop.id, one.id, LOG)
+    counted = dismiss_many(shop.store, shop.id, role="owner", actor="test", apply=True)
+    assert not isinstance(counted, Reason) and counted[str(Reason.ANALYSIS_SPEAKS_AGAINST)] == 1
+    assert shop.items("dismissal") == []
+    changed = told_anew(shop, one, security_vulnerability__vulnerable_version_range="< 99")
+    database.clock.advance(timedelta(minutes=1))
+    shallow = analysed(shop, changed, triage=LETS_GO)
+    assert shop.store.analyses.latest(shop.id, [one.id])[one.id].item_id == shallow, "of other facts the deep one says nothing"

@@ -149,3 +149,42 @@ def test_a_hostile_configuration_beside_our_repository_runs_nothing(repository: 
     facts(repository, base, head)
     ours.export_pack(repository.path, [head, base], tmp_path / "p.pack")
     assert not (tmp_path / "ran").exists() and (tmp_path / "p.pack").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "content"),
+    [(b"", b"\0\nuse(demo)\n"), (b"*.js binary -diff\n", b"use(demo)\n"), (b"", b"\xff\xfe\nuse(demo)\n")],
+)
+def test_no_byte_and_no_attribute_hides_a_use_from_a_search(
+    repository: BareRepository, attributes: bytes, content: bytes
+) -> None:
+    commit = repository.commit({".gitattributes": attributes, "a.js": content, "b.js": b"use(other)\n"})
+    assert ours.lines_with(repository.path, commit, ["use(demo)"], 60.0) == [("a.js", "use(demo)")]
+
+
+def test_a_search_that_doesnt_come_to_its_end_is_no_search_that_found_nothing(
+    repository: BareRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = repository.commit({"a.js": b"use(demo)\n" * 1_000})
+    assert ours.lines_with(repository.path, commit, ["use(nothing)"], 60.0) == []
+    with pytest.raises(ours.GitError) as unknown:
+        ours.lines_with(repository.path, "f" * 40, ["use(demo)"], 60.0)
+    assert unknown.value.reason is Reason.FETCH_FAILED
+    blob = git(repository.path, "rev-parse", f"{commit}:a.js").strip()
+    (repository.path / "objects" / blob[:2] / blob[2:]).unlink()
+    with pytest.raises(ours.GitError):
+        ours.lines_with(repository.path, commit, ["use(nothing)"], 60.0)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    with pytest.raises(ours.GitError) as killed:
+        ours.lines_with(repository.path, commit, ["use(nothing)"], 60.0)
+    assert killed.value.reason is Reason.FETCH_FAILED
+
+
+def test_a_search_that_hits_too_much_is_told_from_one_that_failed(repository: BareRepository) -> None:
+    commit = repository.commit({"a.js": b"use(demo)" + b"." * ours.MAX_HITS_BYTES})
+    with pytest.raises(ours.GitError) as wide:
+        ours.lines_with(repository.path, commit, ["use(demo)"], 60.0)
+    assert wide.value.reason is Reason.GROUND_TOO_WIDE

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from kilo_pipelines.core.effects import DELIVERY, Delivery, EffectKind, EffectReceipt
+from kilo_pipelines.core.effects import DELIVERY, Delivery, EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Claimed, Cost, Refused
@@ -237,6 +237,32 @@ def test_a_dead_effect_is_tried_again_by_a_person_unless_a_newer_one_stands(worl
     assert second is not None and outbox.applied(second, EffectReceipt(external_id="1", created=True))
     assert outbox.revive(first.id, actor="test") == "dropped", "the old write would undo the newer one"
     assert outbox.revive(second.id, actor="test") is None and outbox.abandon(second.id, actor="test") is None
+
+
+@pytest.mark.parametrize("fate", ["pending", "applied", "dead"])
+def test_a_dead_dismissal_isnt_tried_again_once_the_alert_was_to_be_opened(world: World, fate: str) -> None:
+    claim, held = world.running()
+    world.store.sessions.finish(held, status="completed", reason=None, result={})
+    with world.store.settlements.open(claim.item_id) as tx:
+        assert tx is not None
+        alert = {"subject_key": "github:1:alert:7", "payload": {}}
+        wanted = [
+            EffectIntent(kind=kind, intent_key=kind, **alert)
+            for kind in (EffectKind.GITHUB_DISMISS_ALERT, EffectKind.GITHUB_REOPEN_ALERT)
+        ]
+        tx.conclude(state="completed", reason="reviewed", verdict={}, evidence=None, effects=wanted)
+    outbox = world.store.outbox
+    dismissing = outbox.claim_next(claim.item_id)
+    assert dismissing is not None and dismissing.intent.kind is EffectKind.GITHUB_DISMISS_ALERT
+    outbox.retry(dismissing, timedelta(0), Reason.PERMISSION_MISSING, final=True)
+    if fate != "pending":
+        opening = outbox.claim_next(claim.item_id)
+        assert opening is not None and opening.intent.kind is EffectKind.GITHUB_REOPEN_ALERT
+        if fate == "applied":
+            outbox.applied(opening, EffectReceipt(external_id="7", created=False))
+        else:
+            outbox.retry(opening, timedelta(0), Reason.PERMISSION_MISSING, final=True)
+    assert outbox.revive(dismissing.id, actor="test") == "dropped"
 
 
 def test_an_effect_given_up_by_a_person_lets_the_next_pass(world: World) -> None:

@@ -19,7 +19,7 @@ from kilo_pipelines.store import Claimed, FindingRow, NewItem, RemediationRow
 from kilo_twin.world_alerts import storefront_history
 from tests.conftest import Database
 from tests.support.alerts import alert
-from tests.support.security import Owner
+from tests.support.security import Owner, seeded
 from tests.support.twin import Twin
 
 _shops = (f"shop-{number}" for number in count(1))
@@ -35,8 +35,10 @@ DEEP: dict[str, Any] = {
 }
 
 
-def analysed(owner: Owner, finding: FindingRow, **deep: Any) -> UUID:
-    """A completed deep analysis of the finding as it is."""
+def analysed(
+    owner: Owner, finding: FindingRow, *, commit: str | None = None, triage: dict[str, Any] | None = None, **deep: Any
+) -> UUID:
+    """A completed analysis of the finding as it is: a deep one of a commit, or with `triage` a shallow one."""
     new = NewItem(
         service="security_analysis",
         subject_key=f"finding:{finding.id}",
@@ -48,7 +50,8 @@ def analysed(owner: Owner, finding: FindingRow, **deep: Any) -> UUID:
     assert item is not None
     claim = owner.store.queue.claim(item, "security_analysis", run_id="test", pools=lambda _kind, _plan: {}, lease_s=60)
     assert isinstance(claim, Claimed), claim
-    details = {"snapshot": snapshot_of(finding), "deep": DEEP | deep, "completed_at": owner.clock.now().isoformat()}
+    found = {"deep": DEEP | deep, "commit_sha": commit} if triage is None else {"triage": triage}
+    details = {"snapshot": snapshot_of(finding), "completed_at": owner.clock.now().isoformat(), **found}
     assert owner.store.queue.complete(claim, "analysed", details=details, effects=[])
     return item
 
@@ -66,7 +69,7 @@ class Shop(Owner):
         self.twin, self.store, self.clock = twin, database.store, database.clock
         if twin.port not in _known:
             _known.add(twin.port)
-            twin.control("seed-alerts", count=1, repositories=[f"advisories-{twin.port}"])  # a scan knows the advisories then
+            seeded(twin, 1, [f"advisories-{twin.port}"])  # a scan knows the advisories then
         name = next(_shops)
         path = home / name
         path.mkdir()

@@ -90,9 +90,9 @@ class Corner(World):
 
     def _security_work(self, finding: UUID) -> None:
         """One waiting item of each kind of the Security Agent's work."""
-        blocked = self.store.queue.block_service(self.owner.id, "security_analysis", f"{self.canary}-reason", finding)
+        blocked = self.store.queue.block_service(self.owner.id, "security_analysis", "question", f"{self.canary}-reason", finding)
         assert blocked is not None
-        self.store.queue.unblock_service(self.owner.id, "security_analysis")
+        self.store.queue.unblock_service(self.owner.id, "security_analysis", "question")
         common = {"finding_id": str(finding), "origin": "manual", "requested_by": f"{self.canary}-actor"}
         analysis = self._open("security_analysis", finding, {**common, "mode": "auto"})
         self._open("dismissal", finding, {**common, "reason": "not_used", "analysis_id": str(analysis)})

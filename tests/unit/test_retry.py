@@ -83,6 +83,7 @@ NO_FAILURE = {
     Reason.REMEDIATION_BLOCKED,
     Reason.ANALYSIS_LOOP,
     Reason.ANALYSED,
+    Reason.ANALYSIS_CONTRADICTED,
     Reason.TRIAGE_UNUSABLE,
 }
 

@@ -139,18 +139,55 @@ def test_an_unusable_answer_sends_the_repository_to_be_read() -> None:
 
 @given(st.text(max_size=2_000))
 def test_advisory_text_stays_inside_its_fence(text: str) -> None:
-    told = triage.facts_of(finding(title=text, description=text, package_name=text or "p"), NONCE)
+    strangers = (
+        "package_name",
+        "package_ecosystem",
+        "manifest_path",
+        "vulnerable_version_range",
+        "patched_version",
+        "title",
+        "description",
+    )
+    told = triage.facts_of(finding(cwe_ids=[text], ghsa_id=text, **dict.fromkeys(strangers, text)), NONCE)
     head, _, advisory = told.partition("\n\nThe advisory:\n")
     mark = advisory.split(" ", 1)[0]
     assert advisory.startswith(f"{mark} DATA {NONCE}\n") and advisory.endswith(f"\n{mark}")
     assert mark not in advisory[len(mark) : -len(mark)]
-    assert len(head.splitlines()) == 9, "no name of a package makes a line of its own"
+    assert head == "Severity: high\nScope: runtime", "outside of the fence nobody else's word stands"
+    assert [one.partition(": ")[0] for one in advisory.splitlines()[1:8]] == [
+        "Package",
+        "Ecosystem",
+        "Advisory",
+        "Weaknesses",
+        "Vulnerable versions",
+        "Patched version",
+        "Manifest",
+    ], "no name of a package makes a line of its own"
 
 
 def test_the_questions_schema_doesnt_offer_what_is_ours_to_say() -> None:
     asked = triage.question(finding(), NONCE)
     assert "fallback" not in asked["tool"]["parameters"]["properties"]
     assert set(asked["tool"]["parameters"]["required"]) == {"needs_deep", "reasoning", "action", "confidence"}
+
+
+def test_a_dismissal_names_what_it_rests_on() -> None:
+    told = {"exploitable": False, "reasoning": "r", "action": "dismiss", "summary": "s"}
+    with pytest.raises(ValidationError):
+        DeepAnalysis.model_validate(told)
+    assert DeepAnalysis.model_validate(told | {"search": ["require('demo')"]}).action == "dismiss"
+    assert DeepAnalysis.model_validate(told | {"action": "monitor"}).search == []
+
+
+def test_an_end_that_says_nothing_of_the_finding_passes_and_a_persons_or_a_results_does_not() -> None:
+    assert {
+        Reason.ANALYSIS_NOT_WANTED,
+        Reason.INTEGRATION_SUSPENDED,
+        Reason.KILL_SWITCH,
+        Reason.MODEL_UNREACHABLE,
+        Reason.ACTION_REQUIRED,
+    } <= eligibility.PASSING
+    assert not eligibility.PASSING & {Reason.USER_CANCELLED, Reason.RESULT_INVALID, Reason.AGENT_CRASHED, Reason.ANALYSIS_LOOP}
 
 
 @pytest.mark.parametrize("exploitable", [True, "unknown"])
@@ -164,7 +201,7 @@ def test_a_deep_brief_carries_nonce_schema_and_fenced_advisory_and_its_result_is
     facts = WorkspaceFacts(merge_base="a" * 40, head_sha="a" * 40, diff_hash="", entries=[])
     (part,) = task.compose(facts, NONCE, "/work/out/result.json").parts
     assert f"Nonce: {NONCE}" in part.prompt and "````" in part.prompt and part.covers == {}
-    good = {"nonce": NONCE, "exploitable": False, "reasoning": "r", "action": "dismiss", "summary": "s"}
+    good = {"nonce": NONCE, "exploitable": False, "reasoning": "r", "search": ["demo"], "action": "dismiss", "summary": "s"}
     assert task.validate(good, NONCE) == []
     assert task.validate(good | {"nonce": "other"}, NONCE) == ["nonce: not the nonce of this task"]
     assert task.validate(good | {"exploitable": "no"}, NONCE)

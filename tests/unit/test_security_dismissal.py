@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kilo_pipelines.acts.known_exploited import MAX_BYTES, known_exploited
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.security import dismissal as rules
 from kilo_pipelines.services.security.analysis import snapshot_of
@@ -54,6 +58,7 @@ def analysis(of: SimpleNamespace, triage: dict[str, Any] | None = None, deep: di
         ({}, LETS_GO, NOT_USED | {"exploitable": True, "action": "open_pr"}, ON, Reason.ANALYSIS_SPEAKS_AGAINST),
         ({}, LETS_GO, NOT_USED | {"exploitable": "unknown", "action": "manual_review"}, ON, Reason.ANALYSIS_SPEAKS_AGAINST),
         ({}, LETS_GO, NOT_USED | {"action": "monitor"}, ON, Reason.ANALYSIS_SPEAKS_AGAINST),
+        ({}, LETS_GO, NOT_USED | {"search": []}, ON, Reason.ANALYSIS_SPEAKS_AGAINST),
         ({}, LETS_GO | {"confidence": "low"}, None, ON, Reason.CONFIDENCE_TOO_LOW),
         ({}, LETS_GO | {"confidence": "medium"}, None, ON, Reason.CONFIDENCE_TOO_LOW),
         (
@@ -115,6 +120,40 @@ def test_a_comment_is_cut_at_its_last_whole_letter() -> None:
     assert rules.units(comment) in (279, 280) and comment.endswith("\U0001f600…")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["@ada look at this", "fixes #7", "closes acme/other#1", "<img src=x>", "![x](http://evil.test/x)", "/merge", "&#64;ada"],
+)
+def test_a_comment_mentions_closes_and_renders_nothing(text: str) -> None:
+    comment = rules.comment_of(text)
+    assert not re.search(r"@ada|fixes #7|closes acme/|<img|!\[|&#64;|^/merge", comment)
+
+
+@pytest.mark.parametrize(
+    ("by", "change", "catalogue", "answer"),
+    [
+        ("auto-triage", {}, KNOWN, None),
+        ("auto-triage", {}, None, None),
+        ("auto-triage", {"severity": "critical"}, KNOWN, Reason.NEVER_DISMISSED),
+        ("auto-sandbox", {"severity": "critical"}, None, Reason.NEVER_DISMISSED),
+        ("auto-triage-bulk", {}, frozenset({"CVE-2026-1"}), Reason.NEVER_DISMISSED),
+        ("auto-sandbox", {"patched_version": None}, KNOWN, Reason.STALE_ANALYSIS),
+        ("auto-triage-bulk", {"severity": "low"}, KNOWN, Reason.STALE_ANALYSIS),
+        ("manual", {"severity": "critical", "patched_version": None}, frozenset({"CVE-2026-1"}), None),
+    ],
+)
+def test_what_the_rules_let_go_is_let_go_only_as_long_as_they_would(
+    by: str, change: dict[str, Any], catalogue: frozenset[str] | None, answer: Reason | None
+) -> None:
+    evidence = {"snapshot": snapshot_of(finding())} if by != "manual" else {}
+    dismissed = finding(disposition_by=by, disposition_evidence=evidence, **change)
+    assert rules.outlived(dismissed, catalogue) is answer
+
+
+def test_what_was_dismissed_of_facts_that_nobody_kept_isnt_taken_for_the_same() -> None:
+    assert rules.outlived(finding(disposition_by="auto-triage", disposition_evidence={}), KNOWN) is Reason.STALE_ANALYSIS
+
+
 def test_what_a_dismissal_rests_on_changes_with_its_files_and_uses_and_not_with_their_places() -> None:
     before = rules.binding("a" * 40, {"package.json": "1"}, [("a.js", "require('demo')"), ("b.js", "x")], ["require('demo')"])
     same = rules.binding("b" * 40, {"package.json": "1"}, [("b.js", "x"), ("a.js", "require('demo')")], ["require('demo')"])
@@ -135,8 +174,71 @@ def test_what_a_dismissal_rests_on_changes_with_its_files_and_uses_and_not_with_
         ("package-lock.json", "package.json"),
         ("services/api/package.json", "services/api/package-lock.json"),
         ("a/odd.txt", "a/odd.txt"),
+        ("packages/a/package.json", "pnpm-lock.yaml"),
+        ("packages/a/package.json", "packages/pnpm-workspace.yaml"),
+        ("app/build.gradle.kts", "app/gradle.lockfile"),
+        ("src/Web/Web.csproj", "Directory.Packages.props"),
+        ("src/Web/Web.csproj", "src/Web/packages.lock.json"),
+        ("pubspec.yaml", "pubspec.lock"),
+        ("apps/x/mix.exs", "mix.lock"),
+        ("module/pom.xml", "pom.xml"),
+        ("package.json", "bun.lockb"),
+        ("pyproject.toml", "pdm.lock"),
     ],
 )
 def test_manifest_and_lock_files_beside_it_are_looked_at(manifest: str, wanted: str) -> None:
     found = rules.paths_of(manifest)
     assert wanted in found and manifest in found and len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("manifest", ["../../etc/passwd", "/etc/passwd", "..", "/", "a//../b/package.json", "./x"])
+def test_a_path_that_leads_out_of_the_tree_names_something_in_it(manifest: str) -> None:
+    assert all(one and not one.startswith("/") and ".." not in one.split("/") for one in rules.paths_of(manifest))
+
+
+def test_a_path_of_many_directories_fits_a_command_line() -> None:
+    found = rules.paths_of("a/" * 499 + "package.json")
+    assert "a/" * 499 + "package-lock.json" in found and "package-lock.json" in found
+    assert sum(map(len, found)) < 1_000_000
+
+
+def catalogue(*ids: object) -> str:
+    return json.dumps({"vulnerabilities": [{"cveID": one} for one in ids]})
+
+
+@pytest.mark.parametrize(
+    ("content", "known"),
+    [
+        (catalogue("CVE-2026-1", "cve-2026-2"), {"CVE-2026-1", "CVE-2026-2"}),
+        (None, None),
+        ("", None),
+        ("{", None),
+        ("[" * 100_000, None),
+        ("\xff", None),
+        (json.dumps({"vulnerabilities": []}), None),
+        (json.dumps({"vulnerabilities": [{"id": "CVE-2026-1"}]}), None),
+        (json.dumps({"others": []}), None),
+        (json.dumps([]), None),
+        (catalogue("CVE-2026-1", 7), None),
+        (catalogue("CVE-2026-1") + " " * MAX_BYTES, None),
+    ],
+)
+def test_a_catalogue_is_whole_or_there_is_none(
+    content: str | None, known: set[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "known.json"
+    monkeypatch.setenv("KILO_HOME", str(tmp_path))
+    monkeypatch.setenv("KILO_KNOWN_EXPLOITED_FILE", str(file))
+    if content is not None:
+        file.write_text(content, encoding="latin-1")
+    assert known_exploited() == known
+
+
+def test_a_new_catalogue_is_read_at_once_and_none_is_named_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILO_HOME", str(tmp_path))
+    assert known_exploited() is None
+    file = tmp_path / "known.json"
+    monkeypatch.setenv("KILO_KNOWN_EXPLOITED_FILE", str(file))
+    for ids in (["CVE-2026-1"], ["CVE-2026-1", "CVE-2026-2"]):
+        file.write_text(catalogue(*ids))
+        assert known_exploited() == set(ids)

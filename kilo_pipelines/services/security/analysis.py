@@ -79,9 +79,11 @@ class DeepAnalysis(BaseModel):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        """What can be exploited isn't dismissed."""
+        """What can be exploited isn't dismissed, and a dismissal rests on something that can be looked for again."""
         if self.action == "dismiss" and self.exploitable is not False:
             raise ValueError("only what can't be exploited may be dismissed")
+        if self.action == "dismiss" and not self.search:
+            raise ValueError("a dismissal needs at least one text in search")
         return self
 
 

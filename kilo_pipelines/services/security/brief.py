@@ -64,7 +64,8 @@ class AnalysisTask:
             "- Say what you saw in the checkout (your working directory) and nothing else; `unknown` is an honest answer.\n"
             "- `exploitable` is true when input from outside can reach the vulnerable part, false when the package or that part of it isn't used.\n"
             "- Only what is not exploitable may be dismissed.\n"
-            "- `search` holds literal texts (an import, a call) whose absence or places your answer rests on: they are looked for again later.\n"
+            "- `search` holds literal texts (an import, a call) whose absence or places your answer rests on: they are looked for again later,"
+            " and `dismiss` needs at least one.\n"
             "- Finish by writing the result file. Without it the analysis counts as not done.",
             f"Repository {inputs.full_name} at {facts.head_sha[:12]}.\nThe alert:\n{facts_of(SimpleNamespace(**dict(inputs)), nonce)}",
         ]

@@ -15,8 +15,8 @@ from uuid import UUID
 
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.text import clean
-from kilo_pipelines.services.security.analysis import DeepAnalysis, Triage, is_fresh
+from kilo_pipelines.core.text import harmless
+from kilo_pipelines.services.security.analysis import Triage, is_fresh
 from kilo_pipelines.services.security.config import SecurityConfig
 from kilo_pipelines.services.security.permissions import may
 
@@ -27,22 +27,46 @@ REASONS: tuple[str, ...] = get_args(DismissalReason)
 # GitHub refuses longer comments (contract 11.3); it counts as the web does, in UTF-16 units.
 COMMENT_UNITS = 280
 CONFIDENCES = {"high": 0, "medium": 1, "low": 2}
-# Beside a manifest, whatever its package manager locks with.
+# Whatever package managers lock with. Project files of .NET have names of their own: an alert names the one that it is about.
 LOCK_FILES = (
     "package-lock.json",
     "npm-shrinkwrap.json",
     "yarn.lock",
     "pnpm-lock.yaml",
+    "bun.lock",
+    "bun.lockb",
     "poetry.lock",
     "Pipfile.lock",
+    "pdm.lock",
     "uv.lock",
     "requirements.txt",
     "Cargo.lock",
     "go.sum",
     "Gemfile.lock",
     "composer.lock",
+    "gradle.lockfile",
+    "packages.lock.json",
+    "pubspec.lock",
+    "mix.lock",
 )
-MANIFESTS = ("package.json", "pyproject.toml", "Pipfile", "Cargo.toml", "go.mod", "Gemfile", "composer.json")
+MANIFESTS = (
+    "package.json",
+    "pnpm-workspace.yaml",
+    "pyproject.toml",
+    "Pipfile",
+    "Cargo.toml",
+    "go.mod",
+    "Gemfile",
+    "composer.json",
+    "pom.xml",
+    "build.gradle",
+    "build.gradle.kts",
+    "Directory.Packages.props",
+    "pubspec.yaml",
+    "mix.exs",
+)
+# Of a deeper manifest the nearest ones and the root: a path has room for five hundred directories, a command line hasn't.
+MAX_DIRECTORIES = 20
 
 
 @dataclass(frozen=True)
@@ -80,9 +104,9 @@ def automatic(config: SecurityConfig, finding: Any, analysis: Any, known_exploit
     if refusal is not None:
         return refusal
     if analysis.deep is not None:
-        deep = DeepAnalysis.model_validate(analysis.deep)
-        if deep.exploitable is False and deep.action == "dismiss":
-            return Grounds("auto-sandbox", deep.summary)
+        deep = analysis.deep
+        if deep["exploitable"] is False and deep["action"] == "dismiss" and deep["search"]:
+            return Grounds("auto-sandbox", deep["summary"])
         return Reason.ANALYSIS_SPEAKS_AGAINST
     return _by_triage(config, analysis, "auto-triage")
 
@@ -101,15 +125,30 @@ def _protected(finding: Any, analysis: Any, known_exploited: Collection[str] | N
     refusal = dismissable(finding)
     if refusal is not None:
         return refusal
-    if finding.severity == "critical":
+    if _is_a_persons(finding, known_exploited or ()):
         return Reason.NEVER_DISMISSED
     if known_exploited is None:
         return Reason.CATALOGUE_MISSING
-    if finding.cve_id is not None and finding.cve_id.upper() in known_exploited:
-        return Reason.NEVER_DISMISSED
     if analysis is None:
         return Reason.ANALYSIS_REQUIRED
     return None if is_fresh(analysis.snapshot, finding) else Reason.STALE_ANALYSIS
+
+
+def _is_a_persons(finding: Any, known_exploited: Collection[str]) -> bool:
+    """Whether people alone dismiss it: it is critical, or known to be exploited."""
+    return finding.severity == "critical" or (finding.cve_id is not None and finding.cve_id.upper() in known_exploited)
+
+
+def outlived(finding: Any, known_exploited: Collection[str] | None) -> Reason | None:
+    """Why a dismissal is over whatever became of its ground: the rules wouldn't make it of the finding as it is now.
+
+    Never of a single one by a person. Without a catalogue what was dismissed under one stands: a lost file says nothing of findings.
+    """
+    if finding.disposition_by == "manual":
+        return None
+    if _is_a_persons(finding, known_exploited or ()):
+        return Reason.NEVER_DISMISSED
+    return None if is_fresh(finding.disposition_evidence.get("snapshot"), finding) else Reason.STALE_ANALYSIS
 
 
 def _by_triage(config: SecurityConfig, analysis: Any, by: Literal["auto-triage", "auto-triage-bulk"]) -> Grounds | Reason:
@@ -129,8 +168,8 @@ def units(text: str) -> int:
 
 
 def comment_of(text: str) -> str:
-    """The comment that stands at the source: one line, ours by its beginning, at most what GitHub takes."""
-    whole = f"[kilo-pipelines] {' '.join(clean(text).split())}".rstrip()
+    """The comment that stands at the source: one harmless line, ours by its beginning, at most what GitHub takes."""
+    whole = f"[kilo-pipelines] {' '.join(harmless(text).split())}".rstrip()
     if units(whole) <= COMMENT_UNITS:
         return whole
     kept = ""
@@ -145,9 +184,14 @@ def comment_of(text: str) -> str:
 
 
 def paths_of(manifest_path: str) -> list[str]:
-    """Files whose content a dismissal rests on: the manifest, and whatever may lie beside it to declare or lock."""
-    directory, _, name = manifest_path.rpartition("/")
-    return [f"{directory}/{one}" if directory else one for one in dict.fromkeys((name, *MANIFESTS, *LOCK_FILES))]
+    """Files whose content a dismissal rests on: the manifest, and whatever may lie beside it, or above as in workspaces, to declare or lock.
+
+    The path is a stranger's text; what it names lies in the tree, or nowhere.
+    """
+    parts = [one for one in manifest_path.split("/") if one not in ("", ".", "..")]
+    above = ["".join(f"{one}/" for one in parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+    known = [directory + name for directory in (*above[:MAX_DIRECTORIES], "") for name in (*MANIFESTS, *LOCK_FILES)]
+    return list(dict.fromkeys(["/".join(parts), *known] if parts else known))
 
 
 def binding(commit: str, files: Mapping[str, str], hits: Iterable[tuple[str, str]], search: list[str]) -> dict[str, Any]:
@@ -184,11 +228,11 @@ def dismiss_effect(item_id: UUID, finding: Any, full_name: str, reason: str, com
     )
 
 
-def reopen_effect(item_id: UUID, finding: Any, full_name: str, commit: str) -> EffectIntent:
-    """The alert is opened at GitHub again; `commit` is where the dismissal's ground was found changed."""
+def reopen_effect(item_id: UUID, finding: Any, full_name: str, mark: str) -> EffectIntent:
+    """The alert is opened at GitHub again; `mark` tells this time from another one."""
     return EffectIntent(
         kind=EffectKind.GITHUB_REOPEN_ALERT,
-        intent_key=f"dismissal:{item_id}:reopen:{commit}",
+        intent_key=f"dismissal:{item_id}:reopen:{mark}",
         subject_key=_subject(finding),
         payload={"full_name": full_name, "number": int(finding.source_id)},
     )

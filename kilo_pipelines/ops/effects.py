@@ -1,5 +1,6 @@
 """The one hand that applies effects (invariant 5)."""
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -25,6 +26,9 @@ TRANSPORT_RETRY = RetryPolicy(max_retries=2, delay=1, backoff=Backoff.EXPONENTIA
 RETRY_BASE_SECONDS = 5.0
 LOST_ANSWER_SECONDS = 15.0
 RETRY_CAP_SECONDS = 900.0
+# A run of 25 items may have some hundred messages for receivers that take ten seconds each: after a minute it gives its worker back,
+# and what is left is offered again.
+RUN_SECONDS = 60.0
 
 
 def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubResource, item_ids: list[str]) -> int:
@@ -61,9 +65,10 @@ def _applied(store: Store, github: GitHubResource, effect: ClaimedEffect) -> Eff
 
 
 def _due(store: Store, github: GitHubResource, item_ids: list[str]) -> Iterator[ClaimedEffect]:
-    """Effects of these items one after the other, as long as there are due ones."""
+    """Effects of these items one after the other, as long as there are due ones and time."""
+    until = time.monotonic() + RUN_SECONDS
     for item_id in item_ids:
-        while (effect := store.outbox.claim_next(UUID(item_id), github.effect_costs())) is not None:
+        while time.monotonic() < until and (effect := store.outbox.claim_next(UUID(item_id), github.effect_costs())) is not None:
             yield effect
 
 

@@ -39,9 +39,9 @@ ANSWER_BYTES = 65_536
 _IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")
 _6TO4 = ipaddress.IPv6Network("2002::/16")
 # Slack's codes that pass by themselves (chat.postMessage, errors).
-_SLACK_PASSING = frozenset(
-    {"ratelimited", "rate_limited", "internal_error", "fatal_error", "service_unavailable", "request_timeout"}
-)
+_SLACK_PASSING = frozenset({"ratelimited", "rate_limited", "service_unavailable", "request_timeout"})
+# Those after which the message may have been posted all the same: a lost answer.
+_SLACK_LOST = frozenset({"internal_error", "fatal_error"})
 
 
 def _refused(reason: Reason, detail: str, *, retryable: bool = False, wait: float | None = None) -> ProviderError:
@@ -158,6 +158,8 @@ def send_slack(intent: EffectIntent, api: str, token: str, before_write: Callabl
         raise _refused(Reason.PROVIDER_UNAVAILABLE, "the answer is not JSON", retryable=True) from None
     if status != 200 or not isinstance(answer, dict) or answer.get("ok") is not True:
         code = str(answer.get("error", status))[:60] if isinstance(answer, dict) else str(status)
+        if code in _SLACK_LOST:
+            raise _refused(Reason.PROVIDER_UNAVAILABLE, code, retryable=True)
         if code in _SLACK_PASSING:
             raise _refused(Reason.CHANNEL_UNAVAILABLE, code, retryable=True, wait=wait)
         raise _refused(Reason.CHANNEL_REFUSED, code)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from dagster import DagsterInstance
@@ -17,6 +18,7 @@ from sqlalchemy import text
 from kilo_pipelines.acts.notices import wanted
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
+from kilo_pipelines.ops import effects
 from kilo_pipelines.ops.security_notices import stage
 from kilo_pipelines.providers.notices import signature
 from kilo_pipelines.settings import Settings, write_secret
@@ -70,28 +72,27 @@ def messages(owner: Owner) -> list[tuple[str, str | None]]:
     return [(one["state"], one["reason"]) for item in owner.items("notice") for one in owner.store.outbox.of_item(item.id)]
 
 
-def due(owner: Owner, after: timedelta, **which: Any) -> None:
-    """Moves deadlines: of findings with these values, of all."""
+def due(owner: Owner, after: timedelta, id: UUID | None = None) -> None:
+    """Moves the deadline of a finding, or of all. Ops ask the real clock and the store its own: half an hour is between them at most."""
     with owner.store.database.owner(owner.id) as connection:
         connection.execute(
-            text("update finding_sla s set due_at = :at from findings f where f.owner_id = s.owner_id and f.id = s.finding_id")
-            if not which
-            else text("update finding_sla set due_at = :at where finding_id = :id"),
-            {"at": datetime.now(UTC) + after, **which},
+            text(f"update finding_sla set due_at = :at {'where finding_id = :id' if id else ''}"),
+            {"at": datetime.now(UTC) + after} | ({"id": id} if id else {}),
         )
 
 
-def near(owner: Owner, count: int) -> list[Any]:
+def near(owner: Owner, count: int) -> list[UUID]:
     """Only these open findings have a deadline that is near, and none has one that has passed."""
     due(owner, timedelta(days=30))
-    found = [one.id for one in owner.findings(status="open", severity="critical")][:count]
-    assert len(found) == count
+    found = [one.id for one in owner.findings(status="open")][:count]
+    with owner.store.database.owner(owner.id) as connection:
+        connection.execute(text("update findings set severity = 'critical' where id = any(:ids)"), {"ids": found})
     for one in found:
         due(owner, timedelta(days=2), id=one)
     return found
 
 
-def marked(owner: Owner, finding: Any, state: str) -> None:
+def marked(owner: Owner, finding: UUID, state: str) -> None:
     with owner.store.database.owner(owner.id) as connection:
         connection.execute(text("update findings set upstream_state = :state where id = :id"), {"state": state, "id": finding})
 
@@ -175,6 +176,7 @@ def test_a_mail_whose_answer_is_lost_is_never_sent_again_by_itself(
         ("busy", "pending", Reason.CHANNEL_UNAVAILABLE),
         ("grey", "pending", Reason.CHANNEL_UNAVAILABLE),
         ("slow", "pending", Reason.CHANNEL_UNAVAILABLE),
+        ("torn", "unknown", Reason.PROVIDER_UNAVAILABLE),
     ],
 )
 def test_a_channel_that_refuses_is_a_persons_and_one_that_is_busy_is_asked_again(
@@ -182,9 +184,9 @@ def test_a_channel_that_refuses_is_a_persons_and_one_that_is_busy_is_asked_again
 ) -> None:
     owner = Owner(database, twin, 1, 60)
     owner.sync()
-    if fault == "slow":
+    if fault in ("slow", "torn"):
         named(owner, told, "slack")
-        told.slack_error = "ratelimited"
+        told.slack_error = {"slow": "ratelimited", "torn": "fatal_error"}[fault]
     else:
         named(owner, told, "email")
         told.smtp_fault = fault
@@ -216,12 +218,12 @@ def test_a_near_deadline_is_told_once_and_its_passing_by_a_notice_of_its_own(
     owner.sync()
     named(owner, told, "webhook")
     (finding,) = near(owner, 1)
-    due(owner, timedelta(days=3, minutes=1), id=finding)
+    due(owner, timedelta(days=3, minutes=30), id=finding)
     assert stage(owner.store, owner.id) == 0, "three days are not yet reached"
     for after, expected in (
-        (timedelta(days=3, minutes=-1), {"security.sla_warning": 1}),
+        (timedelta(days=3, minutes=-30), {"security.sla_warning": 1}),
         (timedelta(hours=1), {"security.sla_warning": 1}),
-        (timedelta(seconds=-1), {"security.sla_warning": 1, "security.sla_breach": 1}),
+        (timedelta(minutes=-30), {"security.sla_warning": 1, "security.sla_breach": 1}),
         (timedelta(days=-9), {"security.sla_warning": 1, "security.sla_breach": 1}),
     ):
         due(owner, after, id=finding)
@@ -381,6 +383,23 @@ def test_a_notice_holds_as_long_as_settings_finding_and_deadline_say_so(database
         change()
         assert not holds()
         back()
+
+
+def test_slow_receivers_hold_a_run_for_so_long_and_the_next_one_goes_on(
+    database: Database, twin: Twin, told: Channels, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = Owner(database, twin, 1, 60)
+    owner.sync()
+    named(owner, told, "webhook")
+    near(owner, 1)
+    stage(owner.store, owner.id)
+    with monkeypatch.context() as patch:
+        patch.setattr(effects, "RUN_SECONDS", 0.0)
+        desk.once(owner.id)
+    assert messages(owner) == [("pending", None)] and told.posts == []
+    database.clock.advance(timedelta(seconds=30))
+    desk.work(owner.id)
+    assert messages(owner) == [("applied", None)] and len(told.posts) == 1
 
 
 def test_two_owners_of_one_repository_are_told_each_their_own(

@@ -32,7 +32,8 @@ from kilo_pipelines.ingress.control import (
     told,
 )
 from kilo_pipelines.services.security import sla
-from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
+from kilo_pipelines.services.security.config import SERVICE, Recipient, SecurityConfig
+from kilo_pipelines.services.security.permissions import may
 from kilo_pipelines.services.security.report import AuditReport, Refusal
 from kilo_pipelines.store import Store, Wanted
 
@@ -319,10 +320,22 @@ class Summary(Strict):
     repositories_open: int = Field(description="Repositories with open findings in all.")
 
 
+class RecipientKind(Strict):
+    """A recipient as who may not change settings sees it: an address may hold a secret."""
+
+    kind: Literal["email", "slack", "webhook"]
+
+
+class ShownConfig(SecurityConfig):
+    """Settings with recipients as the key's role sees them."""
+
+    notice_recipients: list[Recipient | RecipientKind]  # type: ignore[assignment]  # wider, and only ever shown
+
+
 class Settings(Strict):
     """An owner's settings; `revision` 0: none saved yet."""
 
-    settings: SecurityConfig
+    settings: ShownConfig
     enabled: bool
     revision: int
     action_required: dict[str, Any] | None
@@ -436,13 +449,15 @@ def security_routes(desk: Desk, clock: Clock) -> list[Route]:
         found = await desk.caller(request, "read", Asked)
         if isinstance(found, Response):
             return found
-        owner_id = found[0].owner_id
-        stored = await anyio.to_thread.run_sync(store.owners.config, owner_id, SERVICE)
-        services = await anyio.to_thread.run_sync(store.owners.services, owner_id)
-        config = SecurityConfig.model_validate(stored.config if stored else {})
+        by, _ = found
+        stored = await anyio.to_thread.run_sync(store.owners.config, by.owner_id, SERVICE)
+        services = await anyio.to_thread.run_sync(store.owners.services, by.owner_id)
+        shown = SecurityConfig.model_validate(stored.config if stored else {}).model_dump()
+        if not may(by.role, "settings"):
+            shown["notice_recipients"] = [{"kind": one["kind"]} for one in shown["notice_recipients"]]
         return told(
             Settings(
-                settings=config,
+                settings=ShownConfig.model_validate(shown),
                 enabled=stored.enabled if stored else False,
                 revision=stored.revision if stored else 0,
                 action_required=next((one["action_required"] for one in services if one["service"] == SERVICE), None),

@@ -1,5 +1,6 @@
 """The one hand that applies effects (invariant 5)."""
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -7,12 +8,14 @@ from uuid import UUID
 
 from dagster import Backoff, In, Jitter, Nothing, OpExecutionContext, Out, RetryPolicy, op
 
+from kilo_pipelines.acts.notices import wanted
 from kilo_pipelines.core.effects import DELIVERY, NOTICES, Delivery, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ops.ids import Ids, ids_of_run
 from kilo_pipelines.resources.github import GitHubResource, LostLeaseError, ProviderError
 from kilo_pipelines.resources.notices import send
 from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.services.security.notices import message_keys
 from kilo_pipelines.store import ClaimedEffect, Store
 
 # Transport faults between the worker and Postgres or the broker; effects themselves back off in the outbox.
@@ -23,6 +26,9 @@ TRANSPORT_RETRY = RetryPolicy(max_retries=2, delay=1, backoff=Backoff.EXPONENTIA
 RETRY_BASE_SECONDS = 5.0
 LOST_ANSWER_SECONDS = 15.0
 RETRY_CAP_SECONDS = 900.0
+# A run of 25 items may have some hundred messages for receivers that take ten seconds each: after a minute it gives its worker back,
+# and what is left is offered again.
+RUN_SECONDS = 60.0
 
 
 def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubResource, item_ids: list[str]) -> int:
@@ -50,17 +56,19 @@ def _applied(store: Store, github: GitHubResource, effect: ClaimedEffect) -> Eff
     renew = partial(store.outbox.renew, effect)
     if effect.intent.kind not in NOTICES:
         return github.apply(effect.installation_id, effect.repository_id, effect.intent, renew)
-    # Right before it is sent: what was fixed or ignored since is nobody's worry any more.
-    facts = store.notices.facts(effect.owner_id, UUID(effect.intent.payload["finding"]))
-    if facts is None or facts["status"] != "open":
+    # Right before it is sent: what was fixed since, or isn't wanted any more, is nobody's worry; nor is it that of who was named then.
+    finding_id, kind = UUID(effect.intent.payload["finding"]), effect.intent.payload["notice"]
+    found = wanted(store, effect.owner_id, finding_id, kind, datetime.now(UTC))
+    if found is None or effect.intent.intent_key not in message_keys(finding_id, kind, found[0]):
         raise ProviderError(Reason.NOTICE_NOT_WANTED, retryable=False)
     return send(effect.intent, store.cipher.derive(f"notice-webhook:{effect.owner_id}"), renew)
 
 
 def _due(store: Store, github: GitHubResource, item_ids: list[str]) -> Iterator[ClaimedEffect]:
-    """Effects of these items one after the other, as long as there are due ones."""
+    """Effects of these items one after the other, as long as there are due ones and time."""
+    until = time.monotonic() + RUN_SECONDS
     for item_id in item_ids:
-        while (effect := store.outbox.claim_next(UUID(item_id), github.effect_costs())) is not None:
+        while time.monotonic() < until and (effect := store.outbox.claim_next(UUID(item_id), github.effect_costs())) is not None:
             yield effect
 
 

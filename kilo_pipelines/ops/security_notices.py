@@ -1,10 +1,13 @@
 """Notices: staged by the clock and after each sync, decided again by a run, sent through the outbox."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from dagster import Nothing, OpExecutionContext, Out, op
 
+from kilo_pipelines.acts.common import enabled_config
+from kilo_pipelines.acts.notices import holds, wanted
 from kilo_pipelines.core.owners import notice_pools
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import WorkState
@@ -14,41 +17,34 @@ from kilo_pipelines.ops.items import reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.security import notices as rules
-from kilo_pipelines.services.security.config import RANKS, SecurityConfig, reaches
-from kilo_pipelines.services.security.config import SERVICE as SETTINGS
+from kilo_pipelines.services.security.config import RANKS, reaches
 from kilo_pipelines.services.security.notices import SERVICE
 from kilo_pipelines.store import Claimed, NewItem, Store
 
-# Notices of an owner that one sweep opens (contract 12 sends a hundred a tick): who names recipients for an old backlog isn't buried.
+# Notices of an owner and a kind that one sweep opens (contract 12 sends a hundred a tick): who names recipients for an old backlog
+# isn't buried, and a backlog of passed deadlines doesn't keep the near ones waiting until they have passed, too.
 STAGED = 100
 
 
 def stage(store: Store, owner_id: UUID) -> int:
-    """Opens what an owner's people are to be told, passed deadlines first; how many. Each once, whatever became of it."""
-    setting = store.owners.config(owner_id, SETTINGS)
-    if setting is None or not setting.enabled:
-        return 0
-    config = SecurityConfig.model_validate(setting.config)
-    if not config.notice_recipients:
+    """Opens what one of an owner's people is to be told and wasn't, passed deadlines first; how many."""
+    config = enabled_config(store, owner_id)
+    if config is None or not config.notice_recipients:
         return 0
     slas = [one for one in RANKS if config.sla_notices and reaches(one, config.sla_notice_min_severity)]
     news = [one for one in RANKS if config.new_finding_notices and reaches(one, config.new_finding_notice_min_severity)]
     warned = timedelta(days=config.sla_notice_warning_days)
+    asked: dict[str, dict[str, Any]] = {
+        "sla_breach": {"severities": slas, "due_within": (None, timedelta())},
+        "sla_warning": {"severities": slas, "due_within": (timedelta(), warned)},
+        "new_finding": {"severities": news, "seen_since": config.notices_enabled_at},
+    }
     opened = 0
     now = datetime.now(UTC)
-    for kind, found in (
-        ("sla_breach", store.notices.untold(owner_id, "sla_breach", slas, due_within=timedelta(), limit=STAGED)),
-        ("sla_warning", store.notices.untold(owner_id, "sla_warning", slas, due_within=warned, limit=STAGED)),
-        (
-            "new_finding",
-            store.notices.untold(owner_id, "new_finding", news, seen_since=config.notices_enabled_at, limit=STAGED),
-        ),
-    ):
-        for one in found:
-            if opened == STAGED:
-                return opened
-            facts = {name: one[name] for name in ("status", "watched", "severity", "due_at", "paused", "first_seen_at")}
-            if rules.is_wanted(config, kind, **facts, now=now):
+    for kind, which in asked.items():
+        messages = list(rules.message_keys("*", kind, config))
+        for one in store.notices.untold(owner_id, kind, messages=messages, limit=STAGED, **which):
+            if holds(config, kind, one, now):
                 details = {"finding_id": str(one["id"]), "kind": kind}
                 new = NewItem(SERVICE, rules.subject_key(one["id"], kind), one["repository_id"], 0, details)
                 opened += store.queue.open(owner_id, new, actor="platform") is not None
@@ -77,18 +73,19 @@ def _send(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentReso
         say(context, item_id, claim.outcome)
         return
     finding_id, kind = UUID(claim.details["finding_id"]), claim.details["kind"]
-    setting = store.owners.config(claim.owner_id, SETTINGS)
-    finding, found = store.findings.get(claim.owner_id, finding_id), store.notices.facts(claim.owner_id, finding_id)
-    config = SecurityConfig.model_validate(setting.config) if setting is not None and setting.enabled else None
-    wanted = False
-    if config is not None and finding is not None and found is not None:
-        facts = {name: found[name] for name in ("status", "watched", "severity", "due_at", "paused", "first_seen_at")}
-        wanted = rules.is_wanted(config, kind, **facts, now=datetime.now(UTC))
-    if not wanted or config is None or found is None:
+    found = wanted(store, claim.owner_id, finding_id, kind, datetime.now(UTC))
+    if found is None:
         store.queue.conclude(claim, WorkState.CANCELLED, Reason.NOTICE_NOT_WANTED)
         say(context, item_id, Reason.NOTICE_NOT_WANTED)
         return
-    effects = rules.effects(item_id, finding, kind, config, found["repository"], found["due_at"])
-    verdict = {"conclusion": "notified", "reason": str(Reason.NOTIFIED)}
-    done = store.queue.complete(claim, Reason.NOTIFIED, details={"verdict": verdict}, effects=effects)
+    config, facts = found
+    finding = store.findings.get(claim.owner_id, finding_id)
+    effects = rules.effects(item_id, finding, kind, config, facts["repository"], facts["due_at"])
+    done = store.queue.complete(
+        claim,
+        Reason.NOTIFIED,
+        details={"verdict": {"conclusion": "notified", "reason": str(Reason.NOTIFIED)}},
+        effects=effects,
+        also=store.notices.tell_again(claim.owner_id, item_id, effects),
+    )
     say(context, item_id, Reason.NOTIFIED if done else Reason.MOVED_ON)

@@ -7,6 +7,7 @@ public internet (threats, rule 22), except in the offline world.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -17,6 +18,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from email.message import EmailMessage
+from email.policy import SMTP
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,13 +28,20 @@ from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers.github import LOOPBACK, ProviderError, retry_after
 
+# A whole HTTP exchange: httpx's own time-outs are per read, so that a trickle would never end. It ends within the effect's lease (20 s).
+# Of mail, whose server is the operator's, each step.
 TIMEOUT_SECONDS = 10.0
-# Nothing of an answer is used but its first words.
+# Reaching the address, and once more the TLS handshake: together less than the whole, which then only ends what was sent already.
+CONNECT_SECONDS = 4.0
+# Nothing of Slack's answer is used but its first words, and nothing of a webhook's.
 ANSWER_BYTES = 65_536
+# Addresses of the public internet of version 6. Beyond are those that a gateway or this machine turns into ones of version 4.
+_IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")
+_6TO4 = ipaddress.IPv6Network("2002::/16")
 # Slack's codes that pass by themselves (chat.postMessage, errors).
-_SLACK_PASSING = frozenset(
-    {"ratelimited", "rate_limited", "internal_error", "fatal_error", "service_unavailable", "request_timeout"}
-)
+_SLACK_PASSING = frozenset({"ratelimited", "rate_limited", "service_unavailable", "request_timeout"})
+# Those after which the message may have been posted all the same: a lost answer.
+_SLACK_LOST = frozenset({"internal_error", "fatal_error"})
 
 
 def _refused(reason: Reason, detail: str, *, retryable: bool = False, wait: float | None = None) -> ProviderError:
@@ -51,7 +60,8 @@ def send_email(
     intent: EffectIntent, url: str, sender: str, password: str | None, before_write: Callable[[], None]
 ) -> EffectReceipt:
     """One mail; `url`: smtp://host:port (with STARTTLS unless it is this machine) or smtps://user@host."""
-    message = EmailMessage()
+    # Lines end as SMTP wants them, and every byte is ASCII: nobody has to ask whether the server takes others.
+    message = EmailMessage(policy=SMTP.clone(cte_type="7bit"))
     said = intent.payload["message"]
     message["From"], message["To"], message["Subject"] = sender, intent.payload["address"], said["subject"]
     message["Message-ID"] = f"<{hashlib.sha256(intent.intent_key.encode()).hexdigest()[:32]}@kilo-pipelines.invalid>"
@@ -105,11 +115,13 @@ def _handed_over(server: smtplib.SMTP, message: EmailMessage) -> bool:
     try:
         status = server.data(message.as_bytes())[0]
     except smtplib.SMTPDataError as failure:
-        raise _refused(Reason.CHANNEL_REFUSED, f"SMTP {failure.smtp_code}") from None
+        status = failure.smtp_code
     except (OSError, smtplib.SMTPException) as failure:
         raise _refused(Reason.PROVIDER_UNAVAILABLE, type(failure).__name__, retryable=True) from None
     if status != 250:
-        raise _refused(Reason.CHANNEL_REFUSED, f"SMTP {status}")
+        passing = 400 <= status < 500  # nothing was taken, and a later try may be (greylisting)
+        reason = Reason.CHANNEL_UNAVAILABLE if passing else Reason.CHANNEL_REFUSED
+        raise _refused(reason, f"SMTP {status}", retryable=passing)
     return False
 
 
@@ -132,7 +144,9 @@ def send_slack(intent: EffectIntent, api: str, token: str, before_write: Callabl
         "parse": "none",
     }
     before_write()
-    status, headers, raw = _post(f"{api}/chat.postMessage", body, {"authorization": f"Bearer {token}"})
+    status, headers, raw = _post(
+        f"{api}/chat.postMessage", json.dumps(body).encode(), {"authorization": f"Bearer {token}"}, most=ANSWER_BYTES
+    )
     wait = retry_after(headers)
     if status == 429:
         raise _refused(Reason.CHANNEL_UNAVAILABLE, "Slack asks to wait", retryable=True, wait=wait or 30.0)
@@ -144,6 +158,8 @@ def send_slack(intent: EffectIntent, api: str, token: str, before_write: Callabl
         raise _refused(Reason.PROVIDER_UNAVAILABLE, "the answer is not JSON", retryable=True) from None
     if status != 200 or not isinstance(answer, dict) or answer.get("ok") is not True:
         code = str(answer.get("error", status))[:60] if isinstance(answer, dict) else str(status)
+        if code in _SLACK_LOST:
+            raise _refused(Reason.PROVIDER_UNAVAILABLE, code, retryable=True)
         if code in _SLACK_PASSING:
             raise _refused(Reason.CHANNEL_UNAVAILABLE, code, retryable=True, wait=wait)
         raise _refused(Reason.CHANNEL_REFUSED, code)
@@ -175,7 +191,7 @@ def send_webhook(
         "webhook-signature": signature(secret, message_id, timestamp, raw),
     }
     before_write()
-    status, answered, _ = _post(url, raw, headers, address=address)
+    status, answered, _ = _post(url, raw, headers, most=0, address=address)
     if 200 <= status < 300:
         return EffectReceipt(external_id=message_id, created=True)
     passing = status == 429 or status >= 500
@@ -185,44 +201,66 @@ def send_webhook(
 
 def public_address(url: str, *, offline: bool) -> str:
     """The address of the URL's host, which is then connected to; ProviderError `address_refused` unless all of them are public."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        found = {str(one[4][0]) for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        target = httpx.URL(url)
+        port = target.port or (443 if target.scheme == "https" else 80)
+        if port > 65_535:  # httpx takes it
+            raise ValueError("not a port")
+        found = {str(one[4][0]) for one in socket.getaddrinfo(target.raw_host.decode(), port, type=socket.SOCK_STREAM)}
     except OSError:
         raise _refused(Reason.CHANNEL_UNAVAILABLE, "the host has no address", retryable=True) from None
+    except (httpx.InvalidURL, ValueError):  # of the latter: a name that can't be asked for
+        raise _refused(Reason.ADDRESS_REFUSED, "not an address") from None
     places = [ipaddress.ip_address(one.partition("%")[0]) for one in found]
     if offline and all(one.is_loopback for one in places):
-        return str(sorted(places, key=lambda one: one.version)[0])
-    unmapped = [getattr(one, "ipv4_mapped", None) or one for one in places]
-    if parts.scheme != "https" or not all(one.is_global and not one.is_multicast for one in unmapped):
+        return str(min(places, key=lambda one: one.version))
+    if target.scheme != "https" or not all(map(_is_public, places)):
         raise _refused(Reason.ADDRESS_REFUSED, "not a public address")
-    return str(sorted(places, key=lambda one: one.version)[0])
+    return str(min(places, key=lambda one: one.version))
+
+
+def _is_public(place: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address leads to the public internet, and not to where one of version 4 that it bears leads."""
+    if isinstance(place, ipaddress.IPv6Address):
+        if place.ipv4_mapped is not None:
+            return _is_public(place.ipv4_mapped)
+        if place not in _IPV6_UNICAST or place in _6TO4:
+            return False
+    return place.is_global and not place.is_multicast
 
 
 def _post(
-    url: str, body: dict[str, Any] | bytes, headers: dict[str, str], *, address: str | None = None
+    url: str, raw: bytes, headers: dict[str, str], *, most: int, address: str | None = None
 ) -> tuple[int, httpx.Headers, bytes]:
-    """Status, headers and the beginning of the answer. `address` is connected to, whatever the name means by now; no redirects."""
+    """Status, headers and the first `most` bytes of the answer, all within TIMEOUT_SECONDS; no redirects.
+
+    `address` is connected to, whatever the name means by now.
+    """
     target, more = httpx.URL(url), {}
     if address is not None:
         headers = {**headers, "host": target.netloc.decode()}
         more = {"sni_hostname": target.host}
         target = target.copy_with(host=address)
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json; charset=utf-8", "user-agent": "kilo-pipelines", **headers}
-    try:
-        with (
-            httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False, trust_env=False) as client,
+
+    async def exchange() -> tuple[int, httpx.Headers, bytes]:
+        limits = httpx.Timeout(TIMEOUT_SECONDS, connect=CONNECT_SECONDS)
+        async with (
+            asyncio.timeout(TIMEOUT_SECONDS),
+            httpx.AsyncClient(timeout=limits, follow_redirects=False, trust_env=False) as client,
             client.stream("POST", target, content=raw, headers=headers, extensions=more) as answer,
         ):
             content = b""
-            for part in answer.iter_bytes():
-                content += part
-                if len(content) > ANSWER_BYTES:
-                    break
-            return answer.status_code, answer.headers, content[:ANSWER_BYTES]
+            if most:
+                async for part in answer.aiter_bytes():
+                    content += part
+                    if len(content) > most:
+                        break
+            return answer.status_code, answer.headers, content[:most]
+
+    try:
+        return asyncio.run(exchange())
     except (httpx.ConnectError, httpx.ConnectTimeout) as failure:
         raise _refused(Reason.CHANNEL_UNAVAILABLE, type(failure).__name__, retryable=True) from None
-    except httpx.HTTPError as failure:
+    except (httpx.HTTPError, TimeoutError) as failure:
         raise _refused(Reason.PROVIDER_UNAVAILABLE, type(failure).__name__, retryable=True) from None

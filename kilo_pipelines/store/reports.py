@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -29,7 +29,7 @@ WHOLE_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a document may be made of: rows (events or findings), bytes of their content, seconds."""
+    """How much a document may be made of: rows (events or findings), seconds; bytes of events, and of the document itself."""
 
     rows: int
     bytes: int
@@ -141,16 +141,16 @@ class Reports:
         findings: list[FindingRow] = []
         analyses: dict[UUID, AnalysisRow] = {}
         after: UUID | None = None
-        size = 0
         try:
             with self._database.snapshot(owner_id, limits.statement_seconds) as connection:
                 while True:
                     page = read_findings(connection, owner_id, None, repository_id, after=after, limit=PAGE)
-                    findings += page
-                    size += sum(len(one.title) + len(one.description) for one in page)
-                    if len(findings) > limits.rows or size > limits.bytes:
+                    latest = latest_of(connection, owner_id, [one.id for one in page])
+                    analyses |= latest
+                    # No document holds descriptions, which may be 64 KB each: only whether an analysis is of the present one is asked.
+                    findings += [one if one.id in latest else replace(one, description="") for one in page]
+                    if len(findings) > limits.rows:
                         return Reason.REPORT_TOO_LARGE
-                    analyses |= latest_of(connection, owner_id, [one.id for one in page])
                     if time.monotonic() > deadline:
                         return Reason.REPORT_OUT_OF_TIME
                     if len(page) < PAGE:

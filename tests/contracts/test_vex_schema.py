@@ -138,6 +138,25 @@ def test_superseded_findings_are_spoken_for() -> None:
     assert [one["bom-ref"] for one in told["vulnerabilities"]] == [f"finding:{UUID(int=2)}"]
 
 
+def together(*alike: Any, analyses: dict[UUID, Any] | None = None) -> list[Any]:
+    found: list[Any] = json.loads(vex.document(OWNER, alike, analyses or {}, {7: "octo/demo"}))["vulnerabilities"]
+    return found
+
+
+def test_a_component_is_spoken_of_once_for_each_vulnerability_and_never_better_than_its_worst_place() -> None:
+    """One package in two manifests, reached from one of them; and one that was fixed and is back."""
+    safe, reached = finding(1, manifest_path="a/package-lock.json"), finding(2, manifest_path="b/package-lock.json")
+    (told,) = together(safe, reached, analyses={safe.id: analysed(safe, False), reached.id: analysed(reached, True)})
+    assert told["bom-ref"] == f"finding:{reached.id}" and told["analysis"]["state"] == "exploitable"
+    assert [one["value"] for one in told["properties"]] == ["a/package-lock.json", "b/package-lock.json"]
+    (told,) = together(finding(1, status="fixed", fixed_at=NOW), finding(2, vulnerable_version_range="< 3"))
+    assert told["analysis"]["state"] == "in_triage"
+    assert [one["range"] for one in told["affects"][0]["versions"]] == ["vers:npm/<2.0.1", "vers:npm/<3"]
+    (told,) = together(finding(1, status="fixed", fixed_at=NOW), dismissed("not_used", number=2))
+    assert told["analysis"]["state"] == "not_affected"
+    assert len(together(finding(1), finding(2, cve_id="CVE-2026-00002"), finding(3, package_name="right"))) == 3
+
+
 words = st.text(st.characters(codec="utf-8"), max_size=30)
 findings = st.lists(
     st.builds(
@@ -147,7 +166,9 @@ findings = st.lists(
         severity=st.sampled_from(["critical", "high", "medium", "low"]),
         cve_id=st.none() | words | st.just("CVE-2026-1"),
         ghsa_id=st.none() | words | st.just("GHSA-aaaa-bbbb-cccc"),
-        package_name=words | st.sampled_from(["@scope/name", "github.com/a/b", "org.x:y", "a/../b", "?q#f@1", " "]),
+        package_name=words
+        | st.just("left")
+        | st.sampled_from(["@scope/name", "github.com/a/b", "org.x:y", "a/../b", "?q#f@1", " "]),
         package_ecosystem=words | st.sampled_from(["npm", "pip", "maven", "go", "actions", "NPM"]),
         manifest_path=words,
         vulnerable_version_range=st.none() | words | st.sampled_from([">= 1.0, < 2.0", "= 3", "<1||>2"]),
@@ -180,7 +201,8 @@ def test_every_document_follows_the_schema_and_is_the_same_for_the_same_findings
     refs = [one["bom-ref"] for one in document["components"]]
     refs += [inner["bom-ref"] for one in document["components"] for inner in one["components"]]
     assert len(set(refs)) == len(refs)
-    assert {one["affects"][0]["ref"] for one in document["vulnerabilities"]} <= set(refs)
+    spoken = [(one["id"], one["affects"][0]["ref"]) for one in document["vulnerabilities"]]
+    assert {ref for _, ref in spoken} <= set(refs) and len(set(spoken)) == len(spoken)
 
 
 def test_the_validator_refuses_what_is_none() -> None:

@@ -300,6 +300,22 @@ def test_settings_that_are_wrong_name_their_fields(desk: Desk, description: dict
     assert desk.ask("GET", "settings").json()["revision"] == revision
 
 
+def test_addresses_of_recipients_are_for_those_who_may_change_them(desk: Desk, description: dict[str, Any]) -> None:
+    """A webhook's address may hold a secret, and a mailbox is a person's."""
+    to = [
+        {"kind": "email", "address": "canary@acme.test"},
+        {"kind": "slack", "channel": "#canary"},
+        {"kind": "webhook", "url": "https://hooks.acme.test/canary"},
+    ]
+    revision = desk.ask("GET", "settings").json()["revision"]
+    assert put(desk, {"expected_revision": revision, "settings": {"notice_recipients": to}}).status_code == 200
+    for who, more in (("owner", {}), ("operator", {"params": {"owner": str(desk.synced.owner)}})):
+        assert desk.ask("GET", "settings", who, **more).json()["settings"]["notice_recipients"] == to
+    answer = desk.ask("GET", "settings", "reader")
+    assert answer.json()["settings"]["notice_recipients"] == [{"kind": one["kind"]} for one in to] and "canary" not in answer.text
+    in_schema(description, "GET", f"{BASE}/settings", answer)
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

@@ -12,7 +12,9 @@ from typing import Any
 
 
 class Channels:
-    """What arrived, and what goes wrong next: `drop` (after DATA), `refuse` (the address), an HTTP status, or Slack's error code."""
+    """What arrived, and what goes wrong: `drop` (after DATA), `refuse` (the address), `grey` and `reject` (what came after DATA),
+    `busy` (DATA itself), an HTTP status, or Slack's error code; the last two once.
+    """
 
     def __init__(self) -> None:
         self.mails: list[str] = []
@@ -30,7 +32,9 @@ class Channels:
                 self.say("220 test")
                 while line := self.rfile.readline():
                     word = line.split()[0].upper() if line.split() else b""
-                    if word == b"DATA":
+                    if word == b"DATA" and channels.smtp_fault == "busy":
+                        self.say("452 not now")
+                    elif word == b"DATA":
                         self.say("354 go on")
                         body = b""
                         while (part := self.rfile.readline()) not in (b".\r\n", b""):
@@ -38,7 +42,7 @@ class Channels:
                         channels.mails.append(body.decode())
                         if channels.smtp_fault == "drop":
                             return
-                        self.say("250 taken")
+                        self.say({"grey": "451 later", "reject": "554 no"}.get(channels.smtp_fault or "", "250 taken"))
                     elif word == b"RCPT" and channels.smtp_fault == "refuse":
                         self.say("550 nobody")
                     elif word == b"QUIT":

@@ -94,6 +94,13 @@ def test_naming_recipients_stamps_the_moment() -> None:
         {"kind": "webhook", "url": "https://user:secret@hooks.acme.test/x"},
         {"kind": "webhook", "url": "https://hooks.acme.test/x\n"},
         {"kind": "webhook", "url": "file:///etc/passwd"},
+        {"kind": "webhook", "url": "https://h:99999/"},
+        {"kind": "webhook", "url": "https://h:0x/"},
+        {"kind": "webhook", "url": "https://h:0/"},
+        {"kind": "webhook", "url": "https://:443/"},
+        {"kind": "webhook", "url": "https://[::1"},
+        {"kind": "webhook", "url": "https://a..b/"},
+        {"kind": "webhook", "url": f"https://{'a' * 64}.test/"},
         {"kind": "pigeon", "address": "x"},
     ],
 )
@@ -118,6 +125,13 @@ def test_one_message_for_each_kind_finding_and_person_ever() -> None:
     again = {effect.intent_key for effect in rules.effects(uuid4(), one, "sla_breach", config(), "renamed", None)}
     other = {effect.intent_key for effect in rules.effects(uuid4(), one, "sla_warning", config(), "r", NOW)}
     assert first == again and len(first) == 3 and not first & other
+
+
+@pytest.mark.parametrize(
+    "url", ["https://hooks.acme.test/x?y=z", "https://h:8443/", "https://[2606:4700::1111]/", "https://bücher.test/"]
+)
+def test_a_webhooks_address_may_be_any_that_can_be_asked_for(url: str) -> None:
+    assert config(notice_recipients=[{"kind": "webhook", "url": url}]).notice_recipients
 
 
 def test_slack_gets_no_mention() -> None:
@@ -145,6 +159,14 @@ def test_a_webhooks_signature_is_that_of_standard_webhooks() -> None:
         "::1",
         "fe80::1",
         "::ffff:10.0.0.1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::a00:1",
+        "2002:a9fe:a9fe::",
+        "2002:7f00:1::",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        "::7f00:1",
+        "::ffff:0:10.0.0.1",
+        "fec0::1",
         "224.0.0.1",
         "100.64.0.1",
     ],
@@ -158,4 +180,19 @@ def test_a_webhook_never_goes_to_an_inner_address(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(ProviderError) as refused:
         senders.public_address("https://hooks.acme.test/x", offline=offline)
+    assert refused.value.reason is Reason.ADDRESS_REFUSED and not refused.value.retryable
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "::ffff:5db8:d822", "2606:4700::1111"])
+def test_a_webhook_goes_to_the_address_that_was_looked_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_asked, **_more: [(0, 1, 6, "", (address, 443))])
+    assert senders.public_address("https://hooks.acme.test/x", offline=False) == address
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h:99999/", "https://h:0x/", "https://[::1", "https://a..b/", f"https://{'a' * 64}.test/"]
+)
+def test_an_address_that_is_none_is_refused_and_stops_nobody_elses_messages(url: str) -> None:
+    with pytest.raises(ProviderError) as refused:
+        senders.public_address(url, offline=False)
     assert refused.value.reason is Reason.ADDRESS_REFUSED and not refused.value.retryable

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kilo_pipelines.services.security.sla import SlaPolicy
 
@@ -60,6 +61,15 @@ class Webhook(_Recipient):
 
     kind: Literal["webhook"]
     url: str = Field(max_length=2_000, pattern=r"^(https://[^\s@\\#]+|http://(localhost|127\.0\.0\.1)(:\d{1,5})?/[^\s@\\#]*)$")
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        """A host and a port that can be asked for; either raises ValueError otherwise."""
+        parts = urlsplit(url)
+        if not (parts.hostname or "").encode("idna") or parts.port == 0:
+            raise ValueError("neither host nor port may be empty")
+        return url
 
 
 Recipient = Annotated[Email | Slack | Webhook, Field(discriminator="kind")]

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.core.text import clean
-from kilo_pipelines.services.security.config import Email, SecurityConfig, Slack, Webhook, reaches
+from kilo_pipelines.services.security.config import Email, Recipient, SecurityConfig, Slack, Webhook, reaches
 
 SERVICE = "notice"
 Kind = Literal["new_finding", "sla_warning", "sla_breach"]
@@ -46,9 +46,15 @@ def is_wanted(
     return due_at - timedelta(days=config.sla_notice_warning_days) <= now < due_at
 
 
-def subject_key(finding_id: UUID, kind: str) -> str:
-    """The item that tells it: one for each finding and kind, ever."""
+def subject_key(finding_id: UUID | str, kind: str) -> str:
+    """The item that tells it: one at a time for each finding and kind."""
     return f"notice:{finding_id}:{kind}"
+
+
+def message_keys(finding_id: UUID | str, kind: str, config: SecurityConfig) -> dict[str, Recipient]:
+    """Who is told, by the key of the message: it makes a second one of this kind to this recipient impossible."""
+    people = {hashlib.sha256(one.model_dump_json().encode()).hexdigest()[:16]: one for one in config.notice_recipients}
+    return {f"{subject_key(finding_id, kind)}:{person}": one for person, one in people.items()}
 
 
 def _line(text: str, limit: int = 160) -> str:
@@ -79,18 +85,16 @@ def _message(kind: Kind, finding: Any, repository: str, due_at: datetime | None)
 def effects(
     item_id: UUID, finding: Any, kind: Kind, config: SecurityConfig, repository: str, due_at: datetime | None
 ) -> list[EffectIntent]:
-    """One message for each recipient; the intent's key makes a second one of this kind to this recipient impossible."""
+    """One message for each recipient."""
     message = _message(kind, finding, repository, due_at)
     found = []
-    for one in config.notice_recipients:
+    for key, one in message_keys(finding.id, kind, config).items():
         to: dict[str, Any] = one.model_dump(exclude={"kind"})
         effect = {
             Email: EffectKind.NOTICE_EMAIL,
             Slack: EffectKind.NOTICE_SLACK,
             Webhook: EffectKind.NOTICE_WEBHOOK,
         }[type(one)]
-        person = hashlib.sha256(one.model_dump_json().encode()).hexdigest()[:16]
-        key = f"{subject_key(finding.id, kind)}:{person}"
         payload = {"finding": str(finding.id), "notice": kind, "message": message, **to}
         found.append(EffectIntent(kind=effect, intent_key=key, subject_key=key, payload=payload))
     return found

@@ -30,6 +30,8 @@ STATE: dict[Status, str] = {
     "fixed": "resolved",
     "under_investigation": "in_triage",
 }
+# Of several statements about one vulnerability in one component the worst is made: it holds somewhere in it.
+_WORST: tuple[Status, ...] = ("affected", "under_investigation", "not_affected", "false_positive", "fixed")
 # Dependabot's ecosystems as types of package URLs; one that isn't here is `generic`.
 _PURL_TYPES = {
     "actions": "githubactions",
@@ -125,12 +127,19 @@ def _decided(finding: Any) -> Statement:
 
 
 def document(owner_id: UUID, findings: Iterable[Any], analyses: Mapping[UUID, Any], repositories: Mapping[int, str]) -> bytes:
-    """The VEX document of these findings. A superseded finding is spoken for by its canonical one."""
+    """The VEX document of these findings. A superseded finding is spoken for by its canonical one.
+
+    Findings of one vulnerability in one package of a repository (in several manifests, or fixed once and back again) are one
+    statement, the worst of theirs.
+    """
     known = sorted((one for one in findings if one.disposition != "superseded"), key=lambda one: str(one.id))
     said = {one.id: statement_of(one, analyses.get(one.id)) for one in known}
+    together: dict[tuple[str, str], list[Any]] = {}
+    for one in known:
+        together.setdefault((_name(one), _ref(one)), []).append(one)
     body = {
         "components": _components(known, repositories),
-        "vulnerabilities": [_vulnerability(one, said[one.id]) for one in known],
+        "vulnerabilities": [_vulnerability(alike, said) for alike in together.values()],
     }
     newest = max((one.at for one in said.values()), default=datetime(1970, 1, 1, tzinfo=UTC))
     content = json.dumps(body, sort_keys=True, ensure_ascii=True)
@@ -162,7 +171,7 @@ def _components(findings: Iterable[Any], repositories: Mapping[int, str]) -> lis
             "components": [
                 {
                     "type": "library",
-                    "bom-ref": f"repository:{repository_id}/{purl}",
+                    "bom-ref": _bom_ref(repository_id, purl),
                     "name": told(name),
                     "purl": purl,
                 }
@@ -178,8 +187,28 @@ def purl_of_repository(full_name: str) -> str:
     return "pkg:github/" + "/".join(quote(part, safe="") for part in full_name.lower().split("/") if part)
 
 
-def _vulnerability(finding: Any, said: Statement) -> dict[str, Any]:
-    names = [one for one in (finding.cve_id, finding.ghsa_id) if one]
+def _bom_ref(repository_id: int, purl: str) -> str:
+    return f"repository:{repository_id}/{purl}"
+
+
+def _ref(finding: Any) -> str:
+    """The component that a finding is about."""
+    return _bom_ref(finding.repository_id, purl_of(finding.package_ecosystem, finding.package_name))
+
+
+def _names(finding: Any) -> list[str]:
+    return [one for one in (finding.cve_id, finding.ghsa_id) if one]
+
+
+def _name(finding: Any) -> str:
+    """What its vulnerability is called."""
+    return (_names(finding) or [f"{finding.source}-{finding.repository_id}-{finding.source_id}"])[0]
+
+
+def _vulnerability(alike: list[Any], statements: Mapping[UUID, Statement]) -> dict[str, Any]:
+    """What is said of findings of one vulnerability in one component; among equally bad ones the newest statement is theirs."""
+    finding = min(alike, key=lambda one: (_WORST.index(statements[one.id].status), -statements[one.id].at.timestamp()))
+    said, names = statements[finding.id], _names(finding)
     analysis: dict[str, Any] = {"state": STATE[said.status], "detail": said.detail, "lastUpdated": _text(said.at)}
     if said.justification:
         analysis["justification"] = said.justification
@@ -188,24 +217,22 @@ def _vulnerability(finding: Any, said: Statement) -> dict[str, Any]:
     rating: dict[str, Any] = {"severity": finding.severity}
     if finding.cvss_score is not None:
         rating |= {"score": float(finding.cvss_score), "method": "other"}
-    versions = range_of(finding.package_ecosystem, finding.vulnerable_version_range)
-    affected: dict[str, Any] = {
-        "ref": f"repository:{finding.repository_id}/{purl_of(finding.package_ecosystem, finding.package_name)}"
-    }
-    if versions:
-        affected["versions"] = [{"range": versions, "status": "affected"}]
+    ranges = {range_of(one.package_ecosystem, one.vulnerable_version_range) for one in alike} - {None}
+    affected: dict[str, Any] = {"ref": _ref(finding)}
+    if ranges:
+        affected["versions"] = [{"range": one, "status": "affected"} for one in sorted(map(str, ranges))]
     found: dict[str, Any] = {
         "bom-ref": f"finding:{finding.id}",
-        "id": names[0] if names else f"{finding.source}-{finding.repository_id}-{finding.source_id}",
+        "id": _name(finding),
         **({"source": _source(names[0])} if names and _source(names[0]) else {}),
         "references": [{"id": one, "source": _source(one)} for one in names[1:] if _source(one)],
         "ratings": [rating],
         "cwes": sorted({int(one[4:]) for one in finding.cwe_ids if re.fullmatch(r"CWE-[1-9][0-9]{0,5}", one)}),
         "description": told(finding.title),
-        "created": _text(finding.detected_at),
+        "created": _text(min(one.detected_at for one in alike)),
         "analysis": analysis,
         "affects": [affected],
-        "properties": [{"name": "kilo:manifest", "value": told(finding.manifest_path)}],
+        "properties": [{"name": "kilo:manifest", "value": one} for one in sorted({told(one.manifest_path) for one in alike})],
     }
     if finding.patched_version:
         found["recommendation"] = f"Update to {told(finding.patched_version)}."

@@ -34,6 +34,7 @@ from kilo_pipelines.ops.security_sync import (
     sync_owner,
     worst,
 )
+from kilo_pipelines.ops.tables import bars
 from kilo_pipelines.ops.tables import table as table_of
 from kilo_pipelines.partitions import OWNERS
 from kilo_pipelines.resources.github import GitHubResource
@@ -292,6 +293,8 @@ def security_posture(store: StoreResource) -> MaterializeResult[None]:
             "owners": MetadataValue.float(float(len(table))),
             **{name.replace("_", " "): MetadataValue.float(float(value)) for name, value in numbers.items()},
             **({"open within due %": MetadataValue.float(within)} if within is not None else {}),
+            "open by severity": bars({one: int(numbers[one]) for one in SEVERITIES}),
+            "overdue by owner": bars({str(one.owner): int(one.overdue) for one in table.head(SHOWN).itertuples()}),
             "owners by overdue": table_of(table.drop(columns="owner_id").head(SHOWN).to_dict(orient="records")),
         }
     )

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
-from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, TableMetadataValue, op
+from dagster import AssetMaterialization, MetadataValue, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines.acts.analysis import queue_analyses
 from kilo_pipelines.acts.common import Log
@@ -24,7 +24,7 @@ from kilo_pipelines.ops.items import reopened_by_person, say
 from kilo_pipelines.ops.security_dismissal import reexamine
 from kilo_pipelines.ops.security_notices import stage
 from kilo_pipelines.ops.security_remediation import follow_up
-from kilo_pipelines.ops.tables import table
+from kilo_pipelines.ops.tables import bars, table
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.security import alerts as rules
@@ -427,21 +427,26 @@ def settle_duplicates(
     return moved
 
 
-def worst(store: Store, owner_id: UUID) -> TableMetadataValue:
-    """The worst open findings of an owner."""
+def worst(store: Store, owner_id: UUID) -> dict[str, MetadataValue[Any]]:
+    """The worst open findings of an owner, and the page of the first one."""
     wanted = ("severity", "repository", "package_name", "title", "due_at", "overdue", "patched_version", "html_url")
     found = store.findings.listed(owner_id, status="open", limit=SHOWN)
-    return table([{name: row[name] for name in wanted} for row in found])
+    page = found[0]["html_url"] if found else None
+    return {
+        **({"the worst one": MetadataValue.url(page)} if page else {}),
+        "the worst": table([{name: row[name] for name in wanted} for row in found]),
+    }
 
 
 def findings_metadata(
-    numbers: Mapping[str, Any], the_worst: TableMetadataValue, repositories: Mapping[str, str]
+    numbers: Mapping[str, Any], the_worst: Mapping[str, MetadataValue[Any]], repositories: Mapping[str, str]
 ) -> dict[str, MetadataValue[Any]]:
     """What is shown of an owner's findings: numbers that Dagster plots, the worst ones, how each repository stands."""
     shown = ("findings", "open", *(f"open_{one}" for one in SEVERITIES), "fixed", "ignored", "overdue", "quarantined")
     return {
         **{name.replace("_", " "): MetadataValue.float(float(numbers[name])) for name in shown},
-        "the worst": the_worst,
+        "open by severity": bars({one: numbers[f"open_{one}"] for one in SEVERITIES}),
+        **the_worst,
         "repositories": table([{"repository": name, "outcome": how} for name, how in repositories.items()]),
     }
 
@@ -454,7 +459,7 @@ def deadline_metadata(
         "findings": MetadataValue.float(float(numbers["findings"])),
         "overdue": MetadataValue.float(float(numbers["overdue"])),
         "policy version": MetadataValue.int(policy.version),
-        "the worst": worst(store, owner_id),
+        **worst(store, owner_id),
     }
 
 

@@ -501,10 +501,8 @@ with counted as (
     {WATCHED_BY} left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id group by f.owner_id
 ), synced as (
     -- a repository that was never read makes the whole never read; one whose alerts are off has none to read
-    select r.owner_id, case when bool_and(y.succeeded_at is not null) then min(y.succeeded_at) end as since
-    from repositories r join service_configs c on c.owner_id = r.owner_id and c.service = 'security_agent'
-    left join repository_syncs y on y.owner_id = r.owner_id and y.repository_id = r.external_id
-    where {WATCHED} and coalesce(y.outcome, '') <> 'alerts_disabled' group by r.owner_id
+    select r.owner_id, case when bool_and(seen.succeeded_at is not null) then min(seen.succeeded_at) end as since
+    from repositories r {WATCHED_BY} where {WATCHED} and coalesce(seen.outcome, '') <> 'alerts_disabled' group by r.owner_id
 ), aside as (
     select owner_id, count(*) as quarantined from quarantined_alerts where taken_at is null group by owner_id
 )

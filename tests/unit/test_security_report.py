@@ -130,6 +130,8 @@ def slow_verdict(steps: list[tuple[str, int]], severity: str, policy: SlaPolicy,
 
 @settings(max_examples=400)
 @example([("ignored", 25)], "critical", False, True, 0, 30)
+@example([("ignored", 73)], "medium", True, True, 0, 73)
+@example([("ignored", 72), ("fixed", 1)], "medium", True, True, 0, 73)
 @example([("ignored", 24)], "critical", False, True, 0, 30)
 @example([("ignored", 20), ("reopened", 90), ("ignored", 5)], "critical", False, True, 0, 200)
 @given(

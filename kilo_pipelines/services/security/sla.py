@@ -236,13 +236,17 @@ class _Clock:
         self.paused += at - self.paused_at
         self.pauses += counted(self.paused_at, at, self.policy.business_days)
         if not self._passed:
-            self.due = advance(at, self.left, self.policy.business_days)
+            # Nothing left on a weekend is counted back to its beginning, but no pause makes anybody late.
+            self.due = max(at, advance(at, self.left, self.policy.business_days))
         self.paused_at = self.left = None
 
     @property
     def _passed(self) -> bool:
-        """Ignored after its deadline: that one was missed, and no pause moves it."""
-        return self.left is not None and self.left < timedelta()
+        """Ignored after its deadline: that one was missed, and no pause moves it.
+
+        By the moments: on the weekend after a deadline no counted time has gone by.
+        """
+        return self.paused_at is not None and self._end < self.paused_at
 
     def _fixable(self) -> bool:
         return self.closed is None or self.ended_ignored

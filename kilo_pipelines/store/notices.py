@@ -24,9 +24,8 @@ _UNTAKEN = (
 )
 _FACTS = (
     "select f.id, f.repository_id, r.full_name as repository, finding_status(f.upstream_state, f.disposition) as status,"
-    f" ({system.WATCHED} and i.suspended_at is null and i.disconnected_at is null) as watched, f.severity, s.due_at, coalesce(s.paused, false) as paused, f.first_seen_at from findings f"
-    " join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id"
-    f" join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id {system.WATCHED_BY}"
+    f" {system.WATCHED} as watched, f.severity, s.due_at, coalesce(s.paused, false) as paused, f.first_seen_at from findings f"
+    f" join repositories r on r.owner_id = f.owner_id and r.external_id = f.repository_id {system.WATCHED_BY}"
     " left join finding_sla s on s.owner_id = f.owner_id and s.finding_id = f.id where f.owner_id = :owner"
 )
 

@@ -34,7 +34,7 @@ SELECTED = (
 # A repository that the Security Agent watches under its owner's settings (c). Findings of the others are kept and listed, and count
 # against no deadline (contract 17.18).
 WATCHED = f"({WITHIN_REACH} and {SELECTED})"
-WATCHED_BY = f"left join service_configs c on c.owner_id = f.owner_id and c.service = 'security_agent' {REACHED_BY}"
+WATCHED_BY = f"left join service_configs c on c.owner_id = r.owner_id and c.service = 'security_agent' {REACHED_BY}"
 
 INTEGRATION_BY_INSTALLATION = SystemStatement(
     "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"

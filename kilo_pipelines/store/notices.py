@@ -98,7 +98,7 @@ class Notices:
                     connection,
                     "update effects e set state = 'pending', item_id = :item, payload = cast(:payload as jsonb), tries = 0, reason = null,"
                     " not_before = :now, offer_until = null, ended_at = null"
-                    f" where e.owner_id = :owner and e.intent_key = :key and {_UNTAKEN}",
+                    f" where e.owner_id = :owner and e.intent_key = :key and e.state in ('dropped', 'dead') and {_UNTAKEN}",
                     owner=owner_id,
                     item=item_id,
                     key=message.intent_key,

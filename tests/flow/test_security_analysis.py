@@ -295,7 +295,7 @@ def test_an_end_that_says_nothing_of_the_finding_is_tried_again_with_waits_and_a
     owner.configure(auto_analysis_enabled=True)
     assert _sweep(owner) > 1, "switched on again, what was waiting before waits again"
     tries = 0
-    while (live := owner.store.analyses.of_finding(owner.id, one.id)[0]).ended_at is None:
+    while live := next((row for row in owner.store.analyses.of_finding(owner.id, one.id) if row.ended_at is None), None):
         claim = _claim(owner, live.item_id, automatic=True)
         assert isinstance(claim, Claimed) and owner.store.queue.conclude(claim, "failed", Reason.MODEL_UNREACHABLE)
         assert _sweep(owner) == 0, "not at once"

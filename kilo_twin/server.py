@@ -70,7 +70,8 @@ class Control:
             for place, name in enumerate(names):
                 repository = self.twin.repository(f"{ACCOUNT}/{name}")
                 if repository is None:
-                    repository = self.twin.create_repository(name)
+                    # A commit at least: without one there is no default branch that an analysis could read.
+                    repository = self._with_history(name, [("Start", {"README.md": f"# {name}\n"})])
                     new.append(repository)
                 if self.dependabot.alerts(repository):
                     raise ValueError(f"{repository['full_name']} has alerts already")

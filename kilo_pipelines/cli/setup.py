@@ -23,6 +23,8 @@ from kilo_pipelines.store import Cipher, Repository, Store
 from kilo_pipelines.store.migrate import migrate, provision, read_logins
 
 DEMO_OWNER = "acme"
+# The repository of the offline world with an alert that nobody can read.
+SPOILED = "acme/accounts"
 
 
 def prepare_secrets(settings: Settings) -> str | None:
@@ -138,18 +140,15 @@ def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, A
     return owner.id
 
 
-def ensure_demo_security(
-    settings: Settings, store: Store, owner_id: UUID, alerts: int, *, spoil: str | None = None, **config: Any
-) -> None:
-    """The seeded world's alerts, once, and the Security Agent for its owner; `spoil` is a repository with one that can't be read."""
+def ensure_demo_security(settings: Settings, store: Store, owner_id: UUID, alerts: int) -> None:
+    """The seeded world's alerts, once, one of them broken, and the Security Agent for its owner, which may use the world's registry."""
     if store.owners.config(owner_id, SECURITY) is not None:
         return
     twin_call(settings, "seed-alerts", "--count", str(alerts))
-    if spoil is not None:
-        twin_call(settings, "spoil-alert", "--repo", spoil, "--number", "7", "--kind", "unknown_severity")
+    twin_call(settings, "spoil-alert", "--repo", SPOILED, "--number", "7", "--kind", "unknown_severity")
     credentials = twin_credentials(settings)
     connect_installation(settings, store, owner_id, credentials["installation_id"], credentials["account"])
-    wanted = SecurityConfig.model_validate(config).model_dump(mode="json")
+    wanted = SecurityConfig(remediation_registries=["npm"]).model_dump(mode="json")
     store.owners.put_config(owner_id, SECURITY, wanted, enabled=True, expected_revision=0, actor="operator")
 
 

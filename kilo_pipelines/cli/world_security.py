@@ -21,7 +21,6 @@ T = TypeVar("T")
 
 ACTOR = "demo"
 SHOP = "acme/storefront"
-SPOILED = "acme/accounts"
 # The slowest step is a session with the real agent; one that takes ten minutes has failed.
 STEP_SECONDS = 600.0
 
@@ -74,9 +73,7 @@ class _Steps:
     def sync(self) -> float:
         """Switches the Security Agent on; the platform syncs by itself. Seconds from the first repository's begin to the last one's end."""
         self._say(f"{DEMO_ALERTS} alerts in the offline world, one of them broken; the Security Agent is switched on:")
-        setup.ensure_demo_security(
-            self._settings, self._store, self._owner, DEMO_ALERTS, spoil=SPOILED, remediation_registries=["npm"]
-        )
+        setup.ensure_demo_security(self._settings, self._store, self._owner, DEMO_ALERTS)
 
         def done() -> list[dict[str, Any]] | None:
             rows = [one for one in self._store.findings.syncs(self._owner) if one["full_name"] != "acme/orders"]

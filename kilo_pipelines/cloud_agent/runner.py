@@ -333,6 +333,10 @@ class _Run:
     def _package_environment(self) -> dict[str, str]:
         """Where package managers ask; what they would ask besides packages, and what packages would run, is switched off."""
         found = {"npm_config_ignore_scripts": "true", "YARN_ENABLE_SCRIPTS": "false"} if self._spec.writes else {}
+        if self._spec.writes:
+            # Where there is no registry the first refusal is the answer: their retries take more than a minute.
+            found |= {} if "npm" in self._spec.registries else {"npm_config_fetch_retries": "0"}
+            found |= {} if "pypi" in self._spec.registries else {"PIP_RETRIES": "0"}
         if "npm" in self._spec.registries:
             found |= {"npm_config_registry": _mirrored("npm")}
             found |= dict.fromkeys(("npm_config_audit", "npm_config_fund", "npm_config_update_notifier"), "false")

@@ -280,7 +280,8 @@ class Owners:
             done = changed(
                 connection,
                 "update service_configs set enabled = :enabled, action_required = case when :enabled then null else action_required end,"
-                " revision = revision + 1, updated_at = now() where owner_id = :owner and service = :service",
+                " revision = revision + 1, updated_at = :now where owner_id = :owner and service = :service",
+                now=self._clock.now(),
                 owner=owner_id,
                 service=service,
                 enabled=enabled,
@@ -315,11 +316,12 @@ class Owners:
         with self._database.owner(owner_id) as connection:
             row = one(
                 connection,
-                "insert into service_configs (owner_id, service, config, enabled) select :owner, :service, cast(:config as jsonb), :enabled"
+                "insert into service_configs (owner_id, service, config, enabled, updated_at) select :owner, :service, cast(:config as jsonb), :enabled, :now"
                 " where :expected = 0 on conflict do nothing returning revision"
                 if expected_revision == 0
-                else "update service_configs set config = cast(:config as jsonb), enabled = :enabled, revision = revision + 1, updated_at = now()"
+                else "update service_configs set config = cast(:config as jsonb), enabled = :enabled, revision = revision + 1, updated_at = :now"
                 " where owner_id = :owner and service = :service and revision = :expected returning revision",
+                now=self._clock.now(),
                 owner=owner_id,
                 service=service,
                 config=json.dumps(config),

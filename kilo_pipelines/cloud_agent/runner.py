@@ -51,7 +51,7 @@ NONCE_BYTES = 16
 # our time and memory.
 EVENT_BYTES = 2**20
 MAX_EVENTS = 200_000
-# Files with hits that are kept as evidence: more of them say nothing more.
+# Files with hits that are kept as evidence; with more of them nobody says that a package is not in use.
 MAX_FOUND = 200
 # A search of some gigabytes of objects; a longer one counts as none.
 SEARCH_SECONDS = 60.0
@@ -196,7 +196,7 @@ class _Run:
         self._control.event("result_bound", {"turns": len(self._transcript.turns), "covered": len(self._transcript.covered)})
         self._close_mirror()
         if isinstance(self._task, SearchingTask):
-            self._found = _files_with(bare, self._facts.head_sha, self._task.searched(self.result))
+            self._found = files_with(bare, self._facts.head_sha, self._task.searched(self.result))
         if isinstance(self._task, WriteTask) and self._spec.writes:
             message = self._task.commit_message(self.result)
             if message is not None:
@@ -580,14 +580,16 @@ _MISSING = "the result file is missing"
 _FINALISED = {"nested": Reason.CHANGE_NESTED_REPOSITORY, "too_large": Reason.CHANGE_TOO_LARGE}
 
 
-def _files_with(bare: Path, commit: str, texts: list[str]) -> list[str] | None:
-    """Files of a commit that hold one of these texts; None when nothing was or could be looked for."""
+def files_with(bare: Path, commit: str, texts: list[str]) -> list[str] | None:
+    """Files of a commit that hold one of these texts; None when nothing was or could be looked for, or too many to name hold one."""
     if not texts:
         return None
     try:
-        return sorted({path for path, _ in git.lines_with(bare, commit, texts, SEARCH_SECONDS)})[:MAX_FOUND]
+        found = sorted({path for path, _ in git.lines_with(bare, commit, texts, SEARCH_SECONDS)})
     except git.GitError:
         return None
+    # A cut list would speak for what was cut off.
+    return found if len(found) <= MAX_FOUND else None
 
 
 def _mirrored(name: str) -> str:

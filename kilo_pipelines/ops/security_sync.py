@@ -307,12 +307,16 @@ def _sync_repository(
         outcome: str, detail: str = "", *, wait: timedelta | None = None, complete: bool = False, **more: Any
     ) -> tuple[str, SyncTarget]:
         after = datetime.now(UTC) + wait if wait is not None else None
-        if after is not None and outcome == Reason.PROVIDER_RATE_LIMITED:
-            store.budgets.block(owner_id, target.integration_id, after)
         store.findings.end_sync(
             owner_id, target.repository_id, outcome=outcome, detail=detail, not_before=after, complete=complete, **more
         )
         return outcome, target
+
+    def refused_there(outcome: str, detail: str, wait: timedelta | None, **more: Any) -> tuple[str, SyncTarget]:
+        """The provider's limit is everybody's; a short budget of ours was left to others and holds nobody else."""
+        if wait is not None and outcome == Reason.PROVIDER_RATE_LIMITED:
+            store.budgets.block(owner_id, target.integration_id, datetime.now(UTC) + wait)
+        return end(outcome, detail, wait=wait, **more)
 
     taker = AlertTaker(owner_id, target.repository_id, policy, first_sync=state.succeeded_at is None)
     cursor, etag, read, bad = None if whole else state.cursor, None, 0, 0
@@ -337,7 +341,7 @@ def _sync_repository(
             if page.status != "ok":
                 # A checkpoint that the provider doesn't take any more would be offered to it for ever.
                 stuck = page.reason == Reason.PAGE_CURSOR_REFUSED
-                return end(str(page.reason), page.detail, wait=_wait(page), restart=stuck)
+                return refused_there(str(page.reason), page.detail, _wait(page), restart=stuck)
             etag = page.etag if cursor is None else etag
             tag = None
             good, refused = taker.sort(page.alerts)
@@ -354,7 +358,7 @@ def _sync_repository(
             return end(str(Reason.SYNC_OUT_OF_TIME), f"more than {MAX_PAGES} pages")
     except ProviderError as failure:
         wait = timedelta(seconds=failure.retry_after_s) if failure.retry_after_s is not None else None
-        return end(str(failure.reason), wait=wait)
+        return refused_there(str(failure.reason), "", wait)
     done.superseded += supersede(store, owner_id, target.repository_id, policy)
     log.info(f"{target.full_name}: {read} alerts read, {bad} in quarantine")
     told = f"{bad} alerts in quarantine" if bad else ""

@@ -69,11 +69,13 @@ left join lateral (
     where (a.owner_id = :owner) and (a.finding_id = f.id)
 ) n on true
 left join lateral (
-    select a.item_id, a.deep ->> 'exploitable' as exploitable,
-        coalesce(a.deep ->> 'action', a.triage ->> 'action') as action, a.triage ->> 'action' as triage_action
-    from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id
-    where (a.owner_id = :owner) and (a.finding_id = f.id) and (a.completed_at is not null) and (w.state = 'completed')
-    order by a.completed_at desc, w.id limit 1
+    -- the one that counts, as store/analyses.py says: the newest deep one of the newest facts before a later shallow one
+    select z.item_id, z.deep ->> 'exploitable' as exploitable,
+        coalesce(z.deep ->> 'action', z.triage ->> 'action') as action, z.triage ->> 'action' as triage_action
+    from (select a.item_id, a.deep, a.triage, a.completed_at, a.snapshot, first_value(a.snapshot) over (order by a.completed_at desc, w.id) as newest
+        from finding_analyses a join work_items w on w.owner_id = a.owner_id and w.id = a.item_id
+        where (a.owner_id = :owner) and (a.finding_id = f.id) and (a.completed_at is not null) and (w.state = 'completed')) z
+    order by (z.deep is not null and z.snapshot = z.newest) desc nulls last, z.completed_at desc, z.item_id limit 1
 ) y on true
 where (f.owner_id = :owner) and (cast(:repository as bigint) is null or f.repository_id = :repository)
 """

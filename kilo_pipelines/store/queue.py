@@ -24,6 +24,8 @@ from kilo_pipelines.store.rows import Claimed, ItemRow, NewItem, Offer, Refused
 OFFER_SECONDS = 20
 # A switch or a pool that isn't the service's own stood in the way: looked at again after this.
 BLOCKED_SECONDS = 30
+# A person tops up an account within hours, not seconds: a claim costs a run.
+PERSON_WAIT = timedelta(minutes=15)
 # Effects younger than this are being applied by the run that intended them; offering them too would only cost a run.
 EFFECT_GRACE_SECONDS = 15
 # Offers are made for runs of one item each while this many suffice (about 3 x dispatch workers); beyond, runs grow.
@@ -379,8 +381,9 @@ class Queue:
                 "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
                 " (i.suspended_at is not null or i.disconnected_at is not null) as cut_off, (r.removed_at is not null) as removed,"
                 " exists (select 1 from service_configs c where c.owner_id = w.owner_id and c.service = :settings and c.action_required is not null)"
-                " or exists (select 1 from service_blocks b where b.owner_id = w.owner_id and b.service = w.service and b.action_required is not null)"
-                " as action_required"
+                " as action_required,"
+                " exists (select 1 from service_blocks b where b.owner_id = w.owner_id and b.service = w.service and b.action_required is not null)"
+                " as needs_person"
                 " from work_items w join owners o on o.id = w.owner_id"
                 " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
                 " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
@@ -420,6 +423,10 @@ class Queue:
                 state, reason = ending
                 end_item(connection, owner_id=owner_id, item_id=item_id, state=state, reason=reason, now=now, announced=False)
                 return Refused(reason, state)
+            if item["needs_person"]:
+                # Credit is no fault of the item: it starts once there is some, whoever opened it.
+                self._put_back(connection, owner_id, item_id, Reason.ACTION_REQUIRED, now + PERSON_WAIT)
+                return Refused(Reason.ACTION_REQUIRED, "waiting")
             fence = item["fence"] + 1
             # What waits holds nothing; a slot that it seems to hold (a defect, a hand in the database) must not stop its every claim.
             free_slots(connection, owner_id, item_id)

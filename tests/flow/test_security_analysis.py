@@ -22,6 +22,7 @@ from kilo_pipelines.services.security.analysis import snapshot_of
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
 from kilo_pipelines.store import AnalysisRow, Claimed, FindingRow, Refused
 from kilo_pipelines.store.analyses import MAX_PASSED
+from kilo_pipelines.store.queue import PERSON_WAIT
 from tests.conftest import Database
 from tests.support.security import LOG, Dispatcher, Owner, Storefront, syncing, with_model
 from tests.support.twin import Twin
@@ -366,7 +367,7 @@ def test_without_credit_only_what_needs_the_model_waits_and_only_what_was_refuse
         database.clock.advance(until - database.clock.now())
     assert queue.block_service(owner.id, "security_analysis", "session", credit, item) is None
     refused = _claim(owner, item, automatic=True)
-    assert isinstance(refused, Refused) and (refused.outcome, refused.state) == (Reason.ACTION_REQUIRED, "failed")
+    assert isinstance(refused, Refused) and (refused.outcome, refused.state) == (Reason.ACTION_REQUIRED, "waiting")
 
     setting = owner.store.owners.config(owner.id, SERVICE)
     assert setting is not None and setting.action_required is None
@@ -383,12 +384,9 @@ def test_without_credit_only_what_needs_the_model_waits_and_only_what_was_refuse
     owner.store.owners.enable_service(owner.id, SERVICE, True, actor="test")
     (service,) = owner.store.owners.services(owner.id)
     assert service["action_required"] is None
-    assert _sweep(owner) == 1 and isinstance(_claim(owner, _newest(owner, one), automatic=True), Claimed)
+    database.clock.advance(PERSON_WAIT)
+    assert _sweep(owner) == 0 and isinstance(_claim(owner, item, automatic=True), Claimed), "what waited for it starts"
     assert queue.block_service(owner.id, "security_analysis", "session", credit, item) == database.clock.now() + BLOCK
-
-
-def _newest(owner: Owner, finding: FindingRow) -> UUID:
-    return owner.store.analyses.of_finding(owner.id, finding.id)[0].item_id
 
 
 @pytest.mark.agent_cli

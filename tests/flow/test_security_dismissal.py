@@ -435,6 +435,11 @@ def test_what_reading_the_repository_told_is_not_overruled_by_its_metadata(
     database.clock.advance(timedelta(minutes=1))
     analysed(shop, one, triage=LETS_GO)
     assert shop.store.analyses.latest(shop.id, [one.id])[one.id].item_id == read
+
+    def outcome() -> str:
+        return next(str(row["outcome"]) for row in shop.store.findings.listed(shop.id) if row["id"] == one.id)
+
+    assert outcome() == "exploitable", "lists tell what counts"
     after_analysis(shop.store, shop.id, one.id, LOG)
     counted = dismiss_many(shop.store, shop.id, role="owner", actor="test", apply=True)
     assert not isinstance(counted, Reason) and counted[str(Reason.ANALYSIS_SPEAKS_AGAINST)] == 1
@@ -443,3 +448,4 @@ def test_what_reading_the_repository_told_is_not_overruled_by_its_metadata(
     database.clock.advance(timedelta(minutes=1))
     shallow = analysed(shop, changed, triage=LETS_GO)
     assert shop.store.analyses.latest(shop.id, [one.id])[one.id].item_id == shallow, "of other facts the deep one says nothing"
+    assert outcome() == "safe_to_dismiss"

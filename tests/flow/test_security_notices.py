@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -65,7 +66,8 @@ def named(owner: Owner, told: Channels, *kinds: str, **more: Any) -> None:
         "slack": {"kind": "slack", "channel": "#security"},
         "webhook": {"kind": "webhook", "url": f"{told.http}/hook"},
     }
-    owner.configure(notice_recipients=[to[kind] for kind in kinds], sla_notice_min_severity="critical", **more)
+    # Of sixty alerts some nine are high, open and overdue; now and then none is critical.
+    owner.configure(notice_recipients=[to[kind] for kind in kinds], sla_notice_min_severity="high", **more)
 
 
 def messages(owner: Owner) -> list[tuple[str, str | None]]:
@@ -102,7 +104,8 @@ def told_of(told: Channels) -> Counter[str]:
 
 
 def overdue(owner: Owner) -> int:
-    return len(owner.store.findings.listed(owner.id, status="open", severity="critical", overdue=True, limit=500))
+    found = owner.store.findings.listed(owner.id, status="open", overdue=True, limit=500)
+    return sum(one["severity"] in ("critical", "high") for one in found)
 
 
 def test_passed_deadlines_are_told_once_by_every_channel_however_often_the_clock_strikes(
@@ -122,7 +125,7 @@ def test_passed_deadlines_are_told_once_by_every_channel_however_often_the_clock
     assert len(told.mails) == late and len(told.posts) == 2 * late
     assert set(messages(owner)) == {("applied", None)}
     mail = told.mails[0]
-    assert "Subject: Deadline has passed: critical in " in mail and "To: ada@acme.test" in mail
+    assert re.search(r"Subject: Deadline has passed: (critical|high) in ", mail) and "To: ada@acme.test" in mail
     assert "\n" not in mail.replace("\r\n", ""), "a line ends with CR LF and nothing else"
     path, headers, body = next(one for one in told.posts if one[0] == "/hook")
     secret = owner.store.cipher.derive(f"notice-webhook:{owner.id}")
@@ -191,11 +194,7 @@ def test_a_channel_that_refuses_is_a_persons_and_one_that_is_busy_is_asked_again
         named(owner, told, "email")
         told.smtp_fault = fault
     stage(owner.store, owner.id)
-    for _ in range(10):  # other owners' leftovers may be offered first
-        if (state, reason) in messages(owner):
-            break
-        database.clock.advance(timedelta(seconds=21))  # what they were offered is offered again after 20 s
-        desk.once(owner.id)
+    desk.once(owner.id)
     assert (state, reason) in messages(owner)
     assert stage(owner.store, owner.id) == 0, "what was refused is a person's, what waits is under way"
 

@@ -150,6 +150,8 @@ def test_a_sync_leaves_to_reviews_what_is_left_of_the_budget(database: Database,
     most = replace(cost, requests=cost.rate.burst - cost.leave / 2, leave=0)
     assert owner.store.budgets.take(owner.id, target.integration_id, [most], datetime.now(UTC)) is None
     assert set(owner.sync().repositories.values()) == {str(Reason.PROVIDER_RATE_LIMITED)} and not any(owner.fresh().values())
+    launch = GitHubResource().launch_costs()
+    assert owner.store.budgets.take(owner.id, target.integration_id, launch, datetime.now(UTC)) is None, "what was left is theirs"
 
 
 def test_a_sync_that_was_cut_goes_on_where_it_was_and_sees_what_changed_since(database: Database, twin: Twin) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kilo_pipelines.cloud_agent import git as ours
+from kilo_pipelines.cloud_agent.runner import MAX_FOUND, files_with
 from kilo_pipelines.core.reasons import Reason
 from tests.support.git import BareRepository, git
 
@@ -188,3 +189,13 @@ def test_a_search_that_hits_too_much_is_told_from_one_that_failed(repository: Ba
     with pytest.raises(ours.GitError) as wide:
         ours.lines_with(repository.path, commit, ["use(demo)"], 60.0)
     assert wide.value.reason is Reason.GROUND_TOO_WIDE
+
+
+def test_more_files_than_are_named_are_no_evidence(repository: BareRepository) -> None:
+    """A list that is cut would hide the one use behind hundreds of manifests."""
+    names = [f"packages/{number:03}/package.json" for number in range(MAX_FOUND)]
+    few = repository.commit(dict.fromkeys(names, b"use(demo)\n"))
+    assert files_with(repository.path, few, ["use(demo)"]) == names
+    assert files_with(repository.path, repository.commit({"src/a.js": b"use(demo)\n"}, few), ["use(demo)"]) is None
+    assert files_with(repository.path, few, ["use(nothing)"]) == []
+    assert files_with(repository.path, few, []) is None and files_with(repository.path, "f" * 40, ["use(demo)"]) is None

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -32,7 +33,16 @@ from kilo_pipelines.store import FindingRow, ItemRow, Repository, Store
 from tests.conftest import Database
 from tests.support.twin import Twin
 
-_names = (f"sync-{number}" for number in count(1))
+_made: Counter[str] = Counter()
+
+
+def _new_name() -> str:
+    """A name of the running test's own: the twin's alerts follow from the name, and so each test has its world in whatever order."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+    _made[test] += 1
+    return f"sync-{zlib.crc32(f'{test}:{_made[test]}'.encode()):08x}"
+
+
 _storefronts: dict[int, dict[str, Any]] = {}
 LOG = logging.getLogger("sync")
 
@@ -133,7 +143,7 @@ class Owner:
 
     def __init__(self, database: Database, twin: Twin, repositories: int, alerts: int, **config: Any) -> None:
         self.twin, self.store, self.clock = twin, database.store, database.clock
-        made = seeded(twin, alerts, [next(_names) for _ in range(repositories)])
+        made = seeded(twin, alerts, [_new_name() for _ in range(repositories)])
         self.repositories = made[:repositories]
         self.names = [str(one["repository"]) for one in self.repositories]
         self.id = self.store.owners.create("organization", self.names[0]).id
@@ -221,9 +231,9 @@ class Storefront(Owner):
 
     def __init__(self, database: Database, twin: Twin, **config: Any) -> None:
         self.twin, self.store, self.clock = twin, database.store, database.clock
-        seeded(twin, 1, [next(_names)])
+        seeded(twin, 1, [_new_name()])
         self.repositories = [_storefronts[twin.port]]
         self.names = [str(one["repository"]) for one in self.repositories]
-        self.id = self.store.owners.create("organization", next(_names)).id
+        self.id = self.store.owners.create("organization", _new_name()).id
         self.connect(int(self.repositories[0]["repository_id"]), self.names[0])
         self.store.owners.put_config(self.id, SERVICE, config, enabled=True, expected_revision=0, actor="test")

@@ -9,9 +9,9 @@ from kilo_pipelines.acts.common import Log, enabled_config
 from kilo_pipelines.acts.known_exploited import known_exploited
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import storable
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security import dismissal as rules
 from kilo_pipelines.services.security.dismissal import SERVICE, Origin
-from kilo_pipelines.services.security.permissions import may
 from kilo_pipelines.store import AnalysisRow, FindingRow, NewItem, Store
 
 # Findings that are looked at together.

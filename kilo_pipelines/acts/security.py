@@ -15,11 +15,11 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.core.text import storable
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security import report, sla, vex
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig, activated, policy_of, selects
-from kilo_pipelines.services.security.permissions import may
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import FindingEventRow, FindingRow, Limits, NewItem, SlaRow, StaleRevisionError, Store, SyncTarget
 from kilo_pipelines.store.finding_lists import ANALYZED
 

@@ -14,9 +14,9 @@ from kilo_pipelines.acts import security as acts
 from kilo_pipelines.acts.security import config_of
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import OUTCOMES, AnalysisRow, FindingRow, Store
 from kilo_pipelines.store.finding_lists import ORDERS
 

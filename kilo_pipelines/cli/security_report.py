@@ -14,7 +14,7 @@ from kilo_pipelines.acts import security as acts
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.cli.security import owner_of, owner_option, security
 from kilo_pipelines.core.reasons import MEANING
-from kilo_pipelines.services.security.report import Refusal
+from kilo_pipelines.core.refusal import Refusal
 
 _day = click.DateTime(["%Y-%m-%d"])
 _repository = click.option(

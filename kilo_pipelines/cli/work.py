@@ -12,9 +12,9 @@ from kilo_pipelines.acts import security
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.effects import EffectState
 from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import SyncTarget
 
 _scope_options = [

@@ -78,6 +78,21 @@ class Reason(StrEnum):
     SETTINGS_STALE = "settings_stale"
     OWNER_NOT_NAMED = "owner_not_named"
     ROLE_NOT_ALLOWED = "role_not_allowed"
+    # people and keys
+    KEY_REFUSED = "key_refused"
+    KEY_UNKNOWN = "key_unknown"
+    KEY_NOT_LIVE = "key_not_live"
+    ROLE_TOO_HIGH = "role_too_high"
+    NOT_A_MEMBER = "not_a_member"
+    ALREADY_MEMBER = "already_member"
+    LAST_OWNER = "last_owner"
+    PERSONAL_OWNER = "personal_owner"
+    # the control API and the command line that speaks it
+    SWITCH_NOT_SET = "switch_not_set"
+    API_ADDRESS_REFUSED = "api_address_refused"
+    API_KEY_MISSING = "api_key_missing"
+    API_UNREACHABLE = "api_unreachable"
+    API_ANSWER_UNUSABLE = "api_answer_unusable"
     # notices
     NOTICE_NOT_WANTED = "notice_not_wanted"
     NOTIFIED = "notified"
@@ -307,6 +322,49 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.SETTINGS_STALE: ("The settings were changed by somebody else since they were read.", "Read them again."),
     Reason.OWNER_NOT_NAMED: ("The operator has several owners and the request names none.", "Name one with `owner`."),
     Reason.ROLE_NOT_ALLOWED: ("The role of whoever asks doesn't allow this.", "Ask somebody with a higher role."),
+    Reason.KEY_REFUSED: (
+        "The API key is missing, unknown, expired or revoked, or its person is no member any more. Which of these is told to nobody.",
+        "Use a live key: an owner's `kilo-pipelines keys list` shows which ones are.",
+    ),
+    Reason.KEY_UNKNOWN: ("There is no such key of this owner.", "Look at `kilo-pipelines keys list`."),
+    Reason.KEY_NOT_LIVE: (
+        "The key is expired, revoked or rotated already, or its person is no member any more.",
+        "Make a new one: `kilo-pipelines keys create`.",
+    ),
+    Reason.ROLE_TOO_HIGH: (
+        "A key was asked for that may more than its person.",
+        "Ask for a lower role, or give the person a higher one first.",
+    ),
+    Reason.NOT_A_MEMBER: (
+        "The person is no member of this owner.",
+        "Look at `kilo-pipelines members list`; `members add` makes somebody a member.",
+    ),
+    Reason.ALREADY_MEMBER: ("The person is a member of this owner.", "Change the role: `kilo-pipelines members change`."),
+    Reason.LAST_OWNER: ("An organization that has an owner keeps one.", "Make somebody else an owner first."),
+    Reason.PERSONAL_OWNER: (
+        "A person's own owner belongs to exactly that person.",
+        "Create an organization for several people; name the person's login for an owner of kind `user`.",
+    ),
+    Reason.SWITCH_NOT_SET: (
+        "Nothing is paused or stopped in this scope.",
+        "`kilo-pipelines resume` names the scope that was switched.",
+    ),
+    Reason.API_ADDRESS_REFUSED: (
+        "The control API's address isn't https, or isn't an address: a key would go over the wire in the clear.",
+        "Set KILO_API_URL to an https address; plain http is for this machine alone.",
+    ),
+    Reason.API_KEY_MISSING: (
+        "There is no API key to ask the control API with.",
+        "Set KILO_API_KEY_FILE or KILO_API_KEY; on the platform's machine, start it: `kilo-pipelines up`.",
+    ),
+    Reason.API_UNREACHABLE: (
+        "The control API doesn't answer.",
+        "Is the platform running? On its machine `kilo-pipelines status` tells; elsewhere look at KILO_API_URL.",
+    ),
+    Reason.API_ANSWER_UNUSABLE: (
+        "What answers at the control API's address is something else, or of another version.",
+        "Look at KILO_API_URL: redirects are not followed.",
+    ),
     Reason.SYNC_OUT_OF_TIME: (
         "The owner's share of the run was used up.",
         "Nothing; the next sync goes on with what was left.",

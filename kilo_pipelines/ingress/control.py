@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response
 
 from kilo_pipelines.acts.security import fields_of
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ingress.bodies import CALLBACK_BYTES, BodyError, parse_object, read_body
-from kilo_pipelines.services.security.permissions import Act, may
-from kilo_pipelines.services.security.report import Refusal
+from kilo_pipelines.services.permissions import Act, may
 from kilo_pipelines.store import Store
 
 # PostgreSQL's largest offset and repository id.

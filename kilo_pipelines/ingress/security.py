@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from kilo_pipelines.acts import security as acts
 from kilo_pipelines.core.clock import Clock
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ingress.control import (
     BIG,
     REFUSALS,
@@ -31,10 +32,10 @@ from kilo_pipelines.ingress.control import (
     refused,
     told,
 )
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, Recipient, SecurityConfig
-from kilo_pipelines.services.security.permissions import may
-from kilo_pipelines.services.security.report import AuditReport, Refusal
+from kilo_pipelines.services.security.report import AuditReport
 from kilo_pipelines.store import Store, Wanted
 
 # Contract 15.

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from kilo_pipelines.acts import analysis, dismissal, remediation
 from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ingress.control import (
     REFUSALS,
     Asked,
@@ -34,10 +35,9 @@ from kilo_pipelines.ingress.control import (
     refused,
     told,
 )
+from kilo_pipelines.services.permissions import Act
 from kilo_pipelines.services.security.dismissal import DismissalReason
-from kilo_pipelines.services.security.permissions import Act
 from kilo_pipelines.services.security.remediation import SERVICE as REMEDIATION
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import FindingRow
 
 # A command over all open findings of an owner reads them page by page; two of them leave the other threads to webhooks.

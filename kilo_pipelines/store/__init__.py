@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store.analyses import Analyses
+from kilo_pipelines.store.api_keys import ApiKeys, NewKey, prefix_of
 from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
@@ -21,6 +22,7 @@ from kilo_pipelines.store.keys import Keys
 from kilo_pipelines.store.notices import Notices
 from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
+from kilo_pipelines.store.people import People
 from kilo_pipelines.store.queue import Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
 from kilo_pipelines.store.remediations import Remediations, note_all
@@ -28,6 +30,7 @@ from kilo_pipelines.store.reports import Limits, PeriodRead, PresentRead, Report
 from kilo_pipelines.store.retention import Ages, Retention
 from kilo_pipelines.store.rows import (
     AnalysisRow,
+    ApiKey,
     Claimed,
     ClaimedEffect,
     DeliveryRow,
@@ -36,11 +39,14 @@ from kilo_pipelines.store.rows import (
     Integration,
     ItemRow,
     ItemView,
+    Member,
     NewDelivery,
     NewFindingEvent,
     NewItem,
     Offer,
     Owner,
+    Person,
+    Principal,
     Receipt,
     Refused,
     RemediationRow,
@@ -67,6 +73,7 @@ __all__ = [
     "Ages",
     "AmbiguousInstallationError",
     "AnalysisRow",
+    "ApiKey",
     "Budgets",
     "Change",
     "Cipher",
@@ -81,15 +88,19 @@ __all__ = [
     "ItemView",
     "Limits",
     "Listener",
+    "Member",
     "NewDelivery",
     "NewFindingEvent",
     "NewItem",
+    "NewKey",
     "NotDisposedError",
     "Offer",
     "Owner",
     "PageCount",
     "PeriodRead",
+    "Person",
     "PresentRead",
+    "Principal",
     "Receipt",
     "Refused",
     "RemediationRow",
@@ -109,6 +120,7 @@ __all__ = [
     "Wanted",
     "note_all",
     "noted",
+    "prefix_of",
 ]
 
 
@@ -128,6 +140,8 @@ class Store:
         self.audit = Audit(self.database, clock)
         self.retention = Retention(self.database, clock)
         self.keys = Keys(self.database, cipher)
+        self.people = People(self.database, clock)
+        self.api_keys = ApiKeys(self.database, clock)
         self.recovery = Recovery(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)

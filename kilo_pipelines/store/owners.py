@@ -1,10 +1,8 @@
-"""Owners, their integrations, repositories and settings; API keys; lists of reviews."""
+"""Owners, their integrations, repositories and settings; lists of reviews."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -340,26 +338,6 @@ class Owners:
                 self._clock.now(),
             )
         return int(row["revision"])
-
-    def create_api_key(self, role: str, owner_id: UUID | None = None) -> str:
-        """A new API key, shown once; only its hash is kept."""
-        key = f"kilo_{secrets.token_urlsafe(32)}"
-        with self._database.system() as connection:
-            changed(
-                connection,
-                system.NEW_API_KEY.sql,
-                id=uuid4(),
-                owner=owner_id,
-                role=role,
-                hash=hashlib.sha256(key.encode()).digest(),
-            )
-        return key
-
-    def principal(self, key: str) -> tuple[UUID | None, str] | None:
-        """Owner and role of an API key (owner None: the operator); None for an unknown or expired key."""
-        with self._database.system() as connection:
-            row = one(connection, system.API_KEY.sql, hash=hashlib.sha256(key.encode()).digest(), now=self._clock.now())
-        return (row["owner_id"], row["role"]) if row else None
 
 
 def _only(installation_id: int, found: list[Integration]) -> Integration | AmbiguousInstallationError | None:

@@ -397,3 +397,53 @@ class AnalysisRow:
     completed_at: datetime | None
     created_at: datetime
     ended_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody whom the platform knows by a login."""
+
+    id: UUID
+    login: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """A person's present role in an owner; `period` counts how often the membership began."""
+
+    person_id: UUID
+    login: str
+    role: str
+    period: int
+    added_at: datetime
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks: the key, its owner (None: the operator), the role that it has at this moment, and its person where it has one."""
+
+    key_id: UUID
+    owner_id: UUID | None
+    role: str
+    person_id: UUID | None
+    login: str | None
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """An owner's key without its value. `present`: its person's present role; `live`: neither over nor revoked, and its person is a member."""
+
+    id: UUID
+    owner_id: UUID
+    person_id: UUID | None
+    login: str | None
+    role: str
+    present: str | None
+    name: str
+    created_by: str
+    created_at: datetime
+    expires_at: datetime
+    last_used_at: datetime | None
+    rotated_at: datetime | None
+    revoked_at: datetime | None
+    live: bool

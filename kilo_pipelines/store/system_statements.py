@@ -568,13 +568,69 @@ OWNERS = SystemStatement("select id, kind, name, plan, enabled from owners order
 NEW_OWNER = SystemStatement(
     "insert into owners (id, kind, name, plan) values (:id, :kind, :name, :plan)", "an owner that doesn't exist yet has no scope"
 )
+NEW_PERSON = SystemStatement(
+    "insert into people (id, login, created_at) values (:id, :login, :now) on conflict (login) do nothing",
+    "a person may be a member of several owners and belongs to none",
+)
+PERSON_BY_LOGIN = SystemStatement("select id, login from people where login = :login", "a person belongs to no owner")
+LOGINS = SystemStatement(
+    "select id, login from people where id = any(cast(:ids as uuid[]))",
+    "an owner's members were read in its scope; their logins stand with people, who belong to no owner",
+)
+PEOPLE = SystemStatement(
+    "select p.id, p.login, coalesce(jsonb_agg(jsonb_build_object('owner_id', m.owner_id, 'owner', o.name, 'role', m.role) order by o.name)"
+    " filter (where m.owner_id is not null), '[]') as memberships from people p"
+    " left join owner_members m on m.person_id = p.id and m.removed_at is null left join owners o on o.id = m.owner_id"
+    " group by p.id, p.login order by p.login",
+    "the operator lists people with the owners that they belong to",
+)
+# A key's person (p) and that person's membership (m) of the period in which the key was made: a former period's keys stay dead.
+_KEY_OF = (
+    "from api_keys k left join people p on p.id = k.person_id left join owner_members m on m.owner_id = k.owner_id"
+    " and m.person_id = k.person_id and m.removed_at is null and m.period = k.member_period"
+)
+_LIVE = "k.revoked_at is null and (k.expires_at is null or k.expires_at > :now) and (k.person_id is null or m.role is not null)"
+_KEY = (
+    "select k.id, k.owner_id, k.person_id, p.login, k.role, m.role as present, k.name, k.created_by, k.created_at, k.expires_at,"
+    f" k.last_used_at, k.rotated_at, k.revoked_at, ({_LIVE}) as live {_KEY_OF}"
+)
 NEW_API_KEY = SystemStatement(
-    "insert into api_keys (id, owner_id, role, key_hash) values (:id, :owner, :role, :hash)",
+    "insert into api_keys (id, owner_id, person_id, member_period, role, name, created_by, key_hash, created_at, expires_at)"
+    " select :id, cast(:owner as uuid), cast(:person as uuid), m.period, :role, :name, :actor, :hash, :now, cast(:expires as timestamptz)"
+    " from (select 1) self left join owner_members m on m.owner_id = cast(:owner as uuid) and m.person_id = cast(:person as uuid)"
+    " and m.removed_at is null where cast(:person as uuid) is null or m.role is not null",
     "an operator's key belongs to no owner",
 )
 API_KEY = SystemStatement(
-    "select owner_id, role from api_keys where key_hash = :hash and (expires_at is null or expires_at > :now)",
+    f"with found as (select k.id, k.owner_id, k.person_id, p.login, k.role, m.role as present {_KEY_OF} where k.key_hash = :hash and {_LIVE}),"
+    " used as (update api_keys k set last_used_at = :now from found f where k.id = f.id"
+    "   and (k.last_used_at is null or k.last_used_at <= :used_before))"
+    " select * from found",
     "a key says whose it is",
+)
+KEYS_OF_OWNER = SystemStatement(
+    f"{_KEY} where k.owner_id = :owner order by k.created_at desc, k.id",
+    "the application's login sees no keys, not even an owner's own",
+)
+KEY_BY_ID = SystemStatement(
+    f"{_KEY} where k.id = :id and k.owner_id is not null", "a command names a key; whose it is is the question"
+)
+ROTATED_KEY = SystemStatement(
+    "update api_keys o set expires_at = least(o.expires_at, :until), rotated_at = :now where o.id = :id and o.owner_id is not null"
+    f" and o.rotated_at is null and exists (select 1 {_KEY_OF} where k.id = o.id and {_LIVE}) returning o.owner_id, o.person_id, o.role, o.name",
+    "the application's login changes no keys, not even an owner's own",
+)
+REVOKE_KEY = SystemStatement(
+    "update api_keys set revoked_at = :now where id = :id and revoked_at is null and owner_id is not null returning owner_id",
+    "the application's login changes no keys, not even an owner's own",
+)
+REVOKE_OPERATOR_KEYS = SystemStatement(
+    "update api_keys set revoked_at = :now where owner_id is null and id <> :id and revoked_at is null",
+    "an operator's key belongs to no owner",
+)
+AUDIT_KEY = SystemStatement(
+    "insert into audit_events (owner_id, at, actor, action, subject, data) values (:owner, :now, :actor, :action, :subject, cast(:data as jsonb))",
+    "what was done to an owner's key is told in the transaction that did it",
 )
 
 NOTIFY = SystemStatement("select pg_notify('kilo_work', :what)", "whoever waits is woken, for whatever owner; ids only")

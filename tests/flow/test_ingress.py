@@ -259,23 +259,23 @@ def test_a_late_callback_is_410(world: IngressWorld) -> None:
 
 ROUTES = {
     ("GET", "/metrics"): {"operator"},
-    ("GET", "/api/v1/reviews"): {"operator", "owner", "reader", "stranger"},
-    ("GET", "/api/v1/owners"): {"operator", "owner", "reader", "stranger"},
-    ("GET", "/api/v1/integrations"): {"operator", "owner", "reader", "stranger"},
-    ("GET", "/api/v1/openapi.json"): {"operator", "owner", "reader", "stranger"},
+    ("GET", "/api/v1/reviews"): {"operator", "owner", "viewer", "stranger"},
+    ("GET", "/api/v1/owners"): {"operator", "owner", "viewer", "stranger"},
+    ("GET", "/api/v1/integrations"): {"operator", "owner", "viewer", "stranger"},
+    ("GET", "/api/v1/openapi.json"): {"operator", "owner", "viewer", "stranger"},
     ("POST", "/api/v1/reviews/dispatch"): {"operator", "owner", "stranger"},
 }
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("who", ["nobody", "forger", "operator", "owner", "reader", "stranger"])
+@pytest.mark.parametrize("who", ["nobody", "forger", "operator", "owner", "viewer", "stranger"])
 def test_each_admin_route_serves_its_principals_and_nobody_else(world: IngressWorld, route: tuple[str, str], who: str) -> None:
     keys = {
         "nobody": None,
         "forger": "kilo_forged",
         "operator": world.operator_key,
         "owner": world.owner_key,
-        "reader": world.reader_key,
+        "viewer": world.viewer_key,
         "stranger": world.stranger_key,
     }
     status = world.api(*route, keys[who], **({"json": {}} if route[0] == "POST" else {})).status_code
@@ -316,10 +316,10 @@ def _review(world: IngressWorld) -> str:
 
 def test_a_review_is_cancelled_and_dispatched_by_its_owner_only(world: IngressWorld) -> None:
     review = _review(world)
-    assert world.api("GET", f"/api/v1/reviews/{review}", world.reader_key).json()["pull_number"] == 7
+    assert world.api("GET", f"/api/v1/reviews/{review}", world.viewer_key).json()["pull_number"] == 7
     assert world.api("GET", f"/api/v1/reviews/{review}", world.stranger_key).status_code == 404
     assert world.api("POST", f"/api/v1/reviews/{review}/cancel", world.stranger_key).status_code == 404
-    assert world.api("POST", f"/api/v1/reviews/{review}/cancel", world.reader_key).status_code in (401, 403)
+    assert world.api("POST", f"/api/v1/reviews/{review}/cancel", world.viewer_key).status_code in (401, 403)
     assert world.api("POST", f"/api/v1/reviews/{review}/cancel", world.owner_key).json()["outcome"] == "cancelled"
     assert world.api("POST", f"/api/v1/reviews/{review}/cancel", world.owner_key).status_code == 409
     wanted = {"repository": "octo/demo", "pull_number": 7}

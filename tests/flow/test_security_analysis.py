@@ -208,7 +208,7 @@ def test_a_person_goes_before_what_nobody_asked_for_and_only_once(database: Data
     last = owner.findings(status="open", severity="low")[0]
     item = _asked(owner, last)
     assert analyse(owner.store, last, role="member", actor="test") is Reason.ANALYSIS_ACTIVE
-    assert analyse(owner.store, last, role="reader", actor="test") is Reason.ROLE_NOT_ALLOWED
+    assert analyse(owner.store, last, role="viewer", actor="test") is Reason.ROLE_NOT_ALLOWED
     waiting = [one for one in owner.store.analyses.of_finding(owner.id, last.id) if one.ended_at is None]
     assert [one.item_id for one in waiting] == [item]
     first = next(one for one in owner.store.queue.offers(50) if one.owner_id == owner.id and one.kind == "start")

@@ -23,14 +23,15 @@ from starlette.applications import Starlette
 
 from kilo_pipelines.acts import security as acts
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ingress.application import Ingress, admin_application
 from kilo_pipelines.ingress.openapi import OPERATIONS
 from kilo_pipelines.services.security.config import PRESETS
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import NewItem
 from tests.conftest import Database
 from tests.store.test_findings import Synced
 from tests.support.alerts import alert
+from tests.support.keys import api_key
 from tests.support.store import intent
 
 BASE = "/api/v1/security"
@@ -69,12 +70,11 @@ def desk(database: Database) -> Iterator[Desk]:
             alert(3, state="dismissed", dismissed_at="2026-02-01T00:00:00Z"),
         )
     worked(synced)
-    owners = database.store.owners
     keys = {
-        "operator": owners.create_api_key("operator"),
-        "owner": owners.create_api_key("owner", synced.owner),
-        "reader": owners.create_api_key("reader", synced.owner),
-        "other": owners.create_api_key("owner", other.owner),
+        "operator": api_key(database.store, "operator"),
+        "owner": api_key(database.store, "owner", synced.owner),
+        "viewer": api_key(database.store, "viewer", synced.owner),
+        "other": api_key(database.store, "owner", other.owner),
         "stranger": "kilo_" + "x" * 43,
     }
     yield Desk(admin_application(Ingress(database.store, None, frozenset({"localhost"}), database.clock)), synced, other, keys)
@@ -156,7 +156,7 @@ def test_the_description_is_well_formed(description: dict[str, Any]) -> None:
 )
 def test_every_route_answers_in_its_schema(desk: Desk, description: dict[str, Any], path: str, asked: list[str]) -> None:
     for one in asked:
-        for who in ("owner", "reader"):
+        for who in ("owner", "viewer"):
             answer = desk.ask("GET", one.replace("{finding}", str(desk.finding())), who)
             assert answer.status_code == 200, answer.text
             in_schema(description, "GET", f"{BASE}/{path}", answer)
@@ -245,7 +245,7 @@ def test_reports_are_documents(desk: Desk) -> None:
         ("json", "application/json"),
         ("vex", "application/vnd.cyclonedx+json; version=1.6"),
     ):
-        answer = desk.ask("GET", "report", "reader", params={"format": form})
+        answer = desk.ask("GET", "report", "viewer", params={"format": form})
         assert answer.headers["content-type"] == kind
         assert re.fullmatch(r'attachment; filename="security-[a-z]+-[0-9-]+\.(csv|json)"', answer.headers["content-disposition"])
     rows = list(csv.DictReader(io.StringIO(desk.ask("GET", "report", params={"format": "csv"}).text, newline="")))
@@ -311,7 +311,7 @@ def test_addresses_of_recipients_are_for_those_who_may_change_them(desk: Desk, d
     assert put(desk, {"expected_revision": revision, "settings": {"notice_recipients": to}}).status_code == 200
     for who, more in (("owner", {}), ("operator", {"params": {"owner": str(desk.synced.owner)}})):
         assert desk.ask("GET", "settings", who, **more).json()["settings"]["notice_recipients"] == to
-    answer = desk.ask("GET", "settings", "reader")
+    answer = desk.ask("GET", "settings", "viewer")
     assert answer.json()["settings"]["notice_recipients"] == [{"kind": one["kind"]} for one in to] and "canary" not in answer.text
     in_schema(description, "GET", f"{BASE}/settings", answer)
 
@@ -351,7 +351,7 @@ def test_a_sync_is_a_work_item_that_is_opened_once(desk: Desk, description: dict
 @pytest.mark.parametrize(
     ("who", "body", "status", "reason"),
     [
-        ("reader", {}, 401, Reason.ROLE_NOT_ALLOWED),
+        ("viewer", {}, 401, Reason.ROLE_NOT_ALLOWED),
         ("owner", {"repository": 1}, 409, Reason.NO_REPOSITORIES),
         ("owner", {"repository": 0}, 400, Reason.PAYLOAD_SHAPE_MISMATCH),
         ("owner", {"repository": "550001"}, 400, Reason.PAYLOAD_SHAPE_MISMATCH),
@@ -377,9 +377,9 @@ def test_an_owner_whose_agent_is_off_is_not_synced(database: Database) -> None:
     assert isinstance(ask(), UUID)
 
 
-def test_a_reader_saves_nothing_and_a_stranger_is_nobody(desk: Desk) -> None:
+def test_a_viewer_saves_nothing_and_a_stranger_is_nobody(desk: Desk) -> None:
     body = {"expected_revision": desk.ask("GET", "settings").json()["revision"], "settings": {}}
-    refused = put(desk, body, "reader")
+    refused = put(desk, body, "viewer")
     assert (refused.status_code, refused.json()["reason"]) == (401, Reason.ROLE_NOT_ALLOWED)
     assert put(desk, body, "stranger").status_code == 401
 
@@ -439,14 +439,14 @@ def test_a_waiting_remediation_is_listed_and_cancelled_once(desk: Desk, descript
     new = NewItem("remediation", f"remediation:{finding}", desk.synced.repository, 0, details)
     item = desk.synced.store.remediations.open(desk.synced.owner, new, lambda _item: [], actor="x")
     assert item is not None
-    listed = desk.ask("GET", "remediations", "reader")
+    listed = desk.ask("GET", "remediations", "viewer")
     in_schema(description, "GET", f"{BASE}/remediations", listed)
     assert [(one["item_id"], one["state"]) for one in listed.json()["remediations"]] == [(str(item), "waiting")]
     assert desk.ask("GET", "remediations", "other").json() == {"remediations": []}
     path = f"remediations/{item}/cancel"
     foreign = desk.ask("POST", path, "other")
     assert (foreign.status_code, foreign.content) == (404, desk.ask("POST", f"remediations/{uuid4()}/cancel").content)
-    assert desk.ask("POST", path, "reader").status_code == 401
+    assert desk.ask("POST", path, "viewer").status_code == 401
     done = desk.ask("POST", path)
     assert (done.status_code, done.json()) == (200, {"outcome": "cancelled"})
     in_schema(description, "POST", f"{BASE}/remediations/{{item}}/cancel", done)
@@ -469,7 +469,7 @@ def test_repositories_tell_how_their_syncs_ended(desk: Desk, description: dict[s
     store, owner, repository = desk.synced.store, desk.synced.owner, desk.synced.repository
     store.findings.begin_sync(owner, repository)
     store.findings.end_sync(owner, repository, outcome="synced", complete=True, alerts=8)
-    answer = desk.ask("GET", "repositories", "reader")
+    answer = desk.ask("GET", "repositories", "viewer")
     in_schema(description, "GET", f"{BASE}/repositories", answer)
     (one,) = answer.json()["repositories"]
     assert (one["repository_id"], one["outcome"], one["alerts"]) == (repository, "synced", 8) and one["succeeded_at"]
@@ -479,7 +479,7 @@ def test_notices_and_quarantine_are_listed(desk: Desk, description: dict[str, An
     desk.synced.store.findings.quarantine(
         desk.synced.owner, desk.synced.repository, [("99", str(Reason.ALERT_MALFORMED), "state: unknown")]
     )
-    alerts = desk.ask("GET", "quarantine", "reader")
+    alerts = desk.ask("GET", "quarantine", "viewer")
     in_schema(description, "GET", f"{BASE}/quarantine", alerts)
     assert [(one["source_id"], one["detail"]) for one in alerts.json()["alerts"]] == [("99", "state: unknown")]
     finding = desk.synced.one(8).id
@@ -499,7 +499,7 @@ def test_asked_of_a_finding_that_is_anothers_or_nobodys_the_answer_is_one(desk: 
     ids = (desk.other.one(1).id, uuid4(), "x", "%00")
     answers = {desk.ask("POST", f"findings/{one}/{act}", json={"reason": "not_used"}).content for one in ids}
     assert answers == {b'{"outcome":"not_found"}'}
-    refused = desk.ask("POST", f"findings/{desk.synced.one(1).id}/{act}", "reader", json={})
+    refused = desk.ask("POST", f"findings/{desk.synced.one(1).id}/{act}", "viewer", json={})
     assert (refused.status_code, refused.json()["reason"]) == (401, Reason.ROLE_NOT_ALLOWED)
 
 

@@ -166,7 +166,7 @@ def test_roles_and_states_are_refused_with_their_reasons(database: Database, twi
     def refusal(finding: FindingRow, role: str) -> object:
         return dismiss(owner.store, finding, role=role, actor="test", reason="not_used", comment="")
 
-    assert refusal(one, "member") is Reason.ROLE_NOT_ALLOWED and refusal(one, "reader") is Reason.ROLE_NOT_ALLOWED
+    assert refusal(one, "member") is Reason.ROLE_NOT_ALLOWED and refusal(one, "viewer") is Reason.ROLE_NOT_ALLOWED
     assert refusal(fixed, "owner") is Reason.FINDING_NOT_OPEN
     asked(owner, one)
     assert refusal(one, "owner") is Reason.DISMISSAL_ACTIVE

@@ -21,11 +21,11 @@ from kilo_pipelines.assets.security import compliance_table
 from kilo_pipelines.cli.main import main
 from kilo_pipelines.cli.work import _unreadable
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ops import security_sync
 from kilo_pipelines.ops.security_sync import SEVERITIES, Trigger
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.services.security.config import SERVICE
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher, Integration
 from tests.conftest import Database

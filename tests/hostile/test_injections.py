@@ -33,6 +33,7 @@ from tests.support import canaries
 from tests.support.canaries import Search
 from tests.support.figures import Figures
 from tests.support.git import git
+from tests.support.keys import api_key
 from tests.support.platform import RunningPlatform
 
 MARKER = re.compile(r"<!-- kilo-pipelines:\w+:[0-9a-f]{32} -->")
@@ -83,7 +84,7 @@ def after(request: pytest.FixtureRequest) -> Iterator[Aftermath]:
             actor="test",
         )
         held = planted | canaries.of_home(platform.settings)
-        held |= {"key of another owner": platform.store.owners.create_api_key("owner", stranger.id).partition("_")[2]}
+        held |= {"key of another owner": api_key(platform.store, "owner", stranger.id).partition("_")[2]}
         corpus = injections.pulls(bool(request.config.getoption("full")))
         pulls = {name: platform.control("open-pull", **changes) for name, changes in corpus.items()}
         rows = {name: platform.settled(pull, 60 + 20 * len(pulls)) for name, pull in pulls.items()}

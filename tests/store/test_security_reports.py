@@ -18,10 +18,10 @@ from sqlalchemy.exc import DBAPIError
 from kilo_pipelines.acts import security as acts
 from kilo_pipelines.assets.security import recompute
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ops.security_sync import supersede
 from kilo_pipelines.services.security import report
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.services.security.report import Refusal
 from kilo_pipelines.store import Limits, NewItem, PeriodRead, PresentRead
 from tests.conftest import Database
 from tests.store.test_findings import Synced
@@ -57,7 +57,7 @@ def note(admin: psycopg.Connection[Any], owner: UUID, subject: object, at: datet
 
 
 def make(synced: Synced, form: acts.Form = "json", **more: Any) -> Any:
-    asked = {"role": "reader", "actor": "test", "now": synced.world.clock.now()} | more
+    asked = {"role": "viewer", "actor": "test", "now": synced.world.clock.now()} | more
     wish = asked.pop("wish", acts.Wish(form))
     return acts.make_document(synced.store, synced.owner, wish, **asked)
 
@@ -304,7 +304,7 @@ def test_saving_enables_nothing_and_keeps_what_is_not_named(synced: Synced) -> N
         (0, "owner", {}, Reason.SETTINGS_STALE),
         (2, "owner", {}, Reason.SETTINGS_STALE),
         (1, "member", {}, Reason.ROLE_NOT_ALLOWED),
-        (1, "reader", {}, Reason.ROLE_NOT_ALLOWED),
+        (1, "viewer", {}, Reason.ROLE_NOT_ALLOWED),
         (1, "owner", {"sla_preset": "absurd"}, Reason.SETTINGS_INVALID),
         (1, "owner", {"sla_preset": "custom", "sla_days": {"critical": 0, "high": 1, "medium": 1, "low": 1}}, Reason.SETTINGS_INVALID),
         (1, "owner", {"unheard_of": 1}, Reason.SETTINGS_INVALID),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import create_engine, event, text
 
 from kilo_pipelines.core.effects import EffectReceipt
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.store import Ages, Claimed, Refused, Repository, SessionClaim, StaleRevisionError
+from kilo_pipelines.store import Ages, Claimed, Refused, Repository, SessionClaim, StaleRevisionError, Store
 from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS, STATEMENTS, SWEEP
 from tests.conftest import Database
 from tests.support.store import World, intent
@@ -35,7 +35,7 @@ def _use_everything(database: Database) -> None:
     with pytest.raises(StaleRevisionError):
         store.owners.put_config(owner, "code_review", {}, enabled=True, expected_revision=revision + 1, actor="test")
     assert store.owners.config(owner, "code_review")
-    assert store.owners.principal(store.owners.create_api_key("owner", owner)) == (owner, "owner")
+    _use_people(store, owner, clock.now())
     store.queue.switch("all", "pause", "test", actor="test")
     assert store.queue.switches()
     assert store.queue.pause_reason() == "test" and store.queue.unswitch("all")
@@ -109,6 +109,21 @@ def _use_everything(database: Database) -> None:
     assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)
     store.owners.disconnect(integration)
+
+
+def _use_people(store: Store, owner: UUID, now: datetime) -> None:
+    """People, members and keys."""
+    person = store.people.ensure("grace")
+    assert store.people.add(owner, person, "owner", lambda _kind, _members: None, actor="test") is None
+    assert store.people.members(owner) and store.people.listed()
+    ends = now + timedelta(days=1)
+    made = store.api_keys.create("owner", owner, expires_at=ends, person_id=person.id, actor="test")
+    assert made is not None and store.api_keys.principal(made.value)
+    assert store.api_keys.get(made.id) and store.api_keys.of_owner(owner)
+    assert store.api_keys.rotate(made.id, expires_at=ends, old_until=now, actor="test")
+    assert store.api_keys.revoke(made.id, actor="test")
+    assert store.people.change(owner, person.id, None, lambda _kind, _members: None, actor="test") is None
+    assert store.api_keys.revoke_operators(made.id) == 0
 
 
 def test_the_system_login_runs_the_listed_statements_and_no_others(database: Database) -> None:

@@ -20,6 +20,7 @@ PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", 
 SHARED: dict[str, dict[str, frozenset[str]]] = {
     "alembic_version": {APP: frozenset(), SYSTEM: frozenset()},
     "api_keys": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
+    "people": {APP: frozenset(), SYSTEM: ADD},
     "agent_capacity": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
     "counters": {APP: WRITE, SYSTEM: WRITE | {"DELETE"}},
     "switches": {APP: frozenset({"SELECT"}), SYSTEM: WRITE | {"DELETE"}},
@@ -32,6 +33,7 @@ LESS: dict[str, dict[str, frozenset[str]]] = {
     "audit_events": {APP: ADD, SYSTEM: ADD | {"UPDATE"}},
     "session_events": {APP: ADD, SYSTEM: ADD | {"DELETE"}},
     "callback_tokens": {SYSTEM: WRITE | {"DELETE"}},
+    "owner_members": {SYSTEM: frozenset({"SELECT"})},
     # The system login compares owners' findings and writes none of them.
     "findings": {SYSTEM: frozenset({"SELECT"})},
     "finding_events": {APP: ADD, SYSTEM: frozenset({"SELECT"})},

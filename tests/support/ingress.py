@@ -29,6 +29,7 @@ from kilo_pipelines.store import Repository, Store
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.store.migrate import migrate, provision
+from tests.support.keys import api_key
 
 SECRET = "canary-webhook-secret-5f1c"
 INSTALLATION = 4711
@@ -104,10 +105,10 @@ class IngressWorld:
         self.owner = self.store.owners.create("organization", "octo")
         self.other = self.store.owners.create("user", "stranger")
         self.integration = self.connect(self.owner.id, INSTALLATION)
-        self.operator_key = self.store.owners.create_api_key("operator")
-        self.owner_key = self.store.owners.create_api_key("owner", self.owner.id)
-        self.reader_key = self.store.owners.create_api_key("reader", self.owner.id)
-        self.stranger_key = self.store.owners.create_api_key("owner", self.other.id)
+        self.operator_key = api_key(self.store, "operator")
+        self.owner_key = api_key(self.store, "owner", self.owner.id)
+        self.viewer_key = api_key(self.store, "viewer", self.owner.id)
+        self.stranger_key = api_key(self.store, "owner", self.other.id)
         self.public = free_port()
         self.admin = free_port()
         self.started_after = 0.0

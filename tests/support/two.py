@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import psycopg
 from psycopg import sql
@@ -18,6 +18,7 @@ from kilo_pipelines.store import Claimed, NewItem, SessionClaim
 from tests.conftest import Database
 from tests.support.alerts import alert
 from tests.support.catalogue import owner_tables
+from tests.support.keys import api_key
 from tests.support.store import World, intent
 
 HEAD = "c" * 40
@@ -68,10 +69,9 @@ class Corner(World):
             "update work_items set not_before = now() + interval '9 years' where owner_id = %s and service <> 'code_review'",
             (self.owner.id,),
         )
-        admin.execute(
-            "insert into people (owner_id, id, login, role) values (%s, %s, %s, 'owner')",
-            (self.owner.id, uuid4(), f"{self.canary}-login"),
-        )
+        person = self.store.people.ensure(f"{self.canary}-login")
+        self.store.people.add(self.owner.id, person, "owner", lambda _kind, _members: None, actor=f"{self.canary}-actor")
+        self.person = person.id
 
     def findings(self) -> None:
         """Alerts of the same numbers, one of them set aside, after a sync that stopped at a page."""
@@ -148,7 +148,7 @@ def expired(database: Database, key_owner: UUID) -> str:
     """A key of an owner whose time is over."""
     import hashlib
 
-    key = database.store.owners.create_api_key("owner", key_owner)
+    key = api_key(database.store, "owner", key_owner)
     with database.store.database.system() as connection:
         connection.exec_driver_sql(
             "update api_keys set expires_at = %(at)s where key_hash = %(hash)s",

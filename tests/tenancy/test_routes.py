@@ -27,6 +27,7 @@ from kilo_pipelines.ingress.application import Ingress, admin_application, publi
 from tests.conftest import Database
 from tests.support.figures import Figures
 from tests.support.ingress import pull_request
+from tests.support.keys import api_key
 from tests.support.two import Corner, connect, digest, expired
 
 SECRET = "canary-secret-of-the-webhook"
@@ -64,16 +65,15 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
         a.fill(admin)
         b.done, (b.live, b.session), b.waiting = b.finished(1, "success"), b.launched(b.item(2)), b.item(3)
         b.findings()
-        owners = database.store.owners
         ingress = Ingress(database.store, SECRET, frozenset({"localhost"}))
         keys = {
-            "operator": owners.create_api_key("operator"),
-            "owner a": owners.create_api_key("owner", a.owner.id),
-            "reader a": owners.create_api_key("reader", a.owner.id),
-            "owner b": owners.create_api_key("owner", b.owner.id),
-            "reader b": owners.create_api_key("reader", b.owner.id),
+            "operator": api_key(database.store, "operator"),
+            "owner a": api_key(database.store, "owner", a.owner.id),
+            "viewer a": api_key(database.store, "viewer", a.owner.id),
+            "owner b": api_key(database.store, "owner", b.owner.id),
+            "viewer b": api_key(database.store, "viewer", b.owner.id),
             "expired key": expired(database, a.owner.id),
-            "removed member": owners.create_api_key("owner", a.owner.id),
+            "removed member": api_key(database.store, "owner", a.owner.id),
             "wrong key": "kilo_" + "x" * 43,
         }
         hashed = hashlib.sha256(keys["removed member"].encode()).digest()
@@ -90,8 +90,8 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
 
 
 STRANGERS = ("nobody", "no scheme", "basic", "empty key", "hash as key", "wrong key", "expired key", "removed member")
-FOREIGNERS = ("owner b", "reader b")
-EVERYBODY = (*STRANGERS, *FOREIGNERS, "owner a", "reader a", "operator")
+FOREIGNERS = ("owner b", "viewer b")
+EVERYBODY = (*STRANGERS, *FOREIGNERS, "owner a", "viewer a", "operator")
 Ask = Callable[[Stage, str], dict[str, Any]]
 
 
@@ -144,7 +144,7 @@ def _pull(number: int) -> Ask:
     return lambda _stage, path: {"path": path, "json": {"repository": "octo/demo", "pull_number": number}}
 
 
-_OWNERS = ("owner a", "reader a", "owner b", "reader b", "operator")
+_OWNERS = ("owner a", "viewer a", "owner b", "viewer b", "operator")
 _WRITERS = ("owner a", "owner b", "operator")
 ROUTES: dict[tuple[str, str, str], Entry] = {
     # The public listener knows no API key: its own tests below ask with signatures and callback tokens.
@@ -246,16 +246,16 @@ def test_nobody_learns_or_changes_what_is_anothers(stage: Stage, route: tuple[st
 
 @pytest.mark.parametrize("route", [one for one in ROUTES if one[0] == "admin"], ids=" ".join)
 def test_those_whose_it_is_are_served(stage: Stage, route: tuple[str, str, str]) -> None:
-    """Else the refusals above prove nothing. A reader changes nothing, and learns that before anything is looked up."""
+    """Else the refusals above prove nothing. A viewer changes nothing, and learns that before anything is looked up."""
     listener, method, path = route
     entry = ROUTES[route]
     name, ask = next(iter(entry.asks.items()))
-    for who in ("reader a", "operator", "owner a"):
+    for who in ("viewer a", "operator", "owner a"):
         answer = stage.ask(listener, method, who=who, **ask(stage, path))
         assert (answer.status_code != entry.refused) == (who in entry.served), (who, answer.status_code)
         if who in entry.served and name == "of A":
             assert answer.status_code != entry.missing
-        if who == "reader a" and who not in entry.served:
+        if who == "viewer a" and who not in entry.served:
             assert len({stage.ask(listener, method, who=who, **one(stage, path)).content for one in entry.asks.values()}) == 1
 
 
@@ -272,7 +272,7 @@ def test_other_methods_are_refused_alike_for_everybody(stage: Stage) -> None:
 
 def test_lists_hold_the_askers_own_and_nothing_else(stage: Stage) -> None:
     for path, name in (("/api/v1/reviews", "reviews"), ("/api/v1/integrations", "integrations"), ("/api/v1/owners", "owners")):
-        for corner, who in ((stage.a, "reader a"), (stage.b, "reader b")):
+        for corner, who in ((stage.a, "viewer a"), (stage.b, "viewer b")):
             rows = stage.ask("admin", "GET", path, who).json()[name]
             assert {row.get("owner_id", row.get("id")) for row in rows} == {str(corner.owner.id)}
 
@@ -290,7 +290,7 @@ def test_the_owner_comes_from_the_key_and_never_from_the_request(stage: Stage) -
 
 def test_lists_reports_and_figures_of_findings_are_the_askers_own(stage: Stage) -> None:
     """Both hold the same alerts of the same repository: nothing but the owner's id tells them apart (contract 17.23)."""
-    for corner, other, who in ((stage.a, stage.b, "reader a"), (stage.b, stage.a, "reader b")):
+    for corner, other, who in ((stage.a, stage.b, "viewer a"), (stage.b, stage.a, "viewer b")):
         own = {str(one["id"]) for one in corner.store.findings.listed(corner.owner.id, limit=100)}
         listed = stage.ask("admin", "GET", "/api/v1/security/findings", who, params={"limit": 100}).json()
         assert {one["id"] for one in listed["findings"]} == own and listed["total"] == len(own) == 3

@@ -82,7 +82,7 @@ def test_switching_on_stamps_the_moment_and_nobody_writes_it_himself() -> None:
     [
         ("owner", "open", None),
         ("member", "open", None),
-        ("reader", "open", Reason.ROLE_NOT_ALLOWED),
+        ("viewer", "open", Reason.ROLE_NOT_ALLOWED),
         ("owner", "fixed", Reason.FINDING_NOT_OPEN),
         ("member", "ignored", Reason.FINDING_NOT_OPEN),
     ],

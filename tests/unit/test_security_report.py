@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.refusal import Refusal
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security import report
-from kilo_pipelines.services.security.permissions import may
-from kilo_pipelines.services.security.report import AuditReport, Period, Refusal, period_of, verdict
+from kilo_pipelines.services.security.report import AuditReport, Period, period_of, verdict
 from kilo_pipelines.services.security.sla import HistoryEvent, SlaPolicy
 
 OWNER = UUID(int=1)
@@ -263,13 +264,13 @@ def test_the_json_form_has_its_published_schema() -> None:
 # -- roles -----------------------------------------------------------------------------------------------------------------
 
 
-def test_readers_read_members_sync_and_owners_save() -> None:
+def test_viewers_read_members_sync_and_owners_save() -> None:
     allowed = {
-        act: {role for role in ("operator", "owner", "member", "reader", "", "x") if may(role, act)}
+        act: {role for role in ("operator", "owner", "member", "viewer", "", "x") if may(role, act)}
         for act in ("read", "sync", "settings")
     }
     assert allowed == {
-        "read": {"operator", "owner", "member", "reader"},
+        "read": {"operator", "owner", "member", "viewer"},
         "sync": {"operator", "owner", "member"},
         "settings": {"operator", "owner"},
     }

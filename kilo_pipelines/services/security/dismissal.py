@@ -16,9 +16,9 @@ from uuid import UUID
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import harmless
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security.analysis import Triage, is_fresh
 from kilo_pipelines.services.security.config import SecurityConfig
-from kilo_pipelines.services.security.permissions import may
 
 SERVICE = "dismissal"
 Origin = Literal["manual", "automatic", "bulk"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.retry import CLASS_OF, FailureClass
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security.config import RANKS, SecurityConfig, reaches
-from kilo_pipelines.services.security.permissions import may
 
 # Ends of an analysis that say nothing of the finding and pass: it is due again. What broke an agent twice is an answer of a kind, and
 # what a person cancelled a person asks for again.

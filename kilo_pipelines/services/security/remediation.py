@@ -12,9 +12,9 @@ from typing import Any, Literal
 from uuid import UUID
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security.analysis import is_fresh
 from kilo_pipelines.services.security.config import SecurityConfig, reaches, selects
-from kilo_pipelines.services.security.permissions import may
 
 SERVICE = "remediation"
 Origin = Literal["manual", "automatic", "bulk"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 # The longest name below the socket directory (a session's door to the model proxy) has 30 bytes, and Linux takes 107 in all.
@@ -55,6 +55,14 @@ class Settings(BaseSettings):
         default=None,
         description="Origin under which browsers reach the admin port through a TLS proxy, such as https://kilo.example.",
     )
+    api_url: str | None = Field(
+        default=None,
+        description="Control API that the command line speaks; https, but for this machine. Default: this home's admin port.",
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File (0600) with the command line's API key. Default: the operator's."
+    )
+    api_key: SecretStr | None = Field(default=None, description="The key itself, where a file can't be had.")
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     offline: bool = Field(default=True, description="Run against the offline twin.")
@@ -121,7 +129,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"registry {name}: an https address without credentials, query or fragment is needed")
         return {name: f"{base.rstrip('/')}/" for name, base in value.items()}
 
-    @field_validator("home", "run_dir")
+    @field_validator("home", "run_dir", "api_key_file")
     @classmethod
     def _from_anywhere(cls, value: Path | None) -> Path | None:
         return None if value is None else _absolute(value)

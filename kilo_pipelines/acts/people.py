@@ -108,7 +108,7 @@ def rotate_key(store: Store, key_id: UUID, days: int, overlap_hours: int, *, by:
     held = _held(store, key_id, by)
     if held is None:
         return Refusal(Reason.KEY_UNKNOWN, str(key_id))
-    if not rules.covers(by.role, held.role if held.person_id is None else rules.lower_of(held.role, held.present)):
+    if not rules.covers(by.role, held.role_now):
         return Refusal(Reason.ROLE_NOT_ALLOWED, by.role)
     ends, until = rules.key_ends(now, days), rules.overlap_ends(now, overlap_hours)
     made = store.api_keys.rotate(key_id, expires_at=ends, old_until=until, actor=by.actor)

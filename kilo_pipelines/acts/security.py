@@ -143,7 +143,7 @@ def save_settings(
         wanted = SecurityConfig.model_validate({**(stored.config if stored else {}), **changes})
     except ValidationError as failure:
         return Refusal(Reason.SETTINGS_INVALID, fields_of(failure))
-    if not _storable(wanted.model_dump(mode="json")):
+    if not is_storable(wanted.model_dump(mode="json")):
         return Refusal(Reason.SETTINGS_INVALID, "a text holds characters that no database takes")
     config = activated(before, wanted, now)
     enabled = stored.enabled if stored else False
@@ -186,26 +186,31 @@ def request_sync(store: Store, owner_id: UUID, repository_id: int | None, *, rol
     return store.queue.open(owner_id, item, actor=actor, act="security.sync.triggered")
 
 
-def enable(
-    store: Store, owner_id: UUID, unreadable: Callable[[SyncTarget], Reason | None], *, role: str, actor: str
-) -> bool | Refusal:
-    """Switches the Security Agent on where there is something to watch and it may be read (contract 4); False without settings.
-
-    `unreadable` asks the provider why a repository's alerts may not be read; one of each installation is asked for.
-    """
+def enable(store: Store, owner_id: UUID, *, role: str, actor: str) -> bool | Refusal:
+    """Switches the Security Agent on where there is something to watch (contract 4); False without settings."""
     if not may(role, "settings"):
         return Refusal(Reason.ROLE_NOT_ALLOWED, role)
     setting = store.owners.config(owner_id, SERVICE)
     if setting is None:
         return False
-    targets = targets_of(store, owner_id, SecurityConfig.model_validate(setting.config))
-    if not targets:
+    if not targets_of(store, owner_id, SecurityConfig.model_validate(setting.config)):
         return Refusal(Reason.NO_REPOSITORIES, "nothing to read")
+    return store.owners.enable_service(owner_id, SERVICE, True, actor=actor)
+
+
+def check_readable(store: Store, owner_id: UUID, unreadable: Callable[[SyncTarget], Reason | None]) -> Refusal | None:
+    """Whether the provider lets the Security Agent read, asked for one selected repository of each installation (contract 4).
+
+    For who holds the App's credentials and is about to switch it on; `unreadable` asks the provider why a repository's alerts may not be
+    read. Where nobody asked, the sync that follows does.
+    """
+    setting = store.owners.config(owner_id, SERVICE)
+    targets = targets_of(store, owner_id, SecurityConfig.model_validate(setting.config if setting else {}))
     for target in {one.installation_id: one for one in targets}.values():
         reason = unreadable(target)
         if reason is not None:
             return Refusal(reason, f"asked for {target.full_name}")
-    return store.owners.enable_service(owner_id, SERVICE, True, actor=actor)
+    return None
 
 
 def targets_of(store: Store, owner_id: UUID, config: SecurityConfig, only: int | None = None) -> list[SyncTarget]:
@@ -217,12 +222,13 @@ def targets_of(store: Store, owner_id: UUID, config: SecurityConfig, only: int |
     ]
 
 
-def _storable(value: Any) -> bool:
+def is_storable(value: Any) -> bool:
+    """Whether every text in a JSON value is one that the database takes."""
     if isinstance(value, str):
         return storable(value) == value
     if isinstance(value, Mapping):
-        return all(map(_storable, value.values()))
-    return not isinstance(value, list) or all(map(_storable, value))
+        return all(map(is_storable, value.values()))
+    return not isinstance(value, list) or all(map(is_storable, value))
 
 
 def fields_of(failure: ValidationError) -> str:

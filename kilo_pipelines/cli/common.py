@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from kilo_pipelines.cli import setup, supervisor
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import Store
 from kilo_pipelines.store.crypto import CipherError
@@ -25,10 +26,10 @@ def show(plain: bool, value: Any, text: Callable[[], str]) -> None:
     click.echo(json.dumps(value, default=str) if plain else text())
 
 
-def end(plain: bool, message: str, code: int = 1) -> NoReturn:
+def end(plain: bool, message: str, code: int = 1, *, reason: Reason | None = None) -> NoReturn:
     """Ends a command that could not do what was asked."""
     if plain:
-        click.echo(json.dumps({"error": message}))
+        click.echo(json.dumps({"error": message, **({"reason": reason} if reason else {})}))
     else:
         click.echo(f"kilo-pipelines: {message}", err=True)
     sys.exit(code)

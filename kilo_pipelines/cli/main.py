@@ -25,6 +25,7 @@ import psutil
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli import (
+    people,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
     security_dismissal,  # noqa: F401
@@ -37,14 +38,13 @@ from kilo_pipelines.cli import (
     work,
     world,
 )
+from kilo_pipelines.cli.client import api
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
-from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.ingress.door import new_password
 from kilo_pipelines.services.code_review import admission, launch
-from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, SettingsError
-from kilo_pipelines.store import NewItem, Store
+from kilo_pipelines.store import NewItem
 from kilo_pipelines.store.embedded import EmbeddedPostgresError
 
 # What ends a start with one line instead of a traceback.
@@ -258,8 +258,7 @@ def owners() -> None:
 @as_json
 def owners_list(plain: bool) -> None:
     """Lists owners."""
-    _, store = open_store(plain)
-    found = [asdict(one) for one in store.owners.all()]
+    found = api(plain).get("/owners")["owners"]
     show(
         plain,
         found,
@@ -271,20 +270,12 @@ def owners_list(plain: bool) -> None:
 @click.argument("name")
 @click.option("--kind", type=click.Choice(["user", "organization"]), required=True)
 @click.option("--plan", type=click.Choice(["default", "funded"]), default="default", show_default=True)
+@click.option("--login", help="Its first person, who becomes its owner; needed for --kind user.")
 @as_json
-def owners_create(name: str, kind: str, plan: str, plain: bool) -> None:
+def owners_create(name: str, kind: str, plan: str, login: str | None, plain: bool) -> None:
     """Creates an owner and enables Code Review with its defaults."""
-    _, store = open_store(plain)
-    owner = store.owners.create(kind, name, plan)
-    store.owners.put_config(
-        owner.id,
-        admission.SERVICE,
-        CodeReviewConfig().model_dump(mode="json"),
-        enabled=True,
-        expected_revision=0,
-        actor=OPERATOR,
-    )
-    show(plain, asdict(owner), lambda: str(owner.id))
+    made = api(plain).post("/owners", {"name": name, "kind": kind, "plan": plan, **({"login": login} if login else {})})
+    show(plain, made, lambda: str(made["id"]))
 
 
 @main.group()
@@ -293,11 +284,11 @@ def integrations() -> None:
 
 
 @integrations.command("list")
+@click.option("--owner", type=click.UUID)
 @as_json
-def integrations_list(plain: bool) -> None:
+def integrations_list(owner: UUID | None, plain: bool) -> None:
     """Lists integrations with their repositories."""
-    _, store = open_store(plain)
-    found = [{"owner": str(owner.id), **one} for owner in store.owners.all() for one in store.owners.integrations(owner.id)]
+    found = [{"owner": one["owner_id"], **one} for one in api(plain).get("/integrations", owner=owner)["integrations"]]
     show(
         plain,
         found,
@@ -334,29 +325,21 @@ def reviews() -> None:
     """Code reviews."""
 
 
-def _find(store: Store, review: UUID, plain: bool) -> Any:
-    row = store.reviews.get(review)
-    if row is None:
-        end(plain, f"no review {review}")
-    return row
-
-
 @reviews.command("list")
-@click.option("--limit", default=50, show_default=True)
+@click.option("--owner", type=click.UUID)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1_000))
 @as_json
-def reviews_list(limit: int, plain: bool) -> None:
-    """Lists reviews of all owners, newest first."""
-    _, store = open_store(plain)
-    rows = [row for owner in store.owners.all() for row in store.reviews.of_owner(owner.id, limit=limit)]
-    rows.sort(key=lambda row: row.created_at, reverse=True)
+def reviews_list(owner: UUID | None, limit: int, plain: bool) -> None:
+    """Lists reviews, newest first."""
+    found = api(plain).get("/reviews", owner=owner, limit=limit)["reviews"]
     show(
         plain,
-        [asdict(row) for row in rows[:limit]],
+        found,
         lambda: (
             "\n".join(
-                f"{row.item_id}  {row.state:<10} {row.reason or '':<18} {(row.verdict or {}).get('conclusion', ''):<10} {row.repository}#{row.pull_number}"
-                f" {row.head_sha[:12]}"
-                for row in rows[:limit]
+                f"{row['item_id']}  {row['state']:<10} {row['reason'] or '':<18} {(row['verdict'] or {}).get('conclusion', ''):<10}"
+                f" {row['repository']}#{row['pull_number']} {row['head_sha'][:12]}"
+                for row in found
             )
             or "no reviews"
         ),
@@ -368,25 +351,20 @@ def reviews_list(limit: int, plain: bool) -> None:
 @as_json
 def reviews_show(review: UUID, plain: bool) -> None:
     """Shows a review with its evidence: what was sent to the model, what was not."""
-    _, store = open_store(plain)
-    row = _find(store, review, plain)
-    effects = store.outbox.of_item(review)
-    events = store.sessions.events(row.session_id) if row.session_id else []
+    row = api(plain).get(f"/reviews/{review}")
 
     def text() -> str:
         lines = [
-            f"{row.repository}#{row.pull_number} {row.title}",
-            f"{row.url}",
-            f"head {row.head_sha} into {row.base_ref}",
-            f"state {row.state}, attempt {row.attempt}",
+            f"{row['repository']}#{row['pull_number']} {row['title']}",
+            f"{row['url']}",
+            f"head {row['head_sha']} into {row['base_ref']}",
+            f"state {row['state']}, attempt {row['attempt']}",
+            *work.why(row["reason"]),
         ]
-        if row.reason:
-            meaning, remedy = MEANING[Reason(row.reason)]
-            lines.append(f"reason {row.reason}: {meaning} {remedy}")
-        if row.verdict:
-            lines.append(f"check {row.verdict['conclusion']}, findings {row.verdict['counts']}")
-        if row.evidence:
-            evidence = Evidence.model_validate(row.evidence)
+        if row["verdict"]:
+            lines.append(f"check {row['verdict']['conclusion']}, findings {row['verdict']['counts']}")
+        if row["evidence"]:
+            evidence = Evidence.model_validate(row["evidence"])
             lines.append(
                 f"evidence {evidence.evidence_class}: {evidence.covered} of {evidence.changed_blobs} blobs in {evidence.turns} turns,"
                 f" diff {evidence.diff_hash[:16]}, agent {evidence.agent} {evidence.agent_version}, model {evidence.model}"
@@ -394,11 +372,11 @@ def reviews_show(review: UUID, plain: bool) -> None:
             for entry in evidence.ledger:
                 how = f"turn {entry.sent_turn}" if entry.sent_turn else entry.excluded or "NEVER SENT"
                 lines.append(f"  {how:<14} {entry.status:<9} {entry.path}")
-        lines += [f"effect {one['kind']:<24} {one['state']:<8} {one['url'] or one['reason'] or ''}" for one in effects]
-        lines += [f"event  {one['at']:%H:%M:%S} {one['kind']} {one['data']}" for one in events]
+        lines += map(work.effect_line, row["effects"])
+        lines += [f"event  {one['at'][11:19]} {one['kind']} {one['data']}" for one in row["events"]]
         return "\n".join(lines)
 
-    show(plain, {**asdict(row), "effects": effects, "events": events}, text)
+    show(plain, row, text)
 
 
 @reviews.command("dispatch")
@@ -407,7 +385,7 @@ def reviews_show(review: UUID, plain: bool) -> None:
 @click.option("--pull", type=int, required=True)
 @as_json
 def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> None:
-    """Asks for a review by hand."""
+    """Asks for a review of any open pull request by hand: on the platform's machine, whose App reads it."""
     settings, store = open_store(plain)
     config = store.owners.config(owner, admission.SERVICE)
     known = {name: one for one in store.owners.integrations(owner) for name in one["repositories"]}
@@ -441,13 +419,11 @@ def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> No
 @as_json
 def reviews_cancel(review: UUID, plain: bool) -> None:
     """Cancels an active review; its session stops and its slot is free."""
-    _, store = open_store(plain)
-    if not store.queue.cancel(review, reason=Reason.USER_CANCELLED, actor=OPERATOR):
-        end(plain, "this review is over already, or unknown")
+    api(plain).post(f"/reviews/{review}/cancel")
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+for command in (*work.COMMANDS, *people.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

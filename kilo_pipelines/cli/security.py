@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import json
-import logging
+import time
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import click
 
-from kilo_pipelines.acts import security as acts
-from kilo_pipelines.acts.security import config_of
-from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
-from kilo_pipelines.core.reasons import MEANING, Reason
-from kilo_pipelines.core.refusal import Refusal
-from kilo_pipelines.services.security import sla
+from kilo_pipelines.cli.client import api
+from kilo_pipelines.cli.common import as_json, end, show
+from kilo_pipelines.cli.work import settings_of
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.services.security.config import SERVICE
-from kilo_pipelines.store import OUTCOMES, AnalysisRow, FindingRow, Store
+from kilo_pipelines.store import OUTCOMES
 from kilo_pipelines.store.finding_lists import ORDERS
 
-log = logging.getLogger(__name__)
+# The control API's largest page.
+PAGE = 100
+# An owner's share of a run is shorter; behind others it waits for its turn.
+SYNC_SECONDS = 3_600.0
 
 owner_option = click.option("--owner", type=click.UUID, help="Default: the only owner.")
-
-
-def owner_of(store: Store, owner: UUID | None, plain: bool) -> UUID:
-    """The owner that a command is for; ends it when several are there and none was named."""
-    known = store.owners.all()
-    if owner is not None:
-        if owner not in {one.id for one in known}:
-            end(plain, f"no owner {owner}")
-        return owner
-    if len(known) != 1:
-        end(plain, "name an owner with --owner: " + ", ".join(f"{one.id} ({one.name})" for one in known), 2)
-    return known[0].id
-
-
-def finding_of(store: Store, finding: UUID, plain: bool) -> FindingRow:
-    """The finding that a command names; ends the command when there is none."""
-    owner = store.findings.owner_of(finding)
-    row = store.findings.get(owner, finding) if owner else None
-    if row is None:
-        end(plain, f"no finding {finding}")
-    return row
 
 
 @click.group()
@@ -77,23 +58,29 @@ def security_findings(
     plain: bool,
 ) -> None:
     """Lists findings with their deadlines, the worst first."""
-    _, store = open_store(plain)
-    found = store.findings.listed(
-        owner_of(store, owner, plain),
-        status=status,
-        severity=severity,
-        repository_id=repository,
-        outcome=outcome,
-        overdue=overdue,
-        sort=sort,
-        limit=limit,
-        offset=offset,
-    )
+    asked = api(plain)
+    found: list[dict[str, Any]] = []
+    while len(found) < limit:
+        page = asked.get(
+            "/security/findings",
+            owner=owner,
+            status=status,
+            severity=severity,
+            repository=repository,
+            outcome=outcome,
+            overdue=overdue,
+            sort=sort,
+            limit=min(PAGE, limit - len(found)),
+            offset=offset + len(found),
+        )
+        found += page["findings"]
+        if not page["findings"] or offset + len(found) >= page["total"]:
+            break
     show(plain, found, lambda: "\n".join(map(_line, found)) or "no findings")
 
 
 def _line(one: dict[str, Any]) -> str:
-    due = one["due_at"].date().isoformat() if one["due_at"] else "no deadline"
+    due = one["due_at"][:10] if one["due_at"] else "no deadline"
     late = " OVERDUE" if one["overdue"] else ""
     return f"{one['id']}  {one['severity']:<8} {one['status']:<7} due {due}{late}  {one['repository']}  {one['package_name']}: {one['title'][:60]}"
 
@@ -103,71 +90,71 @@ def _line(one: dict[str, Any]) -> str:
 @as_json
 def security_show(finding: UUID, plain: bool) -> None:
     """Shows one finding: what the source says, what was decided here, its deadline and its history."""
-    _, store = open_store(plain)
-    row = finding_of(store, finding, plain)
-    history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
-    state = acts.state_of(store, row, history, datetime.now(UTC))
-    answer = {
-        **vars(row),
-        "sla": {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)},
-        "history": [vars(one) for one in history],
-        "analyses": [vars(one) for one in store.analyses.of_finding(row.owner_id, row.id)],
-    }
+    found = api(plain).get(f"/security/findings/{finding}")
+    row = found["finding"]
 
     def text() -> str:
-        lines = [f"{row.severity} {row.status}  {row.package_name} ({row.package_ecosystem}) in {row.manifest_path}", row.title]
+        lines = [
+            f"{row['severity']} {row['status']}  {row['package_name']} ({row['package_ecosystem']}) in {row['manifest_path']}",
+            row["title"],
+        ]
         lines += [f"{name}: {value}" for name, value in _facts(row) if value]
-        lines += [_analysis_line(one) for one in store.analyses.of_finding(row.owner_id, row.id)]
-        lines += [sla.explain(state), *(f"  {one.at:%Y-%m-%d %H:%M} {one.kind} {one.severity or ''}" for one in history)]
+        lines += map(_analysis_line, found["analyses"])
+        lines.append(found["sla"]["explained"])
+        lines += [f"  {one['at'][:16]} {one['kind']} {one['severity'] or ''}" for one in found["history"]]
         return "\n".join(lines)
 
-    show(plain, answer, text)
+    show(plain, found, text)
 
 
-def _analysis_line(one: AnalysisRow) -> str:
-    found = one.deep or one.triage or {}
-    told = f": {found['action']}" if one.completed_at else ""
-    how = "deep" if one.deep else "shallow" if one.completed_at else one.mode
-    return f"analysis {one.item_id} {how} {one.state}{f' ({one.reason})' if one.reason else ''}{told}"
+def _analysis_line(one: dict[str, Any]) -> str:
+    result = one["deep"] or one["triage"] or {}
+    told = f": {result['action']}" if one["completed_at"] else ""
+    how = "deep" if one["deep"] else "shallow" if one["completed_at"] else one["mode"]
+    return f"analysis {one['item_id']} {how} {one['state']}{_in_brackets(one['reason'])}{told}"
 
 
-def _facts(row: FindingRow) -> list[tuple[str, str | None]]:
-    decided = f"{row.disposition} ({row.disposition_reason}) by {row.disposition_actor}" if row.disposition else None
+def _in_brackets(word: str | None) -> str:
+    return f" ({word})" if word else ""
+
+
+def _facts(row: dict[str, Any]) -> list[tuple[str, str | None]]:
+    decided = f"{row['disposition']} ({row['disposition_reason']}) by {row['disposition_by']}" if row["disposition"] else None
     return [
-        ("advisory", " ".join(one for one in (row.cve_id, row.ghsa_id) if one)),
-        ("fixed in", row.patched_version),
-        ("upstream", row.upstream_state + (f" ({row.upstream_reason})" if row.upstream_reason else "")),
+        ("advisory", " ".join(one for one in (row["cve_id"], row["ghsa_id"]) if one)),
+        ("fixed in", row["patched_version"]),
+        ("upstream", row["upstream_state"] + (f" ({row['upstream_reason']})" if row["upstream_reason"] else "")),
         ("decided here", decided),
-        ("page", row.html_url),
+        ("page", row["html_url"]),
     ]
 
 
 @security.command("sync")
 @owner_option
-@click.option("--repository", type=int, help="Only the repository with this id at the provider, selected or not.")
+@click.option(
+    "--repository", type=click.IntRange(1, 2**63 - 1), help="Only the repository with this id at the provider, selected or not."
+)
+@click.option("--wait", is_flag=True, help="Until it has ended, an hour at most; exit status 1 when something wasn't read.")
 @as_json
-def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> None:
-    """Copies the owner's Dependabot alerts now."""
-    # The orchestrator's library takes seconds to load, and only these two commands need it.
-    from kilo_pipelines.ops.security_sync import Trigger, sync_owner
-    from kilo_pipelines.resources.github import GitHubResource
-
-    _, store = open_store(plain)
-    by = Trigger("command", OPERATOR)
-    done = sync_owner(store, GitHubResource(), owner_of(store, owner, plain), log, only=repository, trigger=by)
-
-    if not done.repositories:
-        meaning, remedy = MEANING[Reason(done.outcome)]
-        end(plain, f"nothing was read: {meaning} {remedy} ({done.outcome})")
-
-    def text() -> str:
-        lines = [
-            f"{done.outcome}: {done.inserted} new, {done.changed} changed, {done.unchanged} unchanged, {done.quarantined} in quarantine"
-        ]
-        return "\n".join([*lines, *(f"  {name}: {how}" for name, how in done.repositories.items())])
-
-    show(plain, vars(done), text)
-    if not done.complete:
+def security_sync(owner: UUID | None, repository: int | None, wait: bool, plain: bool) -> None:
+    """Asks for a copy of the owner's Dependabot alerts now; a run begins as soon as a worker is free."""
+    asked = api(plain)
+    wish = {"repository": repository} if repository else {}
+    done = asked.post("/security/sync", wish, owner=owner)
+    if done["item"] is None:
+        end(plain, "a sync waits or runs already: `kilo-pipelines items list --service security_sync --state live` shows it")
+    if not wait:
+        show(plain, done, lambda: f"waiting as item {done['item']}")
+        return
+    until = time.monotonic() + SYNC_SECONDS
+    while (item := asked.get(f"/items/{done['item']}"))["state"] not in FINAL:
+        if time.monotonic() > until:
+            end(plain, f"item {done['item']} hasn't ended; `kilo-pipelines items show` tells")
+        time.sleep(1)
+    read = asked.get("/security/repositories", owner=owner)["repositories"]
+    lines = [f"{item['state']} ({item['reason']})", *(f"  {one['full_name']}: {one['outcome']}" for one in read)]
+    show(plain, {**done, "state": item["state"], "reason": item["reason"], "repositories": read}, lambda: "\n".join(lines))
+    if item["state"] != WorkState.COMPLETED or item["reason"] != Reason.ALERTS_SYNCED:
         raise SystemExit(1)
 
 
@@ -179,31 +166,7 @@ def security_sync(owner: UUID | None, repository: int | None, plain: bool) -> No
 @as_json
 def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool) -> None:
     """Shows the owner's settings, or changes some; deadlines follow at once. Saving never switches the service on."""
-    _, store = open_store(plain)
-    owner_id = owner_of(store, owner, plain)
-    setting = store.owners.config(owner_id, SERVICE)
-    try:
-        wanted = {name: json.loads(value) for name, _, value in (one.partition("=") for one in changes)}
-    except ValueError:
-        end(plain, f"not NAME=JSON: {', '.join(changes)}", 2)
-    config = config_of(store, owner_id)
-    if changes:
-        from kilo_pipelines.assets.security import recompute
-
-        saved = acts.save_settings(
-            store,
-            owner_id,
-            wanted,
-            expected_revision=setting.revision if setting else 0,
-            role=OPERATOR,
-            actor=OPERATOR,
-            now=datetime.now(UTC),
-            recompute=recompute,
-        )
-        if isinstance(saved, Refusal):
-            end(plain, f"{saved.detail} ({saved.reason})", 2)
-        config = saved.config
-    shown = config.model_dump(mode="json")
+    shown = settings_of(SERVICE, owner, changes, plain)
     show(plain, shown, lambda: "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()))
 
 
@@ -212,8 +175,7 @@ def security_settings(owner: UUID | None, changes: tuple[str, ...], plain: bool)
 @as_json
 def security_quarantine(owner: UUID | None, plain: bool) -> None:
     """Lists alerts that could not be taken, and which of their fields are wrong."""
-    _, store = open_store(plain)
-    found = store.findings.quarantined(owner_of(store, owner, plain))
+    found = api(plain).get("/security/quarantine", owner=owner)["alerts"]
     show(
         plain,
         found,
@@ -235,11 +197,9 @@ def security_sla() -> None:
 @as_json
 def security_sla_explain(finding: UUID, at: datetime | None, plain: bool) -> None:
     """Says how a finding's deadline came to be, now or at any past moment under the policy of that time."""
-    _, store = open_store(plain)
-    row = finding_of(store, finding, plain)
-    history = store.findings.history(row.owner_id, [row.id]).get(row.id, [])
-    state = acts.state_of(store, row, history, at.replace(tzinfo=UTC) if at else datetime.now(UTC))
-    show(plain, {"status": state.status, "due_at": state.due_at, "explained": sla.explain(state)}, lambda: sla.explain(state))
+    moment = at.replace(tzinfo=UTC).isoformat() if at else None
+    found = api(plain).get(f"/security/findings/{finding}/deadline", at=moment)
+    show(plain, found, lambda: str(found["explained"]))
 
 
 COMMANDS = (security,)

@@ -6,10 +6,9 @@ from uuid import UUID
 
 import click
 
-from kilo_pipelines.acts.analysis import analyse
-from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
-from kilo_pipelines.cli.security import finding_of, security
-from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.cli.client import api
+from kilo_pipelines.cli.common import as_json, show
+from kilo_pipelines.cli.security import security
 
 
 @security.command("analyze")
@@ -19,9 +18,5 @@ from kilo_pipelines.core.reasons import MEANING, Reason
 @as_json
 def security_analyze(finding: UUID, deep: bool, restart: bool, plain: bool) -> None:
     """Has a finding analysed; the item that does it is watched with `items show`."""
-    _, store = open_store(plain)
-    answer = analyse(store, finding_of(store, finding, plain), role="owner", actor=OPERATOR, deep=deep, restart=restart)
-    if isinstance(answer, Reason):
-        meaning, remedy = MEANING[answer]
-        end(plain, f"not analysed: {meaning} {remedy} ({answer})")
-    show(plain, {"item": answer}, lambda: f"waiting as item {answer}")
+    done = api(plain).post(f"/security/findings/{finding}/analyze", {"deep": deep, "restart": restart})
+    show(plain, {"item": done["item"]}, lambda: f"waiting as item {done['item']}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from uuid import UUID
 
 import click
 
-from kilo_pipelines.cli.common import as_json, open_store, show
-from kilo_pipelines.cli.security import owner_of, owner_option, security
+from kilo_pipelines.cli.client import api
+from kilo_pipelines.cli.common import as_json, show
+from kilo_pipelines.cli.security import owner_option, security
 
 
 @security.group("notices")
@@ -18,16 +18,15 @@ def security_notices() -> None:
 
 @security_notices.command("list")
 @owner_option
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1_000))
 @as_json
 def security_notices_list(owner: UUID | None, limit: int, plain: bool) -> None:
     """Lists notices with what became of each message."""
-    _, store = open_store(plain)
-    found = store.notices.listed(owner_of(store, owner, plain), limit)
+    found = api(plain).get("/security/notices", owner=owner, limit=limit)["notices"]
 
     def text() -> str:
         lines = [
-            f"{one['created_at']:%Y-%m-%d %H:%M} {one['kind']:<12} {one['finding_id']} {one['state']}"
+            f"{one['created_at'][:16]} {one['kind']:<12} {one['finding_id']} {one['state']}"
             + "".join(f"  {m['channel']} {m['state']}{' (' + m['reason'] + ')' if m['reason'] else ''}" for m in one["messages"])
             for one in found
         ]
@@ -41,7 +40,5 @@ def security_notices_list(owner: UUID | None, limit: int, plain: bool) -> None:
 @as_json
 def security_notices_webhook_secret(owner: UUID | None, plain: bool) -> None:
     """Shows the secret that the owner's webhooks are signed with (Standard Webhooks, `whsec_` and base64)."""
-    _, store = open_store(plain)
-    secret = store.cipher.derive(f"notice-webhook:{owner_of(store, owner, plain)}")
-    shown = "whsec_" + base64.b64encode(secret).decode()
-    show(plain, {"secret": shown}, lambda: shown)
+    found = api(plain).get("/security/notices/webhook-secret", owner=owner)
+    show(plain, found, lambda: str(found["secret"]))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import click
 
-from kilo_pipelines.acts import security as acts
-from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
-from kilo_pipelines.cli.security import owner_of, owner_option, security
-from kilo_pipelines.core.reasons import MEANING
-from kilo_pipelines.core.refusal import Refusal
+from kilo_pipelines.cli.client import api
+from kilo_pipelines.cli.common import as_json, end, show
+from kilo_pipelines.cli.security import owner_option, security
 
 _day = click.DateTime(["%Y-%m-%d"])
 _repository = click.option(
@@ -34,18 +32,23 @@ def security_report(
     owner: UUID | None,
     first: datetime | None,
     last: datetime | None,
-    form: acts.Form,
+    form: str,
     repository: int | None,
     output: Path | None,
     plain: bool,
 ) -> None:
     """Writes the audit report of a period (csv, json), or what the findings mean for others (vex). `--json` wraps the answer."""
-    _, store = open_store(plain)
-    wish = acts.Wish(form, first.date() if first else None, last.date() if last else None, repository)
-    owner_id = owner_of(store, owner, plain)
-    made = acts.make_document(store, owner_id, wish, role=OPERATOR, actor=OPERATOR, now=datetime.now(UTC))
-    if isinstance(made, Refusal):
-        end(plain, f"{made.detail}: {MEANING[made.reason][0]} {MEANING[made.reason][1]} ({made.reason})", 2)
+    made = api(plain).raw(
+        "GET",
+        "/security/report",
+        {
+            "owner": owner,
+            "format": form,
+            "from": first.date() if first else None,
+            "to": last.date() if last else None,
+            "repository": repository,
+        },
+    )
     if output is None and not plain:
         sys.stdout.buffer.write(made)
         return
@@ -68,8 +71,7 @@ def security_report(
 @as_json
 def security_summary(owner: UUID | None, repository: int | None, plain: bool) -> None:
     """Shows the owner's figures: deadlines, analyses, times to fix, the longest overdue, the worst repositories."""
-    _, store = open_store(plain)
-    found = acts.summary_of(store, owner_of(store, owner, plain), repository, datetime.now(UTC))
+    found = api(plain).get("/security/summary", owner=owner, repository=repository)
     show(plain, found, lambda: "\n".join(_lines(found)))
 
 

@@ -12,7 +12,6 @@ from uuid import UUID
 
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.ingress.door import new_password
-from kilo_pipelines.ingress.keys import ensure_operator_key
 from kilo_pipelines.providers.github import GitHubApp, ProviderError
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -136,7 +135,6 @@ def ensure_demo_owner(settings: Settings, store: Store, credentials: dict[str, A
     wanted = CodeReviewConfig(gate_threshold=gate).model_dump(mode="json")  # type: ignore[arg-type]  # validated by pydantic
     if known is None:
         store.owners.put_config(owner.id, SERVICE, wanted, enabled=True, expected_revision=0, actor="operator")
-    ensure_operator_key(store, settings.operator_key_file)
     return owner.id
 
 

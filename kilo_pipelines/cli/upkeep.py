@@ -9,6 +9,7 @@ from uuid import UUID
 
 import click
 
+from kilo_pipelines.cli.client import api
 from kilo_pipelines.cli.common import as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING
 from kilo_pipelines.resources.upkeep import export_heads, read_heads
@@ -23,18 +24,17 @@ def audit() -> None:
 
 @audit.command("list")
 @click.option("--owner", type=click.UUID)
-@click.option("--limit", default=50, show_default=True)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1_000))
 @as_json
 def audit_list(owner: UUID | None, limit: int, plain: bool) -> None:
     """Lists audit events, newest first."""
-    _, store = open_store(plain)
-    found = store.audit.listed(owner_id=owner, limit=limit)
+    found = api(plain).get("/audit", owner=owner, limit=limit)["events"]
     show(
         plain,
         found,
         lambda: (
             "\n".join(
-                f"{one['at']:%Y-%m-%d %H:%M:%S}  {one['actor']:<14} {one['action']:<24} {one['subject']}  seal {one['seal'] or '-'}"
+                f"{one['at'][:19]}  {one['actor']:<14} {one['action']:<24} {one['subject']}  seal {one['seal'] or '-'}"
                 for one in found
             )
             or "no events"
@@ -86,14 +86,14 @@ def audit_verify(heads: Path | None, plain: bool) -> None:
     sys.exit(0 if broken is None else 1)
 
 
-@click.group()
-def keys() -> None:
+@click.group("encryption-keys")
+def encryption_keys() -> None:
     """The key that encrypts secrets in the database."""
 
 
-@keys.command("list")
+@encryption_keys.command("list")
 @as_json
-def keys_list(plain: bool) -> None:
+def encryption_keys_list(plain: bool) -> None:
     """Lists keys by id: which one seals, which ones are in use."""
     settings, store = open_store(plain)
     current, ids = Cipher.key_ids(settings.encryption_key_file.read_text())
@@ -110,9 +110,9 @@ def keys_list(plain: bool) -> None:
     )
 
 
-@keys.command("rotate")
+@encryption_keys.command("rotate")
 @as_json
-def keys_rotate(plain: bool) -> None:
+def encryption_keys_rotate(plain: bool) -> None:
     """Makes a new key and seals everything under it; running processes read it when they meet it. Interrupted: run it again."""
     settings, store = open_store(plain)
     file = settings.encryption_key_file
@@ -123,13 +123,13 @@ def keys_rotate(plain: bool) -> None:
     show(
         plain,
         {"resealed": done},
-        lambda: f"{done} values sealed under the new key; `kilo-pipelines keys prune` forgets unused ones",
+        lambda: f"{done} values sealed under the new key; `kilo-pipelines encryption-keys prune` forgets unused ones",
     )
 
 
-@keys.command("prune")
+@encryption_keys.command("prune")
 @as_json
-def keys_prune(plain: bool) -> None:
+def encryption_keys_prune(plain: bool) -> None:
     """Forgets keys that seal nothing any more. The first key stays: markers on the provider's pages are derived from it."""
     settings, store = open_store(plain)
     store.keys.reseal()
@@ -140,4 +140,4 @@ def keys_prune(plain: bool) -> None:
     show(plain, {"forgotten": gone}, lambda: f"forgotten: {', '.join(gone) or 'none'}")
 
 
-COMMANDS = (audit, keys)
+COMMANDS = (audit, encryption_keys)

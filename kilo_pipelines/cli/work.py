@@ -1,18 +1,22 @@
-"""The operator's hands: pause, kill and resume, work items, effects, services of owners."""
+"""The operator's hands over the control API: pause, kill and resume, work items, effects, services of owners.
+
+An owner's key does the same for its own owner.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 from uuid import UUID
 
 import click
 
-from kilo_pipelines.acts import security
-from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
+from kilo_pipelines.acts.security import check_readable
+from kilo_pipelines.cli.client import api, refuse
+from kilo_pipelines.cli.common import as_json, end, open_store, show
 from kilo_pipelines.core.effects import EffectState
 from kilo_pipelines.core.reasons import MEANING, Reason
-from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import SyncTarget
@@ -29,10 +33,13 @@ def _scoped(command: Any) -> Any:
     return command
 
 
-def _scope(owner: UUID | None, service: str | None, plain: bool) -> str:
+def _scope(owner: UUID | None, service: str | None, plain: bool) -> dict[str, str]:
+    """The scope for the operator's key, everything where none is named; an owner's key has its own, and names none."""
     if owner is not None and service is not None:
         end(plain, "give --owner or --service, not both", 2)
-    return f"owner:{owner}" if owner else f"service:{service}" if service else "all"
+    if owner is not None or service is not None:
+        return {"scope": f"owner:{owner}" if owner else f"service:{service}"}
+    return {"scope": "all"} if api(plain).get("/me")["owner_id"] is None else {}
 
 
 @click.command()
@@ -41,10 +48,8 @@ def _scope(owner: UUID | None, service: str | None, plain: bool) -> str:
 @as_json
 def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
     """Starts nothing new in the scope (everything, an owner, a service); what runs goes on to its end."""
-    _, store = open_store(plain)
-    scope = _scope(owner, service, plain)
-    store.queue.switch(scope, "pause", reason, actor=OPERATOR)
-    show(plain, {"scope": scope, "kind": "pause"}, lambda: f"paused: {scope}; `kilo-pipelines resume` goes on")
+    done = api(plain).post("/switches/pause", {"reason": reason, **_scope(owner, service, plain)})
+    show(plain, done, lambda: f"paused: {done['scope']}; `kilo-pipelines resume` goes on")
 
 
 @click.command()
@@ -53,13 +58,11 @@ def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> 
 @as_json
 def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
     """The kill switch: cancels what runs in the scope and starts nothing until it is released."""
-    _, store = open_store(plain)
-    scope = _scope(owner, service, plain)
-    stopped = store.queue.switch(scope, "kill", reason, actor=OPERATOR)
+    done = api(plain).post("/switches/kill", {"reason": reason, **_scope(owner, service, plain)})
     show(
         plain,
-        {"scope": scope, "kind": "kill", "cancelled": stopped},
-        lambda: f"kill switch set: {scope}; {stopped} items cancelled; `kilo-pipelines resume` releases it",
+        done,
+        lambda: f"kill switch set: {done['scope']}; {done['cancelled']} items cancelled; `kilo-pipelines resume` releases it",
     )
 
 
@@ -68,15 +71,12 @@ def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> N
 @as_json
 def resume(owner: UUID | None, service: str | None, plain: bool) -> None:
     """Releases a pause or kill switch of the same scope."""
-    _, store = open_store(plain)
-    scope = _scope(owner, service, plain)
-    if not store.queue.unswitch(scope):
-        set_now = ", ".join(one["scope"] for one in store.queue.switches())
-        end(plain, f"nothing is paused for {scope}" + (f"; switches that are set: {set_now}" if set_now else ""))
-    show(plain, {"scope": scope, "released": True}, lambda: f"released: {scope}")
+    done = api(plain).post("/switches/resume", _scope(owner, service, plain))
+    show(plain, done, lambda: f"released: {done['scope']}")
 
 
-def _why(reason: str | None) -> list[str]:
+def why(reason: str | None) -> list[str]:
+    """What a reason means, as a line where there is one."""
     if not reason:
         return []
     meaning, remedy = MEANING[Reason(reason)]
@@ -92,12 +92,11 @@ def items() -> None:
 @click.option("--owner", type=click.UUID)
 @click.option("--service")
 @click.option("--state", type=click.Choice(["live", *(str(state) for state in WorkState)]))
-@click.option("--limit", default=50, show_default=True)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1_000))
 @as_json
 def items_list(owner: UUID | None, service: str | None, state: str | None, limit: int, plain: bool) -> None:
     """Lists work items, newest first."""
-    _, store = open_store(plain)
-    found = store.queue.items(owner_id=owner, service=service, state=state, limit=limit)
+    found = api(plain).get("/items", owner=owner, service=service, state=state, limit=limit)["items"]
     show(
         plain,
         found,
@@ -116,54 +115,40 @@ def items_list(owner: UUID | None, service: str | None, state: str | None, limit
 @as_json
 def items_show(item: UUID, plain: bool) -> None:
     """Shows one item: its attempts, its session, its effects and why it is where it is."""
-    _, store = open_store(plain)
-    row = store.queue.get(item)
-    if row is None:
-        end(plain, f"no item {item}")
-    attempts = store.queue.attempts(item)
-    effects = store.outbox.of_item(item)
-    session = store.sessions.get(row.session_id) if row.session_id else None
+    found = api(plain).get(f"/items/{item}")
 
     def text() -> str:
         lines = [
-            f"{row.service} {row.subject_key}",
-            f"owner {row.owner_id}",
-            f"state {row.state}, attempt {row.attempt}, fence {row.fence}",
-            *_why(row.reason),
+            f"{found['service']} {found['subject_key']}",
+            f"owner {found['owner_id']}",
+            f"state {found['state']}, attempt {found['attempt']}, fence {found['fence']}",
+            *why(found["reason"]),
         ]
         lines += [
             f"attempt {one['number']}: {one['state']:<10} {one['reason'] or '':<20} session {one['session_id'] or '-'}"
-            for one in attempts
+            for one in found["attempts"]
         ]
+        session = found["session"]
         if session is not None:
             lines.append(
-                f"session {session.id}: {session.state} {session.reason or ''}, launches {session.launches}, run {session.run_id or '-'}"
+                f"session {session['id']}: {session['state']} {session['reason'] or ''}, launches {session['launches']}, run {session['run'] or '-'}"
             )
-        lines += [f"effect {one['kind']:<24} {one['state']:<8} {one['url'] or one['reason'] or ''}" for one in effects]
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(effect_line, found["effects"])])
 
-    value = {
-        **{
-            name: getattr(row, name)
-            for name in ("id", "owner_id", "service", "subject_key", "state", "reason", "attempt", "fence")
-        },
-        "attempts": attempts,
-        "session": {"id": session.id, "state": session.state, "reason": session.reason, "run": session.run_id}
-        if session
-        else None,
-        "effects": effects,
-    }
-    show(plain, value, text)
+    show(plain, found, text)
+
+
+def effect_line(one: dict[str, Any]) -> str:
+    """One effect of an item."""
+    return f"effect {one['kind']:<24} {one['state']:<8} {one['url'] or one['reason'] or ''}"
 
 
 @items.command("cancel")
 @click.argument("item", type=click.UUID)
 @as_json
 def items_cancel(item: UUID, plain: bool) -> None:
-    """Cancels a live item; its session stops and its slots are free."""
-    _, store = open_store(plain)
-    if not store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor=OPERATOR):
-        end(plain, "this item is over already, or unknown")
+    """Cancels an item whatever its state; its session stops and its slots are free."""
+    api(plain).post(f"/items/{item}/cancel")
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
@@ -172,10 +157,8 @@ def items_cancel(item: UUID, plain: bool) -> None:
 @click.option("--force", is_flag=True, help="A completed item too.")
 @as_json
 def items_retry(item: UUID, force: bool, plain: bool) -> None:
-    """Opens a new attempt of an item that failed or was cancelled."""
-    _, store = open_store(plain)
-    if not store.queue.reopen(item, actor=OPERATOR, force=force):
-        end(plain, "this item is active, completed (then --force), unknown, or its subject has another live item")
+    """Opens a new attempt of an item that failed or was cancelled; refused while its subject has another live item."""
+    api(plain).post(f"/items/{item}/retry", {"force": force})
     show(plain, {"reopened": True}, lambda: "waiting again")
 
 
@@ -185,14 +168,14 @@ def effects() -> None:
 
 
 @effects.command("list")
+@click.option("--owner", type=click.UUID)
 @click.option("--state", type=click.Choice([str(state) for state in EffectState]))
 @click.option("--item", type=click.UUID)
-@click.option("--limit", default=50, show_default=True)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1_000))
 @as_json
-def effects_list(state: str | None, item: UUID | None, limit: int, plain: bool) -> None:
+def effects_list(owner: UUID | None, state: str | None, item: UUID | None, limit: int, plain: bool) -> None:
     """Lists effects, newest first; exit status 1 when dead or unknown ones wait for a person."""
-    _, store = open_store(plain)
-    found = store.outbox.listed(state=state, item_id=item, limit=limit)
+    found = api(plain).get("/effects", owner=owner, state=state, item=item, limit=limit)["effects"]
     show(
         plain,
         found,
@@ -212,11 +195,8 @@ def effects_list(state: str | None, item: UUID | None, limit: int, plain: bool) 
 @as_json
 def effects_retry(effect: UUID, plain: bool) -> None:
     """Tries a dead or unknown effect again; it is dropped when a newer one of its kind stands already."""
-    _, store = open_store(plain)
-    state = store.outbox.revive(effect, actor=OPERATOR)
-    if state is None:
-        end(plain, "this effect is neither dead nor unknown")
-    show(plain, {"state": state}, lambda: state)
+    done = api(plain).post(f"/effects/{effect}/retry", {})
+    show(plain, done, lambda: str(done["state"]))
 
 
 @effects.command("drop")
@@ -224,26 +204,25 @@ def effects_retry(effect: UUID, plain: bool) -> None:
 @as_json
 def effects_drop(effect: UUID, plain: bool) -> None:
     """Gives an effect up that isn't being applied."""
-    _, store = open_store(plain)
-    if store.outbox.abandon(effect, actor=OPERATOR) is None:
-        end(plain, "this effect is over, being applied, or unknown")
-    show(plain, {"state": "dropped"}, lambda: "dropped")
+    done = api(plain).post(f"/effects/{effect}/drop", {})
+    show(plain, done, lambda: str(done["state"]))
 
 
 @click.group()
 def services() -> None:
-    """Services of an owner: on, off, or waiting for a person."""
+    """Services of an owner: on, off, or waiting for a person; their settings."""
 
 
 @services.command("list")
+@click.option("--owner", type=click.UUID)
 @as_json
-def services_list(plain: bool) -> None:
-    """Lists every owner's services; exit status 1 when one waits for a person."""
-    _, store = open_store(plain)
+def services_list(owner: UUID | None, plain: bool) -> None:
+    """Lists services; exit status 1 when one waits for a person."""
+    asked = api(plain)
+    names = {one["id"]: one["name"] for one in asked.get("/owners")["owners"]}
     found = [
-        {"owner": str(owner.id), "name": owner.name, **one}
-        for owner in store.owners.all()
-        for one in store.owners.services(owner.id)
+        {"owner": one["owner_id"], "name": names.get(one["owner_id"], ""), **one}
+        for one in asked.get("/services", owner=owner)["services"]
     ]
 
     def line(one: dict[str, Any]) -> str:
@@ -252,25 +231,37 @@ def services_list(plain: bool) -> None:
             f"ACTION REQUIRED ({needed['reason']} since {needed['detected_at']})" if needed else "on" if one["enabled"] else "off"
         )
         return "\n".join(
-            [f"{one['owner']}  {one['name']:<16} {one['service']:<12} {state}", *(_why(needed["reason"]) if needed else [])]
+            [f"{one['owner']}  {one['name']:<16} {one['service']:<12} {state}", *(why(needed["reason"]) if needed else [])]
         )
 
     show(plain, found, lambda: "\n".join(line(one) for one in found) or "no services")
     sys.exit(1 if any(one["action_required"] for one in found) else 0)
 
 
-def _switch(owner: UUID, service: str, enabled: bool, plain: bool) -> None:
-    _, store = open_store(plain)
-    if enabled and service == SECURITY:
-        done = security.enable(store, owner, _unreadable, role=OPERATOR, actor=OPERATOR)
-    else:
-        done = store.owners.enable_service(owner, service, enabled, actor=OPERATOR)
-    if isinstance(done, Refusal):
-        meaning, remedy = MEANING[done.reason]
-        end(plain, f"{meaning} {remedy} ({done.reason}: {done.detail})")
-    if not done:
-        end(plain, f"owner {owner} has no service {service}")
-    show(plain, {"enabled": enabled}, lambda: "on" if enabled else "off")
+@services.command("settings")
+@click.argument("service")
+@click.option("--owner", type=click.UUID)
+@click.option("--set", "changes", multiple=True, metavar="NAME=JSON", help="For example --set max_parts=4; again for more.")
+@as_json
+def services_settings(service: str, owner: UUID | None, changes: tuple[str, ...], plain: bool) -> None:
+    """Shows the settings of a service, or changes some. Saving never switches it on or off."""
+    shown = settings_of(service, owner, changes, plain)
+    show(plain, shown, lambda: "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()))
+
+
+def settings_of(service: str, owner: UUID | None, changes: tuple[str, ...], plain: bool) -> dict[str, Any]:
+    """A service's settings after the changes, over the revision that is there now."""
+    try:
+        wanted = {name: json.loads(value) for name, _, value in (one.partition("=") for one in changes)}
+    except ValueError:
+        end(plain, f"not NAME=JSON: {', '.join(changes)}", 2)
+    asked = api(plain)
+    found = asked.get(f"/services/{service}/settings", owner=owner)
+    if wanted:
+        body = {"expected_revision": found["revision"], "settings": wanted}
+        found = asked.put(f"/services/{service}/settings", body, owner=owner)
+    shown: dict[str, Any] = found["settings"]
+    return shown
 
 
 def _unreadable(target: SyncTarget) -> Reason | None:
@@ -286,20 +277,34 @@ def _unreadable(target: SyncTarget) -> Reason | None:
 
 @services.command("enable")
 @click.argument("service")
-@click.option("--owner", type=click.UUID, required=True)
+@click.option("--owner", type=click.UUID, help="Default: the only owner.")
 @as_json
-def services_enable(service: str, owner: UUID, plain: bool) -> None:
-    """Switches a service on; what it waited for counts as mended."""
-    _switch(owner, service, True, plain)
+def services_enable(service: str, owner: UUID | None, plain: bool) -> None:
+    """Switches a service on; what it waited for counts as mended.
+
+    On the platform's machine GitHub is asked first whether the Security Agent may read; elsewhere its first sync tells.
+    """
+    asked = api(plain)
+    if service == SECURITY and asked.local:
+        _, store = open_store(plain)
+        known = [UUID(one["id"]) for one in asked.get("/owners")["owners"]]
+        if owner is None and len(known) != 1:
+            refuse(plain, Reason.OWNER_NOT_NAMED, f"{len(known)} owners", 2)
+        refusal = check_readable(store, owner or known[0], _unreadable)
+        if refusal is not None:
+            refuse(plain, refusal.reason, refusal.detail)
+    asked.post(f"/services/{service}/enable", {}, owner=owner)
+    show(plain, {"enabled": True}, lambda: "on")
 
 
 @services.command("disable")
 @click.argument("service")
-@click.option("--owner", type=click.UUID, required=True)
+@click.option("--owner", type=click.UUID, help="Default: the only owner.")
 @as_json
-def services_disable(service: str, owner: UUID, plain: bool) -> None:
+def services_disable(service: str, owner: UUID | None, plain: bool) -> None:
     """Switches a service off for an owner: its events are skipped with `reviewer_not_enabled`."""
-    _switch(owner, service, False, plain)
+    api(plain).post(f"/services/{service}/disable", {}, owner=owner)
+    show(plain, {"enabled": False}, lambda: "off")
 
 
 COMMANDS = (pause, kill, resume, items, effects, services)

@@ -18,6 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.cli.supervisor import Platform
+from kilo_pipelines.ingress.keys import ensure_operator_key
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Store
 from kilo_pipelines.store.rows import ReviewRow
@@ -74,6 +75,7 @@ def start_platform(platform: Platform) -> Settings:
     store = setup.open_store(settings)
     store.database.check_roles()
     store.sessions.ensure_capacity(supervisor.agents_max(settings))
+    ensure_operator_key(store, settings.operator_key_file)
     platform.start([*supervisor.outer_processes(settings), *supervisor.dagster_processes(settings)])
     return settings
 

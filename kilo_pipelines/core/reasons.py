@@ -89,6 +89,8 @@ class Reason(StrEnum):
     PERSONAL_OWNER = "personal_owner"
     # the control API and the command line that speaks it
     SWITCH_NOT_SET = "switch_not_set"
+    SWITCH_HELD = "switch_held"
+    SETTINGS_MISSING = "settings_missing"
     API_ADDRESS_REFUSED = "api_address_refused"
     API_KEY_MISSING = "api_key_missing"
     API_UNREACHABLE = "api_unreachable"
@@ -349,6 +351,8 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Nothing is paused or stopped in this scope.",
         "`kilo-pipelines resume` names the scope that was switched.",
     ),
+    Reason.SWITCH_HELD: ("The operator paused or stopped this scope.", "Ask the operator; only the operator releases it."),
+    Reason.SETTINGS_MISSING: ("The owner has no settings of this service.", "Save some first; saving doesn't switch it on."),
     Reason.API_ADDRESS_REFUSED: (
         "The control API's address isn't https, or isn't an address: a key would go over the wire in the clear.",
         "Set KILO_API_URL to an https address; plain http is for this machine alone.",

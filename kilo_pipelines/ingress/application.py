@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 from uuid import UUID
 
 import anyio
-from prometheus_client import generate_latest
-from pydantic import BaseModel, ConfigDict, ValidationError
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kilo_pipelines import __version__
 from kilo_pipelines.core.clock import Clock, SystemClock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import storable
@@ -32,11 +37,13 @@ from kilo_pipelines.ingress.bodies import (
     parsed,
     read_body,
 )
-from kilo_pipelines.ingress.control import Desk
-from kilo_pipelines.ingress.openapi import description
+from kilo_pipelines.ingress.control import HANDLERS, ControlRoute, Gate
+from kilo_pipelines.ingress.owners import owner_routes
+from kilo_pipelines.ingress.page import page_routes
 from kilo_pipelines.ingress.security import security_routes
 from kilo_pipelines.ingress.security_work import security_work_routes
 from kilo_pipelines.ingress.together import Together
+from kilo_pipelines.ingress.work import work_routes
 from kilo_pipelines.providers.github_webhooks import (
     InstallationRepositoriesShape,
     InstallationShape,
@@ -55,19 +62,6 @@ _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "us
 # Events that a service admits; everything else is stored as settled.
 _ADMITTED = {"pull_request", "dependabot_alert"}
 _LIFECYCLE = frozenset({"installation", "installation_repositories", "repository"})
-
-# A dispatch finds its pull request among this many newest reviews of an owner.
-DISPATCH_LOOK_BACK = 1_000
-
-
-class Dispatch(BaseModel):
-    """Body of a dispatch: a pull request that the platform knows; `force` repeats a completed review."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    repository: str
-    pull_number: int
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,23 +116,14 @@ def public_application(ingress: Ingress) -> Starlette:
             metrics.callbacks.labels(str(Reason.STORE_UNAVAILABLE)).inc()
             return _answer(503, "refused", Reason.STORE_UNAVAILABLE)
 
-    return _guarded(
-        ingress,
-        [
+    return Starlette(
+        routes=[
             Route("/webhooks/github", webhook, methods=["POST"]),
             Route("/callbacks/sessions/{session}", callback, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ],
-    )
-
-
-def _guarded(ingress: Ingress, routes: Sequence[BaseRoute]) -> Starlette:
-    """Only requests to our own names: a page in somebody's browser must not talk to us under a name of its own."""
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    return Starlette(
-        routes=routes,
+        # Only requests to our own names, here and at the admin listener: a page in somebody's browser must not talk to us under a name
+        # of its own.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=sorted(ingress.allowed_hosts))],
         exception_handlers={SQLAlchemyError: _store_unavailable},
     )
@@ -287,137 +272,52 @@ async def _callback(ingress: Ingress, request: Request) -> Response:
     return answer(202 if outcome == "accepted" else 200, outcome)
 
 
-def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> Starlette:
-    """Control API and metrics, where every route but health asks for an API key; and the `door` for people."""
-
-    async def principal(request: Request) -> tuple[UUID | None, str] | None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            return None
-        return await anyio.to_thread.run_sync(ingress.store.owners.principal, key)
-
-    desk = Desk(ingress.store, principal)
-
-    async def show_metrics(request: Request) -> Response:
-        found = await principal(request)
-        if found is None or found[1] != "operator":
-            return _answer(401, "refused")
-        await anyio.to_thread.run_sync(_refresh_gauges, ingress.store)
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
-
-    async def list_reviews(request: Request) -> Response:
-        found = await principal(request)
-        if found is None:
-            return _answer(401, "refused")
-        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.all)]
-        reviews = [
-            asdict(one) for owner in owners for one in await anyio.to_thread.run_sync(ingress.store.reviews.of_owner, owner)
-        ]
-        return JSONResponse({"reviews": _plain(reviews)})
-
-    async def show_review(request: Request) -> Response:
-        found = await principal(request)
-        if found is None:
-            return _answer(401, "refused")
-        review = await _review_of(ingress, request, found[0])
-        return JSONResponse(_plain(asdict(review))) if review else _answer(404, "not_found")
-
-    async def cancel_review(request: Request) -> Response:
-        found = await principal(request)
-        if found is None or found[1] == "reader":
-            return _answer(401, "refused")
-        review = await _review_of(ingress, request, found[0])
-        if review is None:
-            return _answer(404, "not_found")
-        actor = "operator" if found[0] is None else f"owner:{found[0]}"
-        done = await anyio.to_thread.run_sync(
-            lambda: ingress.store.queue.cancel(review.item_id, reason=Reason.USER_CANCELLED, actor=actor)
-        )
-        return _answer(200, "cancelled") if done else _answer(409, "refused", Reason.MOVED_ON)
-
-    async def dispatch_review(request: Request) -> Response:
-        found = await principal(request)
-        if found is None or found[1] == "reader":
-            return _answer(401, "refused")
-        try:
-            wanted = Dispatch.model_validate(parse_object(await read_body(request, CALLBACK_BYTES)))
-        except ValidationError:
-            return _answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
-        except BodyError as failure:
-            return _answer(failure.status, "refused", failure.reason)
-        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.all)]
-        newest_of = partial(ingress.store.reviews.of_owner, limit=DISPATCH_LOOK_BACK)
-        reviews = [one for owner in owners for one in await anyio.to_thread.run_sync(newest_of, owner)]
-        same = [one for one in reviews if (one.repository, one.pull_number) == (wanted.repository, wanted.pull_number)]
-        if not same:
-            return _answer(404, "not_found")
-        if len({one.owner_id for one in same}) > 1:  # the operator's key: two owners hold a repository of this name
-            return _answer(409, "refused", Reason.INTEGRATION_AMBIGUOUS)
-        actor = "operator" if found[0] is None else f"owner:{found[0]}"
-        newest = max(same, key=lambda one: one.created_at)
-        done = await anyio.to_thread.run_sync(lambda: ingress.store.queue.reopen(newest.item_id, actor=actor, force=wanted.force))
-        return _answer(202, "dispatched", review=str(newest.item_id)) if done else _answer(409, "refused", Reason.MOVED_ON)
-
-    async def list_owners(request: Request) -> Response:
-        found = await principal(request)
-        if found is None:
-            return _answer(401, "refused")
-        owners = await anyio.to_thread.run_sync(ingress.store.owners.all)
-        return JSONResponse({"owners": _plain([asdict(one) for one in owners if found[0] in (None, one.id)])})
-
-    async def list_integrations(request: Request) -> Response:
-        found = await principal(request)
-        if found is None:
-            return _answer(401, "refused")
-        owners = [found[0]] if found[0] else [owner.id for owner in await anyio.to_thread.run_sync(ingress.store.owners.all)]
-        lists = {str(owner): await anyio.to_thread.run_sync(ingress.store.owners.integrations, owner) for owner in owners}
-        return JSONResponse(
-            {"integrations": _plain([{"owner_id": owner} | one for owner, some in lists.items() for one in some])}
-        )
-
-    async def describe(request: Request) -> Response:
-        if await principal(request) is None:
-            return _answer(401, "refused")
-        return JSONResponse(description(routes))
-
-    routes = [
-        Route("/health", health, methods=["GET"]),
-        Route("/metrics", show_metrics, methods=["GET"]),
-        Route("/api/v1/reviews", list_reviews, methods=["GET"]),
-        Route("/api/v1/reviews/dispatch", dispatch_review, methods=["POST"]),
-        Route("/api/v1/reviews/{item}", show_review, methods=["GET"]),
-        Route("/api/v1/reviews/{item}/cancel", cancel_review, methods=["POST"]),
-        Route("/api/v1/owners", list_owners, methods=["GET"]),
-        Route("/api/v1/integrations", list_integrations, methods=["GET"]),
-        *security_routes(desk, ingress.clock),
-        *security_work_routes(desk),
-        Route("/api/v1/openapi.json", describe, methods=["GET"]),
-    ]
-    return _guarded(ingress, [*routes, *door])
+def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> FastAPI:
+    """Control API and metrics, where every route but health and the API's page asks for an API key; and the `door` for people."""
+    application = FastAPI(
+        title="kilo-pipelines control API",
+        version=__version__,
+        # Both would be open to anybody: the description and its page are routes of ours (ingress/page.py).
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={**HANDLERS, SQLAlchemyError: _store_unavailable},
+        generate_unique_id_function=lambda route: route.name,
+    )
+    application.add_middleware(Unkept)
+    application.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(ingress.allowed_hosts))
+    application.state.admit = Gate(ingress.store).admit
+    router = application.router
+    router.route_class = ControlRoute
+    # For the description alone: who asks is looked up before (control.ControlRoute).
+    router.dependencies.append(Security(HTTPBearer(scheme_name="apiKey", auto_error=False)))
+    owner_routes(router, ingress.store, ingress.clock)
+    work_routes(router, ingress.store)
+    security_routes(router, ingress.store, ingress.clock)
+    security_work_routes(router, ingress.store)
+    page_routes(application)
+    router.routes += [Route("/health", health, methods=["GET"]), *door]
+    return application
 
 
-async def _review_of(ingress: Ingress, request: Request, owner: UUID | None) -> Any:
-    """The review that the path names, when the principal may see it; an owner's key never sees another owner's."""
-    try:
-        item = UUID(request.path_params["item"])
-    except ValueError:
-        return None
-    review = await anyio.to_thread.run_sync(ingress.store.reviews.get, item)
-    return review if review is not None and owner in (None, review.owner_id) else None
+class Unkept:
+    """Answers of the control API hold keys and findings: no browser or proxy keeps them, or takes them for something else."""
 
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-def _refresh_gauges(store: Store) -> None:
-    metrics.live.clear()
-    for (what, state), count in store.queue.gauges().items():
-        metrics.live.labels(what, state).set(count)
-    for name, value in store.queue.counters().items():
-        metrics.counted.labels(name).set(value)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Adds two headers where the path is the API's."""
+        if scope["type"] != "http" or not scope["path"].startswith("/api/"):
+            await self._app(scope, receive, send)
+            return
 
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("cache-control", "no-store")
+                headers.setdefault("x-content-type-options", "nosniff")
+            await send(message)
 
-def _plain(value: Any) -> Any:
-    """Rows as JSON: ids and times as text."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+        await self._app(scope, receive, told)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from kilo_pipelines.store import Store
 
 registry = CollectorRegistry()
 
@@ -16,3 +18,13 @@ answer_seconds = Histogram(
 )
 live = Gauge("kilo_live", "Live rows by what and state.", ["what", "state"], registry=registry)
 counted = Gauge("kilo_counted", "Counted oddities, such as late writes that changed nothing.", ["name"], registry=registry)
+
+
+def exposition(store: Store) -> bytes:
+    """All metrics in Prometheus' text form; what the database counts is read now."""
+    live.clear()
+    for (what, state), count in store.queue.gauges().items():
+        live.labels(what, state).set(count)
+    for name, value in store.queue.counters().items():
+        counted.labels(name).set(value)
+    return generate_latest(registry)

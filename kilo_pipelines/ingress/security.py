@@ -9,35 +9,36 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import anyio
-from pydantic import BeforeValidator, Field
-from starlette.requests import Request
+from fastapi import APIRouter, Query
+from pydantic import AwareDatetime, BeforeValidator, Field
 from starlette.responses import Response
-from starlette.routing import Route
 
 from kilo_pipelines.acts import security as acts
+from kilo_pipelines.acts import services
+from kilo_pipelines.acts.people import By
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ingress.control import (
+    ABOUT_ONE,
     BIG,
-    REFUSALS,
+    CHANGES,
     Asked,
     AskedOfRepository,
-    Desk,
-    Operation,
+    NotFoundError,
     Refused,
     Strict,
     StrictBody,
-    body_of,
-    not_found,
-    refused,
-    told,
+    Who,
+    act,
+    by_owner_of,
+    by_query,
+    given,
 )
-from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security import sla
 from kilo_pipelines.services.security.config import SERVICE, Recipient, SecurityConfig
 from kilo_pipelines.services.security.report import AuditReport
-from kilo_pipelines.store import Store, Wanted
+from kilo_pipelines.store import FindingRow, Principal, Store, Wanted
 
+AT = "/api/v1/security"
 # Contract 15.
 LIMIT, MOST = 50, 100
 # A report holds a connection and some ten megabytes for up to 25 s; webhooks want theirs meanwhile.
@@ -79,6 +80,12 @@ class FindingsQuery(AskedOfRepository):
     sort: Literal["severity_desc", "severity_asc", "sla_due_at_asc"] = "severity_desc"
     limit: int = Field(default=LIMIT, ge=1, le=MOST)
     offset: int = Field(default=0, ge=0, le=BIG)
+
+
+class MomentQuery(Strict):
+    """As of which moment; with its offset from UTC."""
+
+    at: AwareDatetime | None = None
 
 
 class ReportQuery(AskedOfRepository):
@@ -372,160 +379,112 @@ class SettingsSaved(Strict):
     deadlines_changed: int
 
 
-OPERATIONS: dict[str, Operation] = {
-    "list_findings": Operation("Findings with their deadlines.", {200: FindingsPage, **REFUSALS}, query=FindingsQuery),
-    "show_finding": Operation(
-        "One finding: facts, deadline, history, analyses, work.", {200: FindingAnswer, 401: Refused, 404: Refused}
-    ),
-    "show_summary": Operation("The owner's figures.", {200: Summary, **REFUSALS}, query=AskedOfRepository),
-    "make_report": Operation(
-        "An audit report of a period (csv, json), or a VEX document of the present.",
-        {200: AuditReport, **REFUSALS, 413: Refused, 503: Refused},
-        query=ReportQuery,
-        documents=(acts.MEDIA_TYPES["csv"].split(";")[0], acts.MEDIA_TYPES["vex"].split(";")[0]),
-    ),
-    "show_settings": Operation("The owner's settings.", {200: Settings, **REFUSALS}, query=Asked),
-    "save_settings": Operation(
-        "Changes settings; never switches the service on or off. Deadlines follow before the answer.",
-        {200: SettingsSaved, **REFUSALS, 409: Refused, 413: Refused, 422: Refused},
-        query=Asked,
-        body=SettingsChange,
-    ),
-    "request_sync": Operation(
-        "Asks for a sync; a run begins as soon as a worker is free.",
-        {202: SyncRequested, **REFUSALS, 409: Refused, 413: Refused},
-        query=Asked,
-        body=SyncWish,
-    ),
-}
-
-
-def security_routes(desk: Desk, clock: Clock) -> list[Route]:
-    """The routes; each asks who it is before it looks at anything else."""
-    store = desk.store
+def security_routes(router: APIRouter, store: Store, clock: Clock) -> None:
+    """Adds the routes."""
     reports = anyio.CapacityLimiter(REPORTS_AT_ONCE)
 
-    async def list_findings(request: Request) -> Response:
-        found = await desk.caller(request, "read", FindingsQuery)
-        if isinstance(found, Response):
-            return found
-        by, asked = found
+    @router.get(f"{AT}/findings", responses=ABOUT_ONE, **act("read"))
+    def list_findings(who: Who, asked: Annotated[FindingsQuery, Query()]) -> FindingsPage:
+        """Findings with their deadlines."""
+        by = by_query(store, who, asked)
         outcome = None if asked.outcome == "all" else asked.outcome
         wanted = Wanted(asked.status, asked.severity, asked.repository, outcome, asked.overdue)
-        look = partial(store.findings.page, by.owner_id, wanted, sort=asked.sort, limit=asked.limit, offset=asked.offset)
-        page, total = await anyio.to_thread.run_sync(look)
-        return told(FindingsPage(findings=[Listed(**one) for one in page], total=total, limit=asked.limit, offset=asked.offset))
+        page, total = store.findings.page(by.owner_id, wanted, sort=asked.sort, limit=asked.limit, offset=asked.offset)
+        return FindingsPage(findings=[Listed(**one) for one in page], total=total, limit=asked.limit, offset=asked.offset)
 
-    async def show_finding(request: Request) -> Response:
-        found = await desk.of_finding(request, "read")
-        if isinstance(found, Response):
-            return found
-        by, finding_id = found
-        answer = await anyio.to_thread.run_sync(_finding, store, by.owner_id, finding_id, clock.now())
-        return not_found() if answer is None else told(answer)
+    @router.get(f"{AT}/findings/{{finding}}", responses=ABOUT_ONE, **act("read"))
+    def show_finding(who: Who, finding: UUID) -> FindingAnswer:
+        """One finding: facts, deadline, history, analyses, work."""
+        return _finding(store, finding_of(store, who, finding)[1], clock.now())
 
-    async def show_summary(request: Request) -> Response:
-        found = await desk.caller(request, "read", AskedOfRepository)
-        if isinstance(found, Response):
-            return found
-        by, asked = found
-        figures = await anyio.to_thread.run_sync(acts.summary_of, store, by.owner_id, asked.repository, clock.now())
-        return told(Summary.model_validate(figures))
+    @router.get(f"{AT}/findings/{{finding}}/deadline", responses=ABOUT_ONE, **act("read"))
+    def explain_deadline(who: Who, finding: UUID, asked: Annotated[MomentQuery, Query()]) -> Deadline:
+        """How a finding's deadline came to be, now or at a past moment under the policy of that time."""
+        found = finding_of(store, who, finding)[1]
+        history = store.findings.history(found.owner_id, [finding]).get(finding, [])
+        state = acts.state_of(store, found, history, asked.at or clock.now())
+        return Deadline(status=state.status, due_at=state.due_at, explained=sla.explain(state))
 
-    async def make_report(request: Request) -> Response:
-        found = await desk.caller(request, "read", ReportQuery)
-        if isinstance(found, Response):
-            return found
-        by, asked = found
+    @router.get(f"{AT}/summary", responses=ABOUT_ONE, **act("read"))
+    def show_summary(who: Who, asked: Annotated[AskedOfRepository, Query()]) -> Summary:
+        """The owner's figures."""
+        by = by_query(store, who, asked)
+        return Summary.model_validate(acts.summary_of(store, by.owner_id, asked.repository, clock.now()))
+
+    @router.get(
+        f"{AT}/report",
+        response_model=AuditReport,
+        responses=ABOUT_ONE
+        | {200: {"content": {acts.MEDIA_TYPES[one].split(";")[0]: {} for one in ("csv", "vex")}}, 413: {"model": Refused}},
+        **act("read"),
+    )
+    async def make_report(who: Who, asked: Annotated[ReportQuery, Query()]) -> Response:
+        """An audit report of a period (csv, json), or a VEX document of the present."""
+        by = await anyio.to_thread.run_sync(by_query, store, who, asked)
         wish = acts.Wish(asked.form, asked.first, asked.last, asked.repository)
         make = partial(acts.make_document, store, by.owner_id, wish, role=by.role, actor=by.actor, now=clock.now())
-        made = await anyio.to_thread.run_sync(make, limiter=reports)
-        if isinstance(made, Refusal):
-            return refused(made)
+        made = given(await anyio.to_thread.run_sync(make, limiter=reports))
         name = f"security-{asked.form}-{clock.now():%Y-%m-%d}.{'csv' if asked.form == 'csv' else 'json'}"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return Response(made, media_type=acts.MEDIA_TYPES[asked.form], headers=headers)
 
-    async def show_settings(request: Request) -> Response:
-        found = await desk.caller(request, "read", Asked)
-        if isinstance(found, Response):
-            return found
-        by, _ = found
-        stored = await anyio.to_thread.run_sync(store.owners.config, by.owner_id, SERVICE)
-        services = await anyio.to_thread.run_sync(store.owners.services, by.owner_id)
-        shown = SecurityConfig.model_validate(stored.config if stored else {}).model_dump()
-        if not may(by.role, "settings"):
-            shown["notice_recipients"] = [{"kind": one["kind"]} for one in shown["notice_recipients"]]
-        return told(
-            Settings(
-                settings=ShownConfig.model_validate(shown),
-                enabled=stored.enabled if stored else False,
-                revision=stored.revision if stored else 0,
-                action_required=next((one["action_required"] for one in services if one["service"] == SERVICE), None),
+    @router.get(f"{AT}/settings", responses=ABOUT_ONE, **act("read"))
+    def show_settings(who: Who, asked: Annotated[Asked, Query()]) -> Settings:
+        """The owner's settings."""
+        by = by_query(store, who, asked)
+        found = services.settings_of(store, SERVICE, by=by)
+        known = store.owners.services(by.owner_id)
+        return Settings(
+            settings=ShownConfig.model_validate(found.config),
+            enabled=found.enabled,
+            revision=found.revision,
+            action_required=next((one["action_required"] for one in known if one["service"] == SERVICE), None),
+        )
+
+    @router.put(f"{AT}/settings", responses=CHANGES | {422: {"model": Refused}}, **act("settings"))
+    def save_settings(who: Who, asked: Annotated[Asked, Query()], wanted: SettingsChange) -> SettingsSaved:
+        """Changes settings; never switches the service on or off. Deadlines follow before the answer."""
+        by = by_query(store, who, asked)
+        saved = given(
+            acts.save_settings(
+                store,
+                by.owner_id,
+                wanted.settings,
+                expected_revision=wanted.expected_revision,
+                role=by.role,
+                actor=by.actor,
+                now=clock.now(),
+                recompute=acts.recompute_deadlines,
             )
         )
-
-    async def save_settings(request: Request) -> Response:
-        found = await desk.caller(request, "settings", Asked)
-        if isinstance(found, Response):
-            return found
-        by, _ = found
-        wanted = await body_of(request, SettingsChange)
-        if isinstance(wanted, Response):
-            return wanted
-        save = partial(
-            acts.save_settings,
-            store,
-            by.owner_id,
-            wanted.settings,
-            expected_revision=wanted.expected_revision,
-            role=by.role,
-            actor=by.actor,
-            now=clock.now(),
-            recompute=acts.recompute_deadlines,
-        )
-        saved = await anyio.to_thread.run_sync(save)
-        if isinstance(saved, Refusal):
-            return refused(saved)
-        return told(
-            SettingsSaved(
-                settings=saved.config,
-                enabled=saved.enabled,
-                revision=saved.revision,
-                deadlines_looked=saved.looked,
-                deadlines_changed=saved.changed,
-            )
+        return SettingsSaved(
+            settings=saved.config,
+            enabled=saved.enabled,
+            revision=saved.revision,
+            deadlines_looked=saved.looked,
+            deadlines_changed=saved.changed,
         )
 
-    async def request_sync(request: Request) -> Response:
-        found = await desk.caller(request, "sync", Asked)
-        if isinstance(found, Response):
-            return found
-        by, _ = found
-        wish = await body_of(request, SyncWish)
-        if isinstance(wish, Response):
-            return wish
-        ask = partial(acts.request_sync, store, by.owner_id, wish.repository, role=by.role, actor=by.actor)
-        item = await anyio.to_thread.run_sync(ask)
-        if isinstance(item, Refusal):
-            return refused(item)
-        return told(SyncRequested(outcome="waiting" if item is None else "accepted", item=item), 202)
-
-    return [
-        Route("/api/v1/security/sync", request_sync, methods=["POST"]),
-        Route("/api/v1/security/findings", list_findings, methods=["GET"]),
-        Route("/api/v1/security/findings/{finding}", show_finding, methods=["GET"]),
-        Route("/api/v1/security/summary", show_summary, methods=["GET"]),
-        Route("/api/v1/security/report", make_report, methods=["GET"]),
-        Route("/api/v1/security/settings", show_settings, methods=["GET"]),
-        Route("/api/v1/security/settings", save_settings, methods=["PUT"]),
-    ]
+    @router.post(f"{AT}/sync", status_code=202, responses=CHANGES, **act("sync"))
+    def request_sync(who: Who, asked: Annotated[Asked, Query()], wish: SyncWish) -> SyncRequested:
+        """Asks for a sync; a run begins as soon as a worker is free."""
+        by = by_query(store, who, asked)
+        item = given(acts.request_sync(store, by.owner_id, wish.repository, role=by.role, actor=by.actor))
+        return SyncRequested(outcome="waiting" if item is None else "accepted", item=item)
 
 
-def _finding(store: Store, owner_id: UUID, finding_id: UUID, now: datetime) -> FindingAnswer | None:
-    row = store.findings.get(owner_id, finding_id)
-    if row is None:
-        return None
+def finding_of(store: Store, who: Principal, finding_id: UUID) -> tuple[By, FindingRow]:
+    """Who asks about the finding that the path names, and the finding; NotFoundError for what is another owner's or nobody's."""
+    owner_id = who.owner_id if who.owner_id is not None else store.findings.owner_of(finding_id)
+    by = by_owner_of(who, owner_id)
+    found = store.findings.get(by.owner_id, finding_id)
+    if found is None:
+        raise NotFoundError
+    return by, found
+
+
+def _finding(store: Store, row: FindingRow, now: datetime) -> FindingAnswer:
+    owner_id, finding_id = row.owner_id, row.id
     history = store.findings.history(owner_id, [finding_id]).get(finding_id, [])
     state = acts.state_of(store, row, history, now)
     return FindingAnswer(

@@ -5,49 +5,40 @@ What is asked for becomes a work item; its id is the answer, and the finding's p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import anyio
-from pydantic import BaseModel, Field
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import APIRouter, Query
+from pydantic import Field
 
 from kilo_pipelines.acts import analysis, dismissal, remediation
 from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.ingress.control import (
-    REFUSALS,
+    ABOUT_ONE,
+    CHANGES,
     Asked,
-    Caller,
-    Desk,
-    Operation,
-    Refused,
+    NotFoundError,
+    RefusedError,
     Strict,
     StrictBody,
-    body_of,
-    id_in_path,
-    not_found,
-    refused,
-    told,
+    Who,
+    act,
+    by_owner_of,
+    by_query,
 )
-from kilo_pipelines.services.permissions import Act
+from kilo_pipelines.ingress.security import AT, finding_of
+from kilo_pipelines.ingress.work import Cancelled, ListQuery
 from kilo_pipelines.services.security.dismissal import DismissalReason
 from kilo_pipelines.services.security.remediation import SERVICE as REMEDIATION
-from kilo_pipelines.store import FindingRow
+from kilo_pipelines.store import Store
 
 # A command over all open findings of an owner reads them page by page; two of them leave the other threads to webhooks.
 BULK_AT_ONCE = 2
-
-
-class ListQuery(Asked):
-    """How many, the newest first."""
-
-    limit: int = Field(default=50, ge=1, le=1_000)
 
 
 class Opened(Strict):
@@ -136,12 +127,6 @@ class RemediationList(Strict):
     remediations: list[Remediation]
 
 
-class Cancelled(Strict):
-    """It is over, its session with it."""
-
-    outcome: Literal["cancelled"] = "cancelled"
-
-
 class Message(Strict):
     """One message to one recipient."""
 
@@ -165,6 +150,12 @@ class NoticeList(Strict):
     """Notices, the newest first."""
 
     notices: list[Notice]
+
+
+class WebhookSecret(Strict):
+    """The secret in the form of Standard Webhooks: `whsec_` and base64."""
+
+    secret: str
 
 
 class RepositoryState(Strict):
@@ -205,160 +196,97 @@ class Quarantine(Strict):
     alerts: list[Quarantined]
 
 
-_OPENED: dict[int, type[BaseModel]] = {202: Opened, **REFUSALS, 404: Refused, 409: Refused, 413: Refused}
-_BULK: dict[int, type[BaseModel]] = {**REFUSALS, 409: Refused, 413: Refused}
-OPERATIONS: dict[str, Operation] = {
-    "analyze_finding": Operation("Has a finding analysed.", _OPENED, body=AnalysisWish),
-    "dismiss_finding": Operation("Dismisses a finding, here and at its source.", _OPENED, body=DismissalWish),
-    "remediate_finding": Operation("Has a pull request opened that ends a finding.", _OPENED, body=RemediationWish),
-    "dismiss_findings": Operation(
-        "Counts, or dismisses, all open findings of which the analyses of metadata say so.",
-        {200: Counted, **_BULK},
-        query=Asked,
-        body=BulkDismissalWish,
-    ),
-    "remediate_findings": Operation(
-        "Has pull requests opened for all open findings that the owner's settings let through.",
-        {200: Admitted, **_BULK},
-        query=Asked,
-        body=BulkRemediationWish,
-    ),
-    "list_remediations": Operation("Remediations with their pull requests.", {200: RemediationList, **REFUSALS}, query=ListQuery),
-    "cancel_remediation": Operation(
-        "Ends a remediation that waits or runs.", {200: Cancelled, 401: Refused, 404: Refused, 409: Refused}
-    ),
-    "list_repositories": Operation("Repositories and their syncs.", {200: RepositoryList, **REFUSALS}, query=Asked),
-    "list_notices": Operation("Who was told what.", {200: NoticeList, **REFUSALS}, query=ListQuery),
-    "list_quarantine": Operation("Alerts that could not be taken.", {200: Quarantine, **REFUSALS}, query=Asked),
-}
-
-
-def security_work_routes(desk: Desk) -> list[Route]:
-    """The routes; each asks who it is before it looks at anything else."""
-    store = desk.store
+def security_work_routes(router: APIRouter, store: Store) -> None:
+    """Adds the routes."""
     bulk = anyio.CapacityLimiter(BULK_AT_ONCE)
 
-    async def open_for(
-        request: Request, act: Act, wish: type[StrictBody], ask: Callable[[FindingRow, Caller, Any], UUID | Reason]
-    ) -> Response:
-        found = await desk.of_finding(request, act)
-        if isinstance(found, Response):
-            return found
-        by, finding_id = found
-        finding = await anyio.to_thread.run_sync(store.findings.get, by.owner_id, finding_id)
-        if finding is None:
-            return not_found()
-        wanted = await body_of(request, wish)
-        if isinstance(wanted, Response):
-            return wanted
-        answer = await anyio.to_thread.run_sync(ask, finding, by, wanted)
-        return _why_not(answer) if isinstance(answer, Reason) else told(Opened(item=answer), 202)
+    @router.post(f"{AT}/findings/{{finding}}/analyze", status_code=202, responses=CHANGES, **act("analyse"))
+    def analyze_finding(who: Who, finding: UUID, wish: AnalysisWish) -> Opened:
+        """Has a finding analysed."""
+        by, found = finding_of(store, who, finding)
+        return _opened(analysis.analyse(store, found, role=by.role, actor=by.actor, deep=wish.deep, restart=wish.restart))
 
-    async def analyze_finding(request: Request) -> Response:
-        def ask(finding: FindingRow, by: Caller, wish: AnalysisWish) -> UUID | Reason:
-            return analysis.analyse(store, finding, role=by.role, actor=by.actor, deep=wish.deep, restart=wish.restart)
+    @router.post(f"{AT}/findings/{{finding}}/dismiss", status_code=202, responses=CHANGES, **act("dismiss"))
+    def dismiss_finding(who: Who, finding: UUID, wish: DismissalWish) -> Opened:
+        """Dismisses a finding, here and at its source."""
+        by, found = finding_of(store, who, finding)
+        return _opened(dismissal.dismiss(store, found, role=by.role, actor=by.actor, reason=wish.reason, comment=wish.comment))
 
-        return await open_for(request, "analyse", AnalysisWish, ask)
-
-    async def dismiss_finding(request: Request) -> Response:
-        def ask(finding: FindingRow, by: Caller, wish: DismissalWish) -> UUID | Reason:
-            return dismissal.dismiss(store, finding, role=by.role, actor=by.actor, reason=wish.reason, comment=wish.comment)
-
-        return await open_for(request, "dismiss", DismissalWish, ask)
-
-    async def remediate_finding(request: Request) -> Response:
-        def ask(finding: FindingRow, by: Caller, wish: RemediationWish) -> UUID | Reason:
-            return remediation.admit(
-                store, by.owner_id, finding.id, origin="manual", actor=by.actor, role=by.role, retry=wish.retry
-            )
-
-        return await open_for(request, "remediate", RemediationWish, ask)
-
-    async def dismiss_findings(request: Request) -> Response:
-        found = await desk.caller(request, "dismiss", Asked)
-        if isinstance(found, Response):
-            return found
-        by, _ = found
-        wish = await body_of(request, BulkDismissalWish)
-        if isinstance(wish, Response):
-            return wish
-        ask = partial(dismissal.dismiss_many, store, by.owner_id, role=by.role, actor=by.actor, apply=wish.apply)
-        counted = await anyio.to_thread.run_sync(ask, limiter=bulk)
-        return _why_not(counted) if isinstance(counted, Reason) else told(Counted(applied=wish.apply, counted=dict(counted)))
-
-    async def remediate_findings(request: Request) -> Response:
-        found = await desk.caller(request, "remediate", Asked)
-        if isinstance(found, Response):
-            return found
-        by, _ = found
-        wish = await body_of(request, BulkRemediationWish)
-        if isinstance(wish, Response):
-            return wish
-        done = await anyio.to_thread.run_sync(
-            partial(remediation.remediate_all, store, by.owner_id, actor=by.actor, role=by.role), limiter=bulk
+    @router.post(f"{AT}/findings/{{finding}}/remediate", status_code=202, responses=CHANGES, **act("remediate"))
+    def remediate_finding(who: Who, finding: UUID, wish: RemediationWish) -> Opened:
+        """Has a pull request opened that ends a finding."""
+        by, found = finding_of(store, who, finding)
+        return _opened(
+            remediation.admit(store, by.owner_id, found.id, origin="manual", actor=by.actor, role=by.role, retry=wish.retry)
         )
-        return _why_not(done) if isinstance(done, Reason) else told(Admitted(**vars(done)))
 
-    async def list_remediations(request: Request) -> Response:
-        found = await desk.caller(request, "read", ListQuery)
-        if isinstance(found, Response):
-            return found
-        by, asked = found
-        rows = await anyio.to_thread.run_sync(partial(store.remediations.of_owner, by.owner_id, limit=asked.limit))
-        shown = [Remediation(**{name: getattr(one, name) for name in Remediation.model_fields}) for one in rows]
-        return told(RemediationList(remediations=shown))
+    @router.post(f"{AT}/dismiss", responses=CHANGES, **act("dismiss"))
+    async def dismiss_findings(who: Who, asked: Annotated[Asked, Query()], wish: BulkDismissalWish) -> Counted:
+        """Counts, or dismisses, all open findings of which the analyses of metadata say so."""
+        by = await anyio.to_thread.run_sync(by_query, store, who, asked)
+        ask = partial(dismissal.dismiss_many, store, by.owner_id, role=by.role, actor=by.actor, apply=wish.apply)
+        counted = _unless_reason(await anyio.to_thread.run_sync(ask, limiter=bulk))
+        return Counted(applied=wish.apply, counted=dict(counted))
 
-    async def cancel_remediation(request: Request) -> Response:
-        found = await desk.who(request, "remediate")
-        if isinstance(found, Response):
-            return found
-        owner_id, role = found
-        item_id = id_in_path(request, "item")
-        item = await anyio.to_thread.run_sync(store.queue.get, item_id) if item_id is not None else None
-        if item is None or item.service != REMEDIATION or owner_id not in (None, item.owner_id):
-            return not_found()
-        actor = "operator" if owner_id is None else f"owner:{owner_id}"
-        cancel = partial(remediation.cancel, store, item.owner_id, item.id, actor=actor, role=role)
-        answer = await anyio.to_thread.run_sync(cancel)
-        return told(Cancelled()) if answer is None else _why_not(answer)
+    @router.post(f"{AT}/remediate", responses=CHANGES, **act("remediate"))
+    async def remediate_findings(who: Who, asked: Annotated[Asked, Query()], wish: BulkRemediationWish) -> Admitted:
+        """Has pull requests opened for all open findings that the owner's settings let through."""
+        by = await anyio.to_thread.run_sync(by_query, store, who, asked)
+        ask = partial(remediation.remediate_all, store, by.owner_id, actor=by.actor, role=by.role)
+        return Admitted(**vars(_unless_reason(await anyio.to_thread.run_sync(ask, limiter=bulk))))
 
-    async def list_repositories(request: Request) -> Response:
-        found = await desk.caller(request, "read", Asked)
-        if isinstance(found, Response):
-            return found
-        rows = await anyio.to_thread.run_sync(store.findings.syncs, found[0].owner_id)
-        shown = [RepositoryState(**{name: one[name] for name in RepositoryState.model_fields}) for one in rows]
-        return told(RepositoryList(repositories=shown))
+    @router.get(f"{AT}/remediations", responses=ABOUT_ONE, **act("read"))
+    def list_remediations(who: Who, asked: Annotated[ListQuery, Query()]) -> RemediationList:
+        """Remediations with their pull requests."""
+        rows = store.remediations.of_owner(by_query(store, who, asked).owner_id, limit=asked.limit)
+        return RemediationList(
+            remediations=[Remediation(**{name: getattr(one, name) for name in Remediation.model_fields}) for one in rows]
+        )
 
-    async def list_notices(request: Request) -> Response:
-        found = await desk.caller(request, "read", ListQuery)
-        if isinstance(found, Response):
-            return found
-        by, asked = found
-        rows = await anyio.to_thread.run_sync(store.notices.listed, by.owner_id, asked.limit)
-        return told(NoticeList.model_validate({"notices": rows}))
+    @router.post(f"{AT}/remediations/{{item}}/cancel", responses=CHANGES, **act("remediate"))
+    def cancel_remediation(who: Who, item: UUID) -> Cancelled:
+        """Ends a remediation that waits or runs."""
+        found = store.queue.get(item)
+        if found is None or found.service != REMEDIATION:
+            raise NotFoundError
+        by = by_owner_of(who, found.owner_id)
+        reason = remediation.cancel(store, by.owner_id, found.id, actor=by.actor, role=by.role)
+        if reason is not None:
+            _unless_reason(reason)
+        return Cancelled()
 
-    async def list_quarantine(request: Request) -> Response:
-        found = await desk.caller(request, "read", Asked)
-        if isinstance(found, Response):
-            return found
-        rows = await anyio.to_thread.run_sync(store.findings.quarantined, found[0].owner_id)
-        return told(Quarantine.model_validate({"alerts": rows}))
+    @router.get(f"{AT}/repositories", responses=ABOUT_ONE, **act("read"))
+    def list_repositories(who: Who, asked: Annotated[Asked, Query()]) -> RepositoryList:
+        """Repositories and their syncs."""
+        rows = store.findings.syncs(by_query(store, who, asked).owner_id)
+        return RepositoryList(
+            repositories=[RepositoryState(**{name: one[name] for name in RepositoryState.model_fields}) for one in rows]
+        )
 
-    at = "/api/v1/security"
-    return [
-        Route(f"{at}/findings/{{finding}}/analyze", analyze_finding, methods=["POST"]),
-        Route(f"{at}/findings/{{finding}}/dismiss", dismiss_finding, methods=["POST"]),
-        Route(f"{at}/findings/{{finding}}/remediate", remediate_finding, methods=["POST"]),
-        Route(f"{at}/dismiss", dismiss_findings, methods=["POST"]),
-        Route(f"{at}/remediate", remediate_findings, methods=["POST"]),
-        Route(f"{at}/remediations", list_remediations, methods=["GET"]),
-        Route(f"{at}/remediations/{{item}}/cancel", cancel_remediation, methods=["POST"]),
-        Route(f"{at}/repositories", list_repositories, methods=["GET"]),
-        Route(f"{at}/notices", list_notices, methods=["GET"]),
-        Route(f"{at}/quarantine", list_quarantine, methods=["GET"]),
-    ]
+    @router.get(f"{AT}/notices", responses=ABOUT_ONE, **act("read"))
+    def list_notices(who: Who, asked: Annotated[ListQuery, Query()]) -> NoticeList:
+        """Who was told what."""
+        rows = store.notices.listed(by_query(store, who, asked).owner_id, asked.limit)
+        return NoticeList.model_validate({"notices": rows})
+
+    @router.get(f"{AT}/notices/webhook-secret", responses=ABOUT_ONE, **act("settings"))
+    def show_webhook_secret(who: Who, asked: Annotated[Asked, Query()]) -> WebhookSecret:
+        """What the owner's webhooks are signed with."""
+        secret = store.cipher.derive(f"notice-webhook:{by_query(store, who, asked).owner_id}")
+        return WebhookSecret(secret="whsec_" + base64.b64encode(secret).decode())
+
+    @router.get(f"{AT}/quarantine", responses=ABOUT_ONE, **act("read"))
+    def list_quarantine(who: Who, asked: Annotated[Asked, Query()]) -> Quarantine:
+        """Alerts that could not be taken."""
+        rows = store.findings.quarantined(by_query(store, who, asked).owner_id)
+        return Quarantine.model_validate({"alerts": rows})
 
 
-def _why_not(reason: Reason) -> Response:
-    return refused(Refusal(reason, MEANING[reason][0]))
+def _opened(answer: UUID | Reason) -> Opened:
+    return Opened(item=_unless_reason(answer))
+
+
+def _unless_reason(answer: Any) -> Any:
+    if isinstance(answer, Reason):
+        raise RefusedError(Refusal(answer, MEANING[answer][0]))
+    return answer

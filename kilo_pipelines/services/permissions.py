@@ -22,6 +22,8 @@ Act = Literal[
     "members",
     "keys",
     "switch",
+    "effects",
+    "audit",
     # the platform's
     "platform",
 ]
@@ -39,13 +41,16 @@ ALLOWED: dict[Act, frozenset[str]] = {
     # A dismissal ends an alert for everybody.
     "dismiss": _OWNERS,
     "remediate": _WORKERS,
-    # Reviews, items and effects: repeat, cancel, drop.
+    # Reviews and items: repeat and cancel, where the item's service doesn't ask for more (`act_on`).
     "work": _WORKERS,
     "settings": _OWNERS,
     "members": _OWNERS,
     "keys": _OWNERS,
     # Its own owner's scope for an owner; every scope for the operator.
     "switch": _OWNERS,
+    # Writes to the outside that a person repeats or gives up, whatever work they are of.
+    "effects": _OWNERS,
+    "audit": _OWNERS,
     "platform": frozenset({"operator"}),
 }
 
@@ -53,6 +58,20 @@ ALLOWED: dict[Act, frozenset[str]] = {
 def may(role: str, act: Act) -> bool:
     """Whether a role allows an act; an unknown role allows nothing."""
     return role in ALLOWED[act]
+
+
+# Repeating or cancelling these items is the act that they do.
+_ACTS_ON: dict[str, Act] = {
+    "dismissal": "dismiss",
+    "remediation": "remediate",
+    "security_analysis": "analyse",
+    "security_sync": "sync",
+}
+
+
+def act_on(service: str) -> Act:
+    """What somebody does who repeats or cancels an item of a service."""
+    return _ACTS_ON.get(service, "work")
 
 
 def act_of(name: object) -> Act:

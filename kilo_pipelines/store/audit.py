@@ -113,8 +113,8 @@ class Audit:
         return int(row["n"]) if row else 0
 
     def listed(self, *, owner_id: UUID | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        """Events for the operator, newest first."""
-        with self._database.system() as connection:
+        """Events, newest first: of one owner in its scope, or of all for the operator."""
+        with self._database.scope(owner_id) as connection:
             return [dict(row) for row in rows(connection, system.AUDIT_OF_PEOPLE.sql, owner=owner_id, limit=limit)]
 
 

@@ -61,6 +61,12 @@ class Database:
         failpoints.reach("after")
 
     @contextmanager
+    def scope(self, owner_id: UUID | None) -> Iterator[Connection]:
+        """`owner` where one is known, else `system`: for lists that people read of one owner or of all."""
+        with self.system() if owner_id is None else self.owner(owner_id) as connection:
+            yield connection
+
+    @contextmanager
     def system_statement(self) -> Iterator[Connection]:
         """The same for one statement, which is a transaction of its own: BEGIN and COMMIT would be two more round trips."""
         with self._system.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

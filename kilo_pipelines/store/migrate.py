@@ -11,9 +11,11 @@ from urllib.parse import quote
 import psycopg
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, make_url, text
 
 ROLES = ("kilo_migrator", "kilo_app", "kilo_system", "kilo_dagster")
+MIGRATIONS = Path(__file__).parent / "migrations"
 # Any number that nobody else locks: two starts at once migrate one after the other.
 MIGRATION_LOCK = 5_413_190_811
 
@@ -77,9 +79,14 @@ def migrate(migrator_url: str) -> None:
     engine.dispose()
 
 
+def newest_revision() -> str | None:
+    """The revision of the schema that this version wants."""
+    return ScriptDirectory(str(MIGRATIONS)).get_current_head()
+
+
 def _config(connection: Connection) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
     return config
 

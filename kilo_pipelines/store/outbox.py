@@ -213,11 +213,19 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             now=self._clock.now(),
         )
 
-    def listed(self, *, state: str | None = None, item_id: UUID | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        """Effects over all owners for the operator, newest first."""
-        with self._database.system() as connection:
-            found = rows(connection, system.EFFECTS_OF_PEOPLE.sql, state=state, item=item_id, limit=limit)
+    def listed(
+        self, *, owner_id: UUID | None = None, state: str | None = None, item_id: UUID | None = None, limit: int = 50
+    ) -> list[dict[str, Any]]:
+        """Effects, newest first: of one owner in its scope, or of all for the operator."""
+        with self._database.scope(owner_id) as connection:
+            found = rows(connection, system.EFFECTS_OF_PEOPLE.sql, owner=owner_id, state=state, item=item_id, limit=limit)
         return [dict(row) for row in found]
+
+    def owner_of(self, effect_id: UUID) -> UUID | None:
+        """Whose an effect is."""
+        with self._database.system() as connection:
+            row = one(connection, system.EFFECT_OWNER.sql, id=effect_id)
+        return row["owner_id"] if row else None
 
     def revive(self, effect_id: UUID, *, actor: str) -> str | None:
         """A person tries a dead or unknown effect again: its new state, None when it is in neither.
@@ -251,16 +259,15 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
         )
 
     def _by_person(self, effect_id: UUID, actor: str, action: str, sql: str, **values: Any) -> str | None:
-        with self._database.system() as connection:
-            owner = one(connection, system.EFFECT_OWNER.sql, id=effect_id)
-        if owner is None:
+        owner_id = self.owner_of(effect_id)
+        if owner_id is None:
             return None
         now = self._clock.now()
-        with self._database.owner(owner["owner_id"]) as connection:
-            row = one(connection, sql, owner=owner["owner_id"], id=effect_id, now=now, **values)
+        with self._database.owner(owner_id) as connection:
+            row = one(connection, sql, owner=owner_id, id=effect_id, now=now, **values)
             if row is None:
                 return None
-            audit(connection, owner["owner_id"], actor, action, str(effect_id), {"state": row["state"]}, now)
+            audit(connection, owner_id, actor, action, str(effect_id), {"state": row["state"]}, now)
             notify(connection, f"effect:{effect_id}")
         return str(row["state"])
 

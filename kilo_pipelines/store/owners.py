@@ -228,6 +228,18 @@ class Owners:
             )
         return Repository(**row) if row else None
 
+    def repositories(self, owner_id: UUID) -> list[dict[str, Any]]:
+        """An owner's repositories by name, those that left its installations, too."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection,
+                "select r.external_id as repository_id, r.full_name, r.default_branch, r.private, r.integration_id, i.provider, i.installation_id,"
+                " (r.removed_at is null and i.disconnected_at is null and i.suspended_at is null) as within_reach from repositories r"
+                " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id where r.owner_id = :owner order by r.full_name",
+                owner=owner_id,
+            )
+        return [dict(row) for row in found]
+
     def sync_targets(self, owner_id: UUID) -> list[SyncTarget]:
         """Repositories of the owner's working installations, the longest not asked for first: a sync that ran out of time goes on there.
 

@@ -299,13 +299,15 @@ class Queue:
             row = one(connection, system.PAUSE.sql)
         return row["reason"] if row else None
 
-    def switch(self, scope: str, kind: str, reason: str, *, actor: str) -> int:
+    def switch(self, scope: str, kind: str, reason: str, *, actor: str) -> int | None:
         """Sets a switch for scope `all`, `service:<name>` or `owner:<id>`: nothing in it is claimed while it is set.
 
-        `pause` lets what runs end; `kill` cancels it. Returns how many items were cancelled.
+        `pause` lets what runs end; `kill` cancels it. Returns how many items were cancelled; None when the operator set one there, which
+        only the operator changes.
         """
         with self._database.system() as connection:
-            changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason)
+            if not changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason, actor=actor):
+                return None
             live = rows(connection, system.LIVE_ITEMS.sql, scope=scope) if kind == "kill" else []
             notify(connection, f"switch:{scope}")
         return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
@@ -315,10 +317,10 @@ class Queue:
         with self._database.system() as connection:
             return [dict(row) for row in rows(connection, system.SWITCHES.sql)]
 
-    def unswitch(self, scope: str) -> bool:
-        """Clears a switch and wakes whoever waited; False when there was none."""
+    def unswitch(self, scope: str, *, actor: str = "operator") -> bool:
+        """Clears a switch and wakes whoever waited; False when there was none, or it was the operator's and somebody else acts."""
         with self._database.system() as connection:
-            done = changed(connection, system.CLEAR_SWITCH.sql, scope=scope)
+            done = changed(connection, system.CLEAR_SWITCH.sql, scope=scope, actor=actor)
             notify(connection, f"switch:{scope}")
         return bool(done)
 
@@ -747,8 +749,8 @@ class Queue:
     def items(
         self, *, owner_id: UUID | None = None, service: str | None = None, state: str | None = None, limit: int = 50
     ) -> list[dict[str, Any]]:
-        """Work items for the operator, newest first; `state` may also be `live`."""
-        with self._database.system() as connection:
+        """Work items, newest first: of one owner in its scope, or of all for the operator; `state` may also be `live`."""
+        with self._database.scope(owner_id) as connection:
             found = rows(connection, system.ITEMS_OF_PEOPLE.sql, owner=owner_id, service=service, state=state, limit=limit)
         return [dict(row) for row in found]
 

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.people import lower_of
 
 
 @dataclass(frozen=True)
@@ -447,3 +448,10 @@ class ApiKey:
     rotated_at: datetime | None
     revoked_at: datetime | None
     live: bool
+
+    @property
+    def role_now(self) -> str | None:
+        """What it may at this moment; None when it is not live."""
+        if not self.live:
+            return None
+        return self.role if self.person_id is None else lower_of(self.role, self.present)

@@ -524,11 +524,14 @@ WORK_GAUGES = SystemStatement(
 )
 COUNTERS = SystemStatement("select name, value from counters", "metrics are the operator's, over all owners")
 SET_SWITCH = SystemStatement(
-    "insert into switches (scope, kind, reason) values (:scope, :kind, :reason)"
-    " on conflict (scope) do update set kind = excluded.kind, reason = excluded.reason, set_at = now()",
+    "insert into switches (scope, kind, reason, set_by) values (:scope, :kind, :reason, :actor) on conflict (scope) do update"
+    " set kind = excluded.kind, reason = excluded.reason, set_by = excluded.set_by, set_at = now()"
+    " where switches.set_by <> 'operator' or excluded.set_by = 'operator'",
     "the switch is the platform's",
 )
-SWITCHES = SystemStatement("select scope, kind, reason, set_at from switches order by scope", "the switch is the platform's")
+SWITCHES = SystemStatement(
+    "select scope, kind, reason, set_by, set_at from switches order by scope", "the switch is the platform's"
+)
 LIVE_ITEMS = SystemStatement(
     "select owner_id, id from work_items where ended_at is null and state in ('starting', 'running')"
     " and (:scope = 'all' or :scope = 'service:' || service or :scope = 'owner:' || owner_id)",
@@ -555,14 +558,17 @@ ITEMS_OF_PEOPLE = SystemStatement(
 )
 EFFECTS_OF_PEOPLE = SystemStatement(
     "select e.owner_id, e.id, e.item_id, e.kind, e.subject_key, e.intent_key, e.state, e.reason, e.tries, e.not_before, e.url, e.created_at, e.ended_at"
-    " from effects e where (cast(:state as text) is null or e.state = :state) and (cast(:item as uuid) is null or e.item_id = :item)"
-    " order by e.seq desc limit :limit",
+    " from effects e where (cast(:owner as uuid) is null or e.owner_id = :owner) and (cast(:state as text) is null or e.state = :state)"
+    " and (cast(:item as uuid) is null or e.item_id = :item) order by e.seq desc limit :limit",
     "the operator lists effects over all owners",
 )
 EFFECT_OWNER = SystemStatement(
     "select owner_id from effects where id = :id", "a command names an effect; whose it is is the question"
 )
-CLEAR_SWITCH = SystemStatement("delete from switches where scope = :scope", "the switch is the platform's")
+CLEAR_SWITCH = SystemStatement(
+    "delete from switches where scope = :scope and (set_by <> 'operator' or :actor = 'operator')", "the switch is the platform's"
+)
+REVISION = SystemStatement("select version_num from alembic_version", "the schema is the platform's")
 PAUSE = SystemStatement("select reason from switches where scope = 'all'", "the switch is the platform's")
 OWNERS = SystemStatement("select id, kind, name, plan, enabled from owners order by created_at, id", "the operator lists owners")
 NEW_OWNER = SystemStatement(

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import csv
-import gc
 import io
 import json
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from kilo_pipelines.cli.main import main
-from kilo_pipelines.settings import write_secret
-from kilo_pipelines.store import Cipher
 from tests.conftest import Database
 from tests.store.test_findings import Synced
 from tests.support.alerts import alert
+from tests.support.keys import api_key
+from tests.support.served import alone, invoked, served
 
 Run = Callable[..., Result]
 
@@ -35,24 +31,22 @@ def synced(database: Database) -> Synced:
     return made
 
 
+@pytest.fixture(scope="module")
+def address(database: Database) -> Iterator[str]:
+    """A running control API."""
+    with served(database.store) as found:
+        yield found
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, synced: Synced) -> Iterator[Run]:
-    """A command of the operator for the owner, in this process."""
-    for name in [one for one in os.environ if one.startswith("KILO_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("KILO_HOME", str(tmp_path))
-    monkeypatch.setenv("KILO_DATABASE_URL", "postgresql://given/elsewhere")
-    write_secret(tmp_path / "secrets" / "database.json", json.dumps(database.logins))
-    write_secret(tmp_path / "secrets" / "encryption.key", Cipher.new_key_file())
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, synced: Synced, address: str) -> Run:
+    """A command of the operator for the owner, from another machine."""
+    alone(monkeypatch, tmp_path, api_url=address, api_key=api_key(database.store, "operator"))
 
     def invoke(*arguments: str, owner: object = synced.owner) -> Result:
-        done = CliRunner().invoke(main, ["security", *arguments, *(["--owner", str(owner)] if owner else [])])
-        with warnings.catch_warnings():  # connections, which end with a process of their own
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
-        return done
+        return invoked("security", *arguments, *(["--owner", str(owner)] if owner else []))
 
-    yield invoke
+    return invoke
 
 
 def told(done: Result) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,23 +10,21 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from click.testing import CliRunner
 from dagster import DagsterInstance
 from sqlalchemy import text
 
 from kilo_pipelines.acts.remediation import PAGE, Bulk, admit, after_analysis, cancel, remediate_all
-from kilo_pipelines.cli.main import main
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.retry import CLASS_OF
 from kilo_pipelines.ops.security_remediation import follow_up
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS, REOPENED_WITHIN
-from kilo_pipelines.settings import write_secret
-from kilo_pipelines.store import Cipher
 from tests.conftest import Database
 from tests.support.git import git
+from tests.support.keys import api_key
 from tests.support.remediation import Shop, analysed, leave
 from tests.support.security import LOG, Dispatcher, Owner, syncing, with_model
+from tests.support.served import alone, invoked, served
 from tests.support.twin import Twin
 
 
@@ -443,33 +439,28 @@ def test_one_command_reaches_every_open_finding_whatever_their_number(database: 
 def test_the_commands_start_list_and_refuse(
     database: Database, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KILO_HOME", str(tmp_path))
-    monkeypatch.setenv("KILO_DATABASE_URL", "postgresql://given/elsewhere")
-    write_secret(tmp_path / "secrets" / "database.json", json.dumps(database.logins))
-    write_secret(tmp_path / "secrets" / "encryption.key", Cipher.new_key_file())
+    with served(database.store) as address:
+        alone(monkeypatch, tmp_path, api_url=address, api_key=api_key(database.store, "operator"))
 
-    def run(*arguments: str) -> tuple[int, Any]:
-        done = CliRunner().invoke(main, ["security", *arguments, "--json"])
-        with warnings.catch_warnings():  # connections, which end with a process of their own
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
-        return done.exit_code, json.loads(done.stdout)
+        def run(*arguments: str) -> tuple[int, Any]:
+            done = invoked("security", *arguments, "--json")
+            return done.exit_code, json.loads(done.stdout)
 
-    finding = str(shop.finding("twin-unpack").id)
-    code, answer = run("remediate", finding)
-    assert code == 0
-    code, refused = run("remediate", finding)
-    assert code == 1 and Reason.REMEDIATION_ACTIVE in refused["error"]
-    code, refused = run("remediate", str(shop.finding("twin-tables").id))
-    assert code == 1 and Reason.ANALYSIS_REQUIRED in refused["error"]
-    code, listed = run("remediations", "--owner", str(shop.id))
-    assert [(one["item_id"], one["state"], one["pull_url"]) for one in listed] == [(answer["item"], "waiting", None)]
-    code, bulk = run("remediate", "--bulk", "--owner", str(shop.id))
-    assert (code, bulk["scanned"], bulk["admitted"]) == (0, 2, [])
-    assert bulk["skipped"] == {Reason.REMEDIATION_ACTIVE: 1, Reason.ANALYSIS_REQUIRED: 1}
-    for wrong in ([], [finding, "--bulk"], ["--bulk", "--retry"], [finding, "--owner", str(shop.id)]):
-        assert run("remediate", *wrong)[0] == 2
-    shop.store.queue.cancel(UUID(answer["item"]), reason=Reason.USER_CANCELLED, actor="test")
+        finding = str(shop.finding("twin-unpack").id)
+        code, answer = run("remediate", finding)
+        assert code == 0
+        code, refused = run("remediate", finding)
+        assert code == 1 and Reason.REMEDIATION_ACTIVE in refused["error"]
+        code, refused = run("remediate", str(shop.finding("twin-tables").id))
+        assert code == 1 and Reason.ANALYSIS_REQUIRED in refused["error"]
+        code, listed = run("remediations", "--owner", str(shop.id))
+        assert [(one["item_id"], one["state"], one["pull_url"]) for one in listed] == [(answer["item"], "waiting", None)]
+        code, bulk = run("remediate", "--bulk", "--owner", str(shop.id))
+        assert (code, bulk["scanned"], bulk["admitted"]) == (0, 2, [])
+        assert bulk["skipped"] == {Reason.REMEDIATION_ACTIVE: 1, Reason.ANALYSIS_REQUIRED: 1}
+        for wrong in ([], [finding, "--bulk"], ["--bulk", "--retry"], [finding, "--owner", str(shop.id)]):
+            assert run("remediate", *wrong)[0] == 2
+        shop.store.queue.cancel(UUID(answer["item"]), reason=Reason.USER_CANCELLED, actor="test")
 
 
 @pytest.mark.agent_cli

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,13 +10,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from sqlalchemy import create_engine, text
 
 from kilo_pipelines import jobs, schedules, tags
-from kilo_pipelines.acts.security import enable, request_sync
+from kilo_pipelines.acts.security import check_readable, enable, request_sync
 from kilo_pipelines.assets.security import compliance_table
-from kilo_pipelines.cli.main import main
 from kilo_pipelines.cli.work import _unreadable
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.refusal import Refusal
@@ -29,7 +26,9 @@ from kilo_pipelines.services.security.config import SERVICE
 from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher, Integration
 from tests.conftest import Database
+from tests.support.keys import api_key
 from tests.support.security import Owner, seeded, syncing
+from tests.support.served import invoked, served
 from tests.support.twin import Twin
 
 
@@ -426,7 +425,8 @@ def test_the_agent_is_switched_on_only_where_it_can_work(database: Database, twi
     owner.store.owners.enable_service(owner.id, SERVICE, False, actor="test")
 
     def enabled(role: str = "owner") -> bool | Refusal:
-        return enable(owner.store, owner.id, _unreadable, role=role, actor="test")
+        refused = check_readable(owner.store, owner.id, _unreadable) if role == "owner" else None
+        return refused or enable(owner.store, owner.id, role=role, actor="test")
 
     assert enabled("member") == Refusal(Reason.ROLE_NOT_ALLOWED, "member")
     twin.control("withhold", permissions=["vulnerability_alerts"])
@@ -448,15 +448,18 @@ def test_the_command_says_why_the_agent_stays_off(database: Database, twin: Twin
     secrets = Settings().home / "secrets"
     write_secret(secrets / "database.json", json.dumps(database.logins))
     write_secret(secrets / "encryption.key", Cipher.new_key_file())
+    write_secret(secrets / "operator-api-key", api_key(database.store, "operator"))
 
     def switched() -> Result:
-        done = CliRunner().invoke(main, ["services", "enable", SERVICE, "--owner", str(owner.id)])
-        with warnings.catch_warnings():  # connections, which end with a process of their own
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
-        return done
+        return invoked("services", "enable", SERVICE, "--owner", str(owner.id))
 
-    owner.select([])
-    assert switched().exit_code == 1 and "(no_repositories: nothing to read)" in switched().stderr
-    owner.select([owner.repositories[0]["repository_id"]])
-    assert switched().stdout == "on\n" and owner.sync().complete
+    with served(database.store) as address:
+        monkeypatch.setenv("KILO_ADMIN_PORT", address.rsplit(":", 1)[1])
+        twin.control("withhold", permissions=["vulnerability_alerts"])
+        refused = switched()
+        twin.control("withhold", permissions=[])
+        assert refused.exit_code == 1 and "(permission_missing)" in refused.stderr, "GitHub is asked before"
+        owner.select([])
+        assert switched().exit_code == 1 and "(no_repositories)" in switched().stderr
+        owner.select([owner.repositories[0]["repository_id"]])
+        assert switched().stdout == "on\n" and owner.sync().complete

@@ -11,6 +11,7 @@ import hmac
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -24,6 +25,8 @@ from starlette.routing import Route
 
 from kilo_pipelines.ingress import application
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
+from kilo_pipelines.ingress.control import ACT, ControlRoute
+from kilo_pipelines.services.permissions import ALLOWED, Act
 from tests.conftest import Database
 from tests.support.figures import Figures
 from tests.support.ingress import pull_request
@@ -70,12 +73,16 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
             "operator": api_key(database.store, "operator"),
             "owner a": api_key(database.store, "owner", a.owner.id),
             "viewer a": api_key(database.store, "viewer", a.owner.id),
+            "member a": api_key(database.store, "member", a.owner.id),
+            "member b": api_key(database.store, "member", b.owner.id),
             "owner b": api_key(database.store, "owner", b.owner.id),
             "viewer b": api_key(database.store, "viewer", b.owner.id),
             "expired key": expired(database, a.owner.id),
             "removed member": api_key(database.store, "owner", a.owner.id),
             "wrong key": "kilo_" + "x" * 43,
         }
+        ends = database.clock.now() + timedelta(days=9)
+        database.store.api_keys.create("viewer", a.owner.id, expires_at=ends, name="spare", actor="test")
         hashed = hashlib.sha256(keys["removed member"].encode()).digest()
         admin.execute("delete from api_keys where key_hash = %s", (hashed,))
         headers = {who: {"Authorization": f"Bearer {key}"} for who, key in keys.items()}
@@ -90,19 +97,32 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
 
 
 STRANGERS = ("nobody", "no scheme", "basic", "empty key", "hash as key", "wrong key", "expired key", "removed member")
-FOREIGNERS = ("owner b", "viewer b")
-EVERYBODY = (*STRANGERS, *FOREIGNERS, "owner a", "viewer a", "operator")
+FOREIGNERS = ("owner b", "member b", "viewer b")
+EVERYBODY = (*STRANGERS, *FOREIGNERS, "owner a", "member a", "viewer a", "operator")
 Ask = Callable[[Stage, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Who is served, and how the route is asked for A's thing, for nobody's and for what is no id."""
+    """Which act the route is, or who is served without one; and how it is asked for A's thing, for nobody's and for what is no id.
 
-    served: tuple[str, ...]
+    `finer`: the act alone doesn't open A's thing to every role that has it.
+    """
+
+    act: Act | None = None
+    everybody: bool = False
     refused: int = 401
     asks: dict[str, Ask] = field(default_factory=lambda: {"all": lambda _stage, path: {"path": path}})
     missing: int = 404
+    finer: bool = False
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Everybody with a live key of a role that has the act: what the table of permissions says."""
+        if self.everybody:
+            return EVERYBODY
+        roles = ALLOWED[self.act] if self.act else frozenset()
+        return tuple(who for who in EVERYBODY if who not in STRANGERS and who.split()[0] in roles)
 
 
 def _item(found: Callable[[Stage], object]) -> Ask:
@@ -144,38 +164,109 @@ def _pull(number: int) -> Ask:
     return lambda _stage, path: {"path": path, "json": {"repository": "octo/demo", "pull_number": number}}
 
 
-_OWNERS = ("owner a", "viewer a", "owner b", "viewer b", "operator")
-_WRITERS = ("owner a", "owner b", "operator")
+def _of(name: str, found: Callable[[Stage], object], body: dict[str, Any] | None = None) -> dict[str, Ask]:
+    """Asks for A's thing, nobody's and no id."""
+
+    def ask(value: Callable[[Stage], object]) -> Ask:
+        return lambda stage, path: {
+            "path": path.replace(f"{{{name}}}", str(value(stage))),
+            **({"json": body} if body is not None else {}),
+        }
+
+    return {"of A": ask(found), "of nobody": ask(lambda _stage: UUID(int=7)), "no id": ask(lambda _stage: "x")}
+
+
+def _key(stage: Stage) -> UUID:
+    return next(one.id for one in stage.database.store.api_keys.of_owner(stage.a.owner.id) if one.name == "spare")
+
+
+def _effect(stage: Stage) -> UUID:
+    return UUID(str(stage.database.store.outbox.listed(owner_id=stage.a.owner.id)[0]["id"]))
+
+
+def _named(name: str, value: str, body: dict[str, Any] | None = None) -> dict[str, Ask]:
+    return {
+        "all": lambda _stage, path: {
+            "path": path.replace(f"{{{name}}}", value),
+            **({"json": body} if body is not None else {}),
+        }
+    }
+
+
+# Of a revision that nobody has: whoever may save is told so, and nothing changes.
+_STALE: dict[str, Any] = {"expected_revision": 4_000, "settings": {}}
 ROUTES: dict[tuple[str, str, str], Entry] = {
     # The public listener knows no API key: its own tests below ask with signatures and callback tokens.
-    ("public", "GET", "/health"): Entry(served=EVERYBODY),
-    ("public", "POST", "/webhooks/github"): Entry(served=()),
+    ("public", "GET", "/health"): Entry(everybody=True),
+    ("public", "POST", "/webhooks/github"): Entry(),
     ("public", "POST", "/callbacks/sessions/{session}"): Entry(
-        served=(), asks={"of A": lambda stage, path: {"path": path.replace("{session}", str(stage.a.session)), "json": {}}}
+        asks={"of A": lambda stage, path: {"path": path.replace("{session}", str(stage.a.session)), "json": {}}}
     ),
-    ("admin", "GET", "/health"): Entry(served=EVERYBODY),
-    ("admin", "GET", "/metrics"): Entry(served=("operator",)),
-    ("admin", "GET", "/api/v1/reviews"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/owners"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/integrations"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/openapi.json"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/reviews/{item}"): Entry(served=_OWNERS, asks=_ITEMS),
-    ("admin", "POST", "/api/v1/reviews/{item}/cancel"): Entry(served=_WRITERS, asks=_ITEMS),
-    ("admin", "GET", "/api/v1/security/findings"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/security/findings/{finding}"): Entry(served=_OWNERS, asks=_FINDINGS),
-    ("admin", "GET", "/api/v1/security/summary"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/security/report"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/security/settings"): Entry(served=_OWNERS),
-    ("admin", "POST", "/api/v1/security/findings/{finding}/analyze"): Entry(served=_WRITERS, asks=_finding_with({})),
+    ("admin", "GET", "/health"): Entry(everybody=True),
+    ("admin", "GET", "/api/docs"): Entry(everybody=True),
+    ("admin", "GET", "/api/docs/{name}"): Entry(everybody=True, asks=_named("name", "page.js")),
+    ("admin", "GET", "/metrics"): Entry("platform"),
+    ("admin", "GET", "/api/v1/openapi.json"): Entry("read"),
+    ("admin", "GET", "/api/v1/health"): Entry("platform"),
+    ("admin", "GET", "/api/v1/me"): Entry("read"),
+    ("admin", "GET", "/api/v1/owners"): Entry("read"),
+    ("admin", "POST", "/api/v1/owners"): Entry("platform", asks=_asking({"kind": "user", "name": "x"})),
+    ("admin", "GET", "/api/v1/owners/{owner_id}"): Entry("read", asks=_of("owner_id", lambda stage: stage.a.owner.id)),
+    ("admin", "GET", "/api/v1/people"): Entry("platform"),
+    ("admin", "GET", "/api/v1/members"): Entry("read"),
+    ("admin", "POST", "/api/v1/members"): Entry("members", asks=_asking({"login": "", "role": "viewer"})),
+    ("admin", "PUT", "/api/v1/members/{person}"): Entry(
+        "members", asks=_of("person", lambda stage: stage.a.person, {"role": "owner"}), finer=True
+    ),
+    ("admin", "DELETE", "/api/v1/members/{person}"): Entry(
+        "members", asks=_of("person", lambda stage: stage.a.person), finer=True
+    ),
+    ("admin", "GET", "/api/v1/keys"): Entry("own_keys"),
+    ("admin", "POST", "/api/v1/keys"): Entry("keys", asks=_asking({"role": "viewer", "name": "x", "days": 0})),
+    ("admin", "POST", "/api/v1/keys/{key}/rotate"): Entry("own_keys", asks=_of("key", _key, {}), finer=True),
+    ("admin", "POST", "/api/v1/keys/{key}/revoke"): Entry("own_keys", asks=_of("key", _key, {}), finer=True),
+    ("admin", "GET", "/api/v1/integrations"): Entry("read"),
+    ("admin", "GET", "/api/v1/repositories"): Entry("read"),
+    ("admin", "GET", "/api/v1/services"): Entry("read"),
+    ("admin", "GET", "/api/v1/services/{service}/settings"): Entry("read", asks=_named("service", "code_review")),
+    ("admin", "PUT", "/api/v1/services/{service}/settings"): Entry("settings", asks=_named("service", "code_review", _STALE)),
+    ("admin", "POST", "/api/v1/services/{service}/enable"): Entry("settings", asks=_named("service", "code_review", {})),
+    ("admin", "POST", "/api/v1/services/{service}/disable"): Entry("settings", asks=_named("service", "nothing", {})),
+    ("admin", "GET", "/api/v1/audit"): Entry("audit"),
+    ("admin", "GET", "/api/v1/items"): Entry("read"),
+    ("admin", "GET", "/api/v1/items/{item}"): Entry("read", asks=_ITEMS),
+    ("admin", "POST", "/api/v1/items/{item}/cancel"): Entry("work", asks=_ITEMS),
+    ("admin", "POST", "/api/v1/items/{item}/retry"): Entry("work", asks=_of("item", lambda stage: stage.a.waiting, {})),
+    ("admin", "GET", "/api/v1/effects"): Entry("read"),
+    ("admin", "POST", "/api/v1/effects/{effect}/retry"): Entry("effects", asks=_of("effect", _effect, {})),
+    ("admin", "POST", "/api/v1/effects/{effect}/drop"): Entry("effects", asks=_of("effect", _effect, {})),
+    ("admin", "GET", "/api/v1/switches"): Entry("read"),
+    # Without a reason: whoever may is told so, and nothing is switched.
+    ("admin", "POST", "/api/v1/switches/pause"): Entry("switch", asks=_asking({})),
+    ("admin", "POST", "/api/v1/switches/kill"): Entry("switch", asks=_asking({})),
+    ("admin", "POST", "/api/v1/switches/resume"): Entry("switch", asks=_asking({})),
+    ("admin", "GET", "/api/v1/reviews"): Entry("read"),
+    ("admin", "GET", "/api/v1/reviews/{item}"): Entry("read", asks=_ITEMS),
+    ("admin", "POST", "/api/v1/reviews/{item}/cancel"): Entry("work", asks=_ITEMS),
+    ("admin", "POST", "/api/v1/reviews/dispatch"): Entry(
+        "work", asks={"of A": _pull(ONLY_A), "of nobody": _pull(NOBODYS), "no id": _pull(-1)}
+    ),
+    ("admin", "GET", "/api/v1/security/findings"): Entry("read"),
+    ("admin", "GET", "/api/v1/security/findings/{finding}"): Entry("read", asks=_FINDINGS),
+    ("admin", "GET", "/api/v1/security/findings/{finding}/deadline"): Entry("read", asks=_FINDINGS),
+    ("admin", "GET", "/api/v1/security/summary"): Entry("read"),
+    ("admin", "GET", "/api/v1/security/report"): Entry("read"),
+    ("admin", "GET", "/api/v1/security/settings"): Entry("read"),
+    ("admin", "POST", "/api/v1/security/findings/{finding}/analyze"): Entry("analyse", asks=_finding_with({})),
     ("admin", "POST", "/api/v1/security/findings/{finding}/dismiss"): Entry(
-        served=_WRITERS, asks=_finding_with({"reason": "inaccurate"})
+        "dismiss", asks=_finding_with({"reason": "inaccurate"})
     ),
-    ("admin", "POST", "/api/v1/security/findings/{finding}/remediate"): Entry(served=_WRITERS, asks=_finding_with({})),
-    ("admin", "POST", "/api/v1/security/dismiss"): Entry(served=_WRITERS, asks=_asking({"apply": True})),
-    ("admin", "POST", "/api/v1/security/remediate"): Entry(served=_WRITERS, asks=_asking({})),
-    ("admin", "GET", "/api/v1/security/remediations"): Entry(served=_OWNERS),
+    ("admin", "POST", "/api/v1/security/findings/{finding}/remediate"): Entry("remediate", asks=_finding_with({})),
+    ("admin", "POST", "/api/v1/security/dismiss"): Entry("dismiss", asks=_asking({"apply": True})),
+    ("admin", "POST", "/api/v1/security/remediate"): Entry("remediate", asks=_asking({})),
+    ("admin", "GET", "/api/v1/security/remediations"): Entry("read"),
     ("admin", "POST", "/api/v1/security/remediations/{item}/cancel"): Entry(
-        served=_WRITERS,
+        "remediate",
         asks={
             "of A": _item(lambda stage: stage.a.opened["remediation"]),
             "of nobody": _item(lambda _stage: UUID(int=7)),
@@ -183,21 +274,14 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
             "another service's": _item(lambda stage: stage.a.waiting),
         },
     ),
-    ("admin", "GET", "/api/v1/security/repositories"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/security/notices"): Entry(served=_OWNERS),
-    ("admin", "GET", "/api/v1/security/quarantine"): Entry(served=_OWNERS),
+    ("admin", "GET", "/api/v1/security/repositories"): Entry("read"),
+    ("admin", "GET", "/api/v1/security/notices"): Entry("read"),
+    ("admin", "GET", "/api/v1/security/notices/webhook-secret"): Entry("settings"),
+    ("admin", "GET", "/api/v1/security/quarantine"): Entry("read"),
     ("admin", "POST", "/api/v1/security/sync"): Entry(
-        served=_WRITERS,
-        asks={"both hold it": lambda _stage, path: {"path": path, "json": {"repository": REPOSITORY}}},
+        "sync", asks={"both hold it": lambda _stage, path: {"path": path, "json": {"repository": REPOSITORY}}}
     ),
-    # Of a revision that nobody has: whoever may save is told so, and nothing changes.
-    ("admin", "PUT", "/api/v1/security/settings"): Entry(
-        served=_WRITERS,
-        asks={"all": lambda _stage, path: {"path": path, "json": {"expected_revision": 4_000, "settings": {}}}},
-    ),
-    ("admin", "POST", "/api/v1/reviews/dispatch"): Entry(
-        served=_WRITERS, asks={"of A": _pull(ONLY_A), "of nobody": _pull(NOBODYS), "no id": _pull(-1)}
-    ),
+    ("admin", "PUT", "/api/v1/security/settings"): Entry("settings", asks=_asking(_STALE)),
 }
 
 
@@ -213,6 +297,20 @@ def routes(stage: Stage) -> set[tuple[str, str, str]]:
 
 def test_every_route_is_in_the_table(stage: Stage) -> None:
     assert routes(stage) == set(ROUTES)
+    acts = {
+        ("admin", method, route.path): route.openapi_extra[ACT]
+        for route in stage.applications["admin"].routes
+        if isinstance(route, ControlRoute) and route.openapi_extra
+        for method in route.methods or ()
+    }
+    assert acts == {route: entry.act for route, entry in ROUTES.items() if entry.act}
+
+
+def test_a_route_that_names_no_act_can_not_be_made() -> None:
+    with pytest.raises(ValueError, match="no act"):
+        ControlRoute("/api/v1/new", lambda: None)
+    with pytest.raises(ValueError, match="no act"):
+        ControlRoute("/api/v1/new", lambda: None, openapi_extra={ACT: "everything"})
 
 
 def foreign_sees(stage: Stage, entry: Entry, route: tuple[str, str, str], who: str) -> list[str]:
@@ -250,12 +348,13 @@ def test_those_whose_it_is_are_served(stage: Stage, route: tuple[str, str, str])
     listener, method, path = route
     entry = ROUTES[route]
     name, ask = next(iter(entry.asks.items()))
-    for who in ("viewer a", "operator", "owner a"):
+    for who in ("viewer a", "member a", "operator", "owner a"):
         answer = stage.ask(listener, method, who=who, **ask(stage, path))
         assert (answer.status_code != entry.refused) == (who in entry.served), (who, answer.status_code)
-        if who in entry.served and name == "of A":
+        assert answer.status_code < 500
+        if who in entry.served and name == "of A" and not (entry.finer and who != "owner a"):
             assert answer.status_code != entry.missing
-        if who == "viewer a" and who not in entry.served:
+        if who not in entry.served:
             assert len({stage.ask(listener, method, who=who, **one(stage, path)).content for one in entry.asks.values()}) == 1
 
 
@@ -282,8 +381,9 @@ def test_the_owner_comes_from_the_key_and_never_from_the_request(stage: Stage) -
     a = str(stage.a.owner.id)
     for path in ("/api/v1/reviews", "/api/v1/owners", "/api/v1/integrations", f"/api/v1/reviews/{stage.a.waiting}"):
         plain = stage.ask("admin", "GET", path, "owner b")
-        for extra in ({"params": {"owner": a, "owner_id": a}}, {"headers": {"X-Owner": a, "X-Kilo-Owner": a}}):
-            assert stage.ask("admin", "GET", path, "owner b", **extra).content == plain.content
+        named = stage.ask("admin", "GET", path, "owner b", params={"owner": a, "owner_id": a})
+        assert named.content == plain.content or (named.status_code, named.json()["reason"]) == (400, "query_invalid")
+        assert stage.ask("admin", "GET", path, "owner b", headers={"X-Owner": a, "X-Kilo-Owner": a}).content == plain.content
     body = {"repository": "octo/demo", "pull_number": ONLY_A, "owner": a}
     assert stage.ask("admin", "POST", "/api/v1/reviews/dispatch", "owner b", json=body).status_code == 400
 

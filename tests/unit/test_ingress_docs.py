@@ -28,7 +28,7 @@ def test_every_route_is_documented_and_every_documented_route_exists() -> None:
         for route in application.routes
         for method in (getattr(route, "methods", None) or {"WEBSOCKET"}) - {"HEAD"}
     }
-    documented = set(re.findall(r"^\| (GET|POST|PUT|WEBSOCKET) \| `(/[^`]*)`", PAGE, re.MULTILINE))
+    documented = set(re.findall(r"^\| (GET|POST|PUT|DELETE|WEBSOCKET) \| `(/[^`]*)`", PAGE, re.MULTILINE))
     assert documented == served
 
 

@@ -1,4 +1,4 @@
-"""People, members of owners, and keys that end.
+"""People, members of owners, and keys that end; who set a switch, so that an owner doesn't lift the operator's.
 
 A person may be a member of several owners and belongs to none, so `people` has no owner; `owner_members` is its owner's. No foreign key
 leads from an owner's table to one that is nobody's: it would answer past the policies whether a row is there. People are never deleted,
@@ -89,9 +89,15 @@ def upgrade() -> None:
     )
     op.execute("create index api_keys_of_owner on api_keys (owner_id)")
 
+    op.execute("alter table switches add column set_by text not null default 'operator'")
+    # The control API tells the operator which revision the database is at.
+    op.execute("grant select on alembic_version to kilo_system")
+
 
 def downgrade() -> None:
     """People are rows of owners again; a key that can't be what it was (revoked, of a person) is gone, a member's reads only."""
+    op.execute("revoke select on alembic_version from kilo_system")
+    op.execute("alter table switches drop column set_by")
     op.execute("delete from api_keys where revoked_at is not null or person_id is not null")
     op.execute("drop index api_keys_of_owner")
     op.execute("alter table api_keys drop constraint api_keys_role_check, drop constraint api_keys_end_check")

@@ -296,7 +296,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.ALERT_MALFORMED: (
         "An alert isn't in GitHub's shape and was set aside.",
-        "`kilo-pipelines security sync --json` and the quarantine name its fields; the others were taken.",
+        "`kilo-pipelines security quarantine` names its fields; the others were taken.",
     ),
     Reason.ALERT_REFUSED: (
         "The database refused an alert, and it was set aside.",

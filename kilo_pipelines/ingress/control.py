@@ -118,8 +118,8 @@ class ControlRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             request.state.principal = await request.app.state.admit(request, needed)
-            given = request.query_params.multi_items()
-            if len(given) != len(dict(given)):
+            asked = request.query_params.multi_items()
+            if len(asked) != len(dict(asked)):
                 raise RefusedError(Refusal(Reason.QUERY_INVALID, "a name is given twice"))
             if takes_body:
                 # Read and looked through here, where size, time and depth have bounds; what follows takes it from the request.

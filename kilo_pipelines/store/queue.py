@@ -310,6 +310,7 @@ class Queue:
                 return None
             live = rows(connection, system.LIVE_ITEMS.sql, scope=scope) if kind == "kill" else []
             notify(connection, f"switch:{scope}")
+        self._audit_switch(scope, f"switch.{kind}", actor, {"reason": reason})
         return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
 
     def switches(self) -> list[dict[str, Any]]:
@@ -322,7 +323,16 @@ class Queue:
         with self._database.system() as connection:
             done = changed(connection, system.CLEAR_SWITCH.sql, scope=scope, actor=actor)
             notify(connection, f"switch:{scope}")
+        if done:
+            self._audit_switch(scope, "switch.release", actor, {})
         return bool(done)
+
+    def _audit_switch(self, scope: str, action: str, actor: str, data: dict[str, Any]) -> None:
+        """What was done to one owner's scope is that owner's audit event; the platform's own switches are in `switches` alone."""
+        if scope.startswith("owner:"):
+            owner_id = UUID(scope.removeprefix("owner:"))
+            with self._database.owner(owner_id) as connection:
+                audit(connection, owner_id, actor, action, scope, data, self._clock.now())
 
     def offers(self, limit: int) -> list[Offer]:
         """Offers of all four kinds, ended work first, so that slots come free before new work is offered.

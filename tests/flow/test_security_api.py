@@ -422,7 +422,8 @@ def test_an_analysis_is_opened_once_and_started_over_when_asked(desk: Desk, desc
 
 def test_a_dismissal_carries_reason_and_comment(desk: Desk, description: dict[str, Any]) -> None:
     path = f"findings/{desk.synced.one(5).id}/dismiss"
-    asked = desk.ask("POST", path, content=rb'{"reason": "tolerable_risk", "comment": "behind\u0000 the proxy"}')
+    body = rb'{"reason": "tolerable_risk", "comment": "behind\u0000 the proxy"}'
+    asked = desk.ask("POST", path, content=body, headers={"Content-Type": "application/json"})
     in_schema(description, "POST", f"{BASE}/findings/{{finding}}/dismiss", asked)
     service, _, details = opened(desk, asked)
     assert (service, details["reason"], details["comment"]) == ("dismissal", "tolerable_risk", "behind the proxy")

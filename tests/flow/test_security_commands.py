@@ -34,7 +34,7 @@ def synced(database: Database) -> Synced:
 @pytest.fixture(scope="module")
 def address(database: Database) -> Iterator[str]:
     """A running control API."""
-    with served(database.store) as found:
+    with served(database) as found:
         yield found
 
 

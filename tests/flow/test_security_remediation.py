@@ -439,7 +439,7 @@ def test_one_command_reaches_every_open_finding_whatever_their_number(database: 
 def test_the_commands_start_list_and_refuse(
     database: Database, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(database.store) as address:
+    with served(database) as address:
         alone(monkeypatch, tmp_path, api_url=address, api_key=api_key(database.store, "operator"))
 
         def run(*arguments: str) -> tuple[int, Any]:

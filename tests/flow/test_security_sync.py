@@ -453,7 +453,7 @@ def test_the_command_says_why_the_agent_stays_off(database: Database, twin: Twin
     def switched() -> Result:
         return invoked("services", "enable", SERVICE, "--owner", str(owner.id))
 
-    with served(database.store) as address:
+    with served(database) as address:
         monkeypatch.setenv("KILO_ADMIN_PORT", address.rsplit(":", 1)[1])
         twin.control("withhold", permissions=["vulnerability_alerts"])
         refused = switched()

@@ -7,7 +7,8 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import text
+from alembic import command
+from sqlalchemy import create_engine, text
 
 from kilo_pipelines.acts import people as acts
 from kilo_pipelines.acts.people import By
@@ -15,7 +16,8 @@ from kilo_pipelines.core.people import Role
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.store import NewKey, Person, prefix_of
-from tests.conftest import Database
+from kilo_pipelines.store.migrate import _config
+from tests.conftest import Database, made_database
 
 
 class Team:
@@ -204,3 +206,27 @@ def test_the_last_use_is_kept_to_the_hour(team: Team) -> None:
     team.role(key)
     held = team.store.api_keys.get(key.id)
     assert held is not None and held.last_used_at == first + timedelta(hours=1)
+
+
+def test_people_of_the_first_schema_become_members(postgres_admin: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same login of two owners is one person; `reader` is called `viewer`; what has no end gets one."""
+    with made_database(postgres_admin, tmp_path_factory) as database:
+        store = database.store
+        one, other = (store.owners.create("organization", name) for name in ("one", "other"))
+        engine = create_engine(database.logins["migrator"])
+        row = "insert into people (owner_id, id, login, role) values (:o, gen_random_uuid(), :login, :role)"
+        key = "insert into api_keys (id, owner_id, role, key_hash) values (gen_random_uuid(), :o, 'reader', sha256('old'))"
+        with engine.begin() as connection:
+            command.downgrade(_config(connection), "0011")
+            connection.execute(text("alter table people no force row level security"))
+            for owner, login, role in ((one, "Hal", "reader"), (other, "hal", "owner"), (other, "ida", "member")):
+                connection.execute(text(row), {"o": owner.id, "login": login, "role": role})
+            connection.execute(text("alter table people force row level security"))
+            connection.execute(text(key), {"o": one.id})
+            command.upgrade(_config(connection), "head")
+        engine.dispose()
+        assert [(member.login, member.role) for member in store.people.members(one.id)] == [("hal", "viewer")]
+        assert [(member.login, member.role) for member in store.people.members(other.id)] == [("hal", "owner"), ("ida", "member")]
+        found = store.api_keys.principal("old")
+        assert found is not None and (found.role, found.owner_id) == ("viewer", one.id)
+        assert timedelta(days=89) < store.api_keys.of_owner(one.id)[0].expires_at - database.clock.now() < timedelta(days=91)

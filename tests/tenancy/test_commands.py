@@ -127,7 +127,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database) ->
 @pytest.fixture(scope="module")
 def address(database: Database) -> Iterator[str]:
     """A running control API."""
-    with served(database.store) as found:
+    with served(database) as found:
         yield found
 
 

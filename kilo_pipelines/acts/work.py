@@ -35,19 +35,28 @@ def change_effect(store: Store, effect_id: UUID, act: Literal["retry", "drop"], 
     return change(effect_id, actor=by.actor) or Refusal(Reason.MOVED_ON, str(effect_id))
 
 
-def set_switch(store: Store, scope: str, kind: Literal["pause", "kill"], reason: str, *, role: str, actor: str) -> int | Refusal:
-    """Pauses or stops a scope; how many items were cancelled. What the operator set, only the operator changes."""
-    if not may(role, "switch") or (role != "operator" and not scope.startswith("owner:")):
+def set_switch(
+    store: Store, scope: str, kind: Literal["pause", "kill"], reason: str, *, owner_id: UUID | None, role: str, actor: str
+) -> int | Refusal:
+    """Pauses or stops a scope; how many items were cancelled. What the operator set, only the operator changes.
+
+    `owner_id`: whose key acts, which reaches that owner's scope and no other; None for the operator.
+    """
+    if not _reaches(scope, owner_id, role):
         return Refusal(Reason.ROLE_NOT_ALLOWED, role)
     stopped = store.queue.switch(scope, kind, reason, actor=actor)
     return Refusal(Reason.SWITCH_HELD, scope) if stopped is None else stopped
 
 
-def release_switch(store: Store, scope: str, *, role: str, actor: str) -> Refusal | None:
+def release_switch(store: Store, scope: str, *, owner_id: UUID | None, role: str, actor: str) -> Refusal | None:
     """Releases a pause or kill switch of the same scope."""
-    if not may(role, "switch") or (role != "operator" and not scope.startswith("owner:")):
+    if not _reaches(scope, owner_id, role):
         return Refusal(Reason.ROLE_NOT_ALLOWED, role)
     if store.queue.unswitch(scope, actor=actor):
         return None
     held = {one["scope"] for one in store.queue.switches()}
     return Refusal(Reason.SWITCH_HELD if scope in held else Reason.SWITCH_NOT_SET, scope)
+
+
+def _reaches(scope: str, owner_id: UUID | None, role: str) -> bool:
+    return may(role, "switch") and (role == "operator" if owner_id is None else scope == f"owner:{owner_id}")

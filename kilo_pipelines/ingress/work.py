@@ -433,7 +433,7 @@ def work_routes(router: APIRouter, store: Store) -> None:
     def resume(who: Who, wish: SwitchWish) -> Released:
         """Releases a switch of exactly this scope; the operator's own only by the operator."""
         scope = _scope(store, who, wish)
-        given(acts.release_switch(store, scope, role=who.role, actor=actor_of(who)))
+        given(acts.release_switch(store, scope, owner_id=who.owner_id, role=who.role, actor=actor_of(who)))
         return Released(scope=scope)
 
     @router.get("/api/v1/health", responses=REFUSALS, **act("platform"))
@@ -486,5 +486,6 @@ def _scope(store: Store, who: Principal, wish: SwitchWish) -> str:
 
 def _switch(store: Store, who: Principal, wish: SwitchOn, kind: Literal["pause", "kill"]) -> Switched:
     scope = _scope(store, who, wish)
-    stopped = given(acts.set_switch(store, scope, kind, storable(wish.reason), role=who.role, actor=actor_of(who)))
+    reason = storable(wish.reason)
+    stopped = given(acts.set_switch(store, scope, kind, reason, owner_id=who.owner_id, role=who.role, actor=actor_of(who)))
     return Switched(scope=scope, kind=kind, cancelled=stopped)

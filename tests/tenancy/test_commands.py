@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -189,6 +191,29 @@ def test_the_operators_key_of_this_home_goes_to_no_other_address(
     monkeypatch.setenv("KILO_API_URL", address)
     done = run("owners list")
     assert (done.exit_code, json.loads(done.stdout)["reason"]) == (1, "api_key_missing")
+
+
+def test_a_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What answers at the address may not send the key on."""
+    asked: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/stolen")
+            self.end_headers()
+
+        def log_message(self, *_words: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        alone(monkeypatch, tmp_path, api_url=f"http://127.0.0.1:{server.server_port}", api_key="kilo_secret")
+        done = run("owners list")
+        server.shutdown()
+    assert (done.exit_code, json.loads(done.stdout)["reason"]) == (1, "api_answer_unusable")
+    assert asked == ["/api/v1/owners"] and "kilo_secret" not in done.output
 
 
 def test_an_owners_key_commands_its_own_owner_only(

@@ -40,7 +40,7 @@ from kilo_pipelines.cli import (
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason
-from kilo_pipelines.ingress.door import new_password
+from kilo_pipelines.ingress.operators import new_password
 from kilo_pipelines.services.code_review import admission, launch
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, SettingsError

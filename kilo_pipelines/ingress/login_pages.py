@@ -34,7 +34,7 @@ def login_page(
             f'<form method="post" action="/login/oidc">{hidden}<button class="first">Log in with {escape(issuer)}</button></form>'
         )
     if issuer is not None and password:
-        parts.append('<p class="or"><span>or with the operator’s password</span></p>')
+        parts.append('<p class="or"><span>or by password</span></p>')
     if password:
         parts.append(
             f'<form method="post" action="/login">{hidden}<label for="password">Operator password</label>'
@@ -78,9 +78,9 @@ def _note(reason: Reason | None, detail: str) -> str:
     if reason is None:
         return ""
     meaning, remedy = MEANING[reason]
-    more = f" ({escape(detail)})" if detail else ""
+    more = f"<p>What was seen: {escape(detail)}.</p>" if detail else ""
     return (
-        f'<div class="note" role="alert"><p><strong>{_coded(meaning)}</strong>{more}</p><p>{_coded(remedy)}</p>'
+        f'<div class="note" role="alert"><p><strong>{_coded(meaning)}</strong></p>{more}<p>{_coded(remedy)}</p>'
         f"<p><small>Reason: <code>{reason}</code></small></p></div>"
     )
 
@@ -104,7 +104,7 @@ main{background:var(--card);border:1px solid var(--line);border-radius:12px;padd
 h1{font-size:1.35rem;margin:0 0 1.25rem}.brand{margin:0;color:var(--quiet);font-size:.9rem}p{margin:.75rem 0}
 label{display:block;margin-bottom:.3rem;font-weight:600}input{font:inherit;width:100%;padding:.6rem .7rem;border:1px solid var(--quiet);border-radius:8px;background:transparent;color:inherit}
 button,.button{font:inherit;font-weight:600;display:block;width:100%;margin-top:1rem;padding:.65rem 1rem;border:1px solid var(--blue);border-radius:8px;background:transparent;color:var(--blue);cursor:pointer;text-align:center;text-decoration:none;overflow-wrap:anywhere}
-.first{background:var(--blue);color:var(--on-blue);margin-top:0}form .first:not(:first-of-type){margin-top:1rem}input+.first{margin-top:1rem}
+.first{background:var(--blue);color:var(--on-blue);margin-top:0}input+.first{margin-top:1rem}
 :focus-visible{outline:3px solid var(--blue);outline-offset:2px}a{color:var(--blue)}
 .or{display:flex;align-items:center;gap:.75rem;margin:1.5rem 0 1.25rem;color:var(--quiet);font-size:.9rem}.or:before,.or:after{content:"";flex:1;border-top:1px solid var(--line)}
 .note{border-left:4px solid var(--bad);background:var(--bad-page);border-radius:0 8px 8px 0;padding:.1rem 1rem;margin-bottom:1.5rem;overflow-wrap:anywhere}.note strong{color:var(--bad)}small{color:var(--quiet)}code{font-size:.9em}

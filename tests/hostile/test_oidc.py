@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from kilo_pipelines.cli.doctor_oidc import login_checks
 from kilo_pipelines.core.clock import ManualClock
 from kilo_pipelines.ingress.operators import OIDC_SESSION, new_password
+from kilo_pipelines.settings import write_secret
 from kilo_twin.oidc import MISBEHAVIOUR
 from tests.support.figures import Figures
 from tests.support.oidc import ADMIN, Browser, reason_of
@@ -232,3 +234,20 @@ def test_over_https_cookies_are_secure_and_of_this_host_alone(browser: Browser) 
     sealed = line.partition("=")[2].partition(";")[0]
     crossed = browser.ask("GET", f"/login/oidc/callback?code=x&state={state}", ADMIN, headers={"cookie": f"kilo_login={sealed}"})
     assert reason_of(crossed) == "oidc_state_invalid"
+
+
+def test_doctor_names_what_is_wrong_with_the_issuer(browser: Browser, clock: ManualClock) -> None:
+    def faults(at: ManualClock = clock, **more: Any) -> set[str]:
+        return {one.code for one in login_checks(browser.settings.model_copy(update=more), at) if not one.ok}
+
+    assert faults() == set()
+    assert faults(oidc_operators=frozenset()) == {"oidc_operators_missing"}
+    assert faults(oidc_client_id=None) == {"oidc_not_configured"}
+    assert faults(oidc_client_id=None, password_login=False) == {"oidc_not_configured", "login_impossible"}
+    assert faults(oidc_issuer="http://localhost:9/oidc") == {"oidc_unreachable"}
+    assert faults(oidc_issuer=f"{browser.settings.oidc_issuer}/") == {"oidc_discovery_invalid"}
+    assert faults(ManualClock(datetime.now(UTC) + timedelta(minutes=2))) == {"oidc_clock_skew"}
+    assert faults(offline=False, admin_origin="http://kilo.example") == {"oidc_unreachable", "oidc_redirect_plain"}
+    write_secret(browser.settings.oidc_client_secret_file, "s")
+    browser.settings.oidc_client_secret_file.chmod(0o640)
+    assert faults() == {"oidc_secret_readable"}

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kilo_pipelines.core.operators import NOBODY, OperatorRule, landing, person_of
@@ -17,6 +17,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+# On a busy machine the first draw takes longer than hypothesis likes.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CLAIMS = st.fixed_dictionaries(
     {}, optional={name: JSON | st.just("ops") | st.just("00u1") for name in ("sub", "email", "email_verified", "groups", "name")}
 )
@@ -55,6 +57,7 @@ def test_an_address_that_only_lacks_its_proof_is_told_apart() -> None:
     assert not RULE.lacks_verification({"sub": "1", "email": "grace@acme.test"})
 
 
+@patient
 @given(CLAIMS)
 def test_no_claims_of_any_shape_break_the_rule_or_pass_without_their_value(claims: dict[str, Any]) -> None:
     grounds = RULE.grounds(claims)
@@ -64,6 +67,7 @@ def test_no_claims_of_any_shape_break_the_rule_or_pass_without_their_value(claim
     assert RULE.lacks_verification(claims) in (True, False)
 
 
+@patient
 @given(CLAIMS)
 def test_everybody_has_a_name(claims: dict[str, Any]) -> None:
     assert person_of({**claims, "sub": "s"}, RULE.grounds({**claims, "sub": "s"}))
@@ -74,6 +78,7 @@ def test_a_login_leads_back_to_the_page_that_was_wanted(wanted: str) -> None:
     assert landing(wanted, "/dagster") == wanted
 
 
+@patient
 @given(st.text(alphabet=st.sampled_from("/\\.:@%?#2ef5cdagsterx\t\n "), max_size=40) | st.text(max_size=40))
 @example("//evil.example/dagster/")
 @example("https://evil.example/dagster/")

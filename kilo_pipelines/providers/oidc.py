@@ -232,7 +232,7 @@ class OidcClient:
                 connect=CONNECT_SECONDS,
             )
         except OutboundError as failure:
-            raise OidcError(Reason.OIDC_UNREACHABLE, f"{httpx.URL(url).host}: {failure}") from None
+            raise OidcError(Reason.OIDC_UNREACHABLE, f"{plain_line(url)}: {failure}") from None
 
 
 def _object(answer: Answer) -> dict[str, Any]:
@@ -337,11 +337,7 @@ def checked_claims(
                 Reason.OIDC_CLOCK_SKEW, f"the issuer's clock is {skew.total_seconds():+.0f} s from this machine's"
             ) from None
         raise OidcError(Reason.OIDC_TOKEN_INVALID, f"claim {named}") from None
-    except (
-        JoseError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as failure:  # of the last three: claims of types that nobody expects
+    # Of the last three: bytes and claims of types that nobody expects.
+    except (JoseError, ValueError, TypeError, RecursionError) as failure:
         raise OidcError(Reason.OIDC_TOKEN_INVALID, type(failure).__name__) from None
     return dict(claims)

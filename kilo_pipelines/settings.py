@@ -14,11 +14,11 @@ import stat
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 # The longest name below the socket directory (a session's door to the model proxy) has 30 bytes, and Linux takes 107 in all.
 SOCKETS_BYTES = 75
@@ -63,6 +63,24 @@ class Settings(BaseSettings):
         default=None, description="File (0600) with the command line's API key. Default: the operator's."
     )
     api_key: SecretStr | None = Field(default=None, description="The key itself, where a file can't be had.")
+    oidc_issuer: str | None = Field(
+        default=None,
+        description="OpenID Connect issuer where operators log in, exactly as it names itself. Client secret: secrets/oidc-client-secret.",
+    )
+    oidc_client_id: str | None = Field(default=None, description="Our client id at that issuer.")
+    oidc_operators: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Who of the issuer's people is an operator: verified e-mail addresses or `sub` values, with commas between. Default: nobody.",
+    )
+    oidc_operator_group: str | None = Field(
+        default=None, description="A value of the `groups` claim that makes an operator, too."
+    )
+    oidc_private_network: bool = Field(
+        default=False, description="The issuer may lie in a private network (10/8, 172.16/12, 192.168/16, fc00::/7)."
+    )
+    password_login: bool = Field(
+        default=True, description="Whether operators may log in with the password, too. Without it an issuer is needed."
+    )
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     offline: bool = Field(default=True, description="Run against the offline twin.")
@@ -128,6 +146,24 @@ class Settings(BaseSettings):
             if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}", name) or not plain or not (parts.scheme == "https" or local):
                 raise ValueError(f"registry {name}: an https address without credentials, query or fragment is needed")
         return {name: f"{base.rstrip('/')}/" for name, base in value.items()}
+
+    @field_validator("oidc_operators", mode="before")
+    @classmethod
+    def _separated(cls, value: object) -> object:
+        return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value
+
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _issuer(cls, value: str | None) -> str | None:
+        """https, or the twin on this machine; what is compared with tokens has no query, fragment or credentials."""
+        if not value:
+            return None
+        parts = urlsplit(value)
+        local = parts.scheme == "http" and parts.hostname in LOOPBACK
+        plain = not (parts.username or parts.password or parts.query or parts.fragment) and parts.hostname
+        if not plain or not (parts.scheme == "https" or local):
+            raise ValueError("an https address without credentials, query or fragment is needed")
+        return value
 
     @field_validator("home", "run_dir", "api_key_file")
     @classmethod
@@ -239,6 +275,16 @@ class Settings(BaseSettings):
     @property
     def operator_password_file(self) -> Path:
         return self.secrets_dir / "operator-password"
+
+    @property
+    def oidc_configured(self) -> bool:
+        """Whether operators can log in at an issuer."""
+        return bool(self.oidc_issuer and self.oidc_client_id)
+
+    @property
+    def oidc_client_secret_file(self) -> Path:
+        """Our secret at the OpenID Connect issuer; without it we are a public client."""
+        return self.secrets_dir / "oidc-client-secret"
 
     @property
     def operator_sessions_file(self) -> Path:

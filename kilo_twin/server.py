@@ -21,6 +21,7 @@ from starlette.routing import Route
 from kilo_twin import model, npm, world, world_alerts
 from kilo_twin.dependabot import LOCK_FILE, AlertError, Dependabot
 from kilo_twin.githttp import serve_git
+from kilo_twin.oidc import Issuer
 from kilo_twin.rest import Rest
 from kilo_twin.shapes import account
 from kilo_twin.state import ACCOUNT, Twin, git, now
@@ -348,6 +349,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
     rest = Rest(twin, webhooks, dependabot)
     control = Control(twin, webhooks, dependabot)
     control.seed()
+    issuer = Issuer(twin.base_url, twin.credentials["oidc_client_secret"])
 
     async def git_http(request: Request) -> Response:
         return await serve_git(rest, request)
@@ -376,6 +378,8 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "rename": control.rename,
             "transfer": control.transfer,
             "remove": control.remove,
+            "oidc-rotate": issuer.rotate,
+            "oidc-misbehave": issuer.misbehave,
         }
         try:
             answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
@@ -401,6 +405,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             *rest.routes(),
             *model.routes(twin.credentials["model_api_key"], twin.fault_of),
             *npm.routes(twin.base_url),
+            *issuer.routes(),
             Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
             Route("/{owner}/{repo}/pull/{number:int}", page),
             Route("/{owner}/{repo}", listing),

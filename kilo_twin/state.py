@@ -72,6 +72,9 @@ class Twin:
         path = self.home / "credentials.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
+            if "oidc_client_secret" not in found:  # a home of before there was an issuer
+                found["oidc_client_secret"] = secrets.token_hex(24)
+                path.write_text(json.dumps(found))
             return found
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         pem = key.private_bytes(
@@ -86,6 +89,7 @@ class Twin:
             "installation_id": 77001,
             "account": ACCOUNT,
             "control_token": secrets.token_hex(24),
+            "oidc_client_secret": secrets.token_hex(24),
         }
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:

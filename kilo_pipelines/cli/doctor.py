@@ -7,16 +7,18 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
 
 from kilo_pipelines.cli import supervisor
+from kilo_pipelines.cli.check import Check
+from kilo_pipelines.cli.doctor_oidc import login_checks
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
+from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store.embedded import EmbeddedPostgresError, binaries
@@ -26,18 +28,6 @@ MEMORY_BYTES = 3 * 2**30
 DISK_BYTES = 2 * 2**30
 
 _OFFLINE = "offline, `up` takes the twin's; else "
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding; `code` names the fault where `ok` is false."""
-
-    name: str
-    code: str
-    ok: bool
-    found: str
-    remedy: str
-    required: bool = True
 
 
 def run(settings: Settings) -> list[Check]:
@@ -53,6 +43,7 @@ def run(settings: Settings) -> list[Check]:
         *_model(settings),
         *_ports(settings),
         _listeners(settings),
+        *login_checks(settings, SystemClock()),
         _memory(),
         _disk(settings),
     ]

@@ -41,7 +41,7 @@ from kilo_pipelines.cli import (
 from kilo_pipelines.cli.client import api
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
-from kilo_pipelines.ingress.door import new_password
+from kilo_pipelines.ingress.operators import new_password
 from kilo_pipelines.services.code_review import admission, launch
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem

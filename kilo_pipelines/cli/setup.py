@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.ingress.door import new_password
+from kilo_pipelines.ingress.operators import new_password
 from kilo_pipelines.providers.github import GitHubApp, ProviderError
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig

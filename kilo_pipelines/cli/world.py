@@ -300,7 +300,9 @@ def _answer(settings: Settings, store: Store, followed: Followed, seen: dict[str
 def scratch_environment(home: Path) -> None:
     """Free ports and a home of its own for this process and its children; nothing of a real platform's environment."""
     for name in Settings.model_fields:
-        if name in ("run_dir", "host", "database_url", "offline") or name.startswith(("github_", "model")):
+        if name in ("run_dir", "host", "database_url", "offline", "password_login") or name.startswith(
+            ("github_", "model", "oidc_")
+        ):
             os.environ.pop(f"KILO_{name.upper()}", None)
     os.environ["KILO_HOME"] = str(home)
     names = ("PUBLIC", "ADMIN", "TWIN")

@@ -33,6 +33,18 @@ class Reason(StrEnum):
     ORIGIN_REFUSED = "origin_refused"
     METHOD_REFUSED = "method_refused"
     UI_UNAVAILABLE = "ui_unavailable"
+    PASSWORD_WRONG = "password_wrong"  # noqa: S105
+    PASSWORD_LOGIN_OFF = "password_login_off"  # noqa: S105
+    LOGIN_TOO_OFTEN = "login_too_often"
+    OIDC_NOT_CONFIGURED = "oidc_not_configured"
+    OIDC_UNREACHABLE = "oidc_unreachable"
+    OIDC_DISCOVERY_INVALID = "oidc_discovery_invalid"
+    OIDC_STATE_INVALID = "oidc_state_invalid"
+    OIDC_REFUSED = "oidc_refused"
+    OIDC_TOKEN_INVALID = "oidc_token_invalid"  # noqa: S105
+    OIDC_CLOCK_SKEW = "oidc_clock_skew"
+    OIDC_EMAIL_UNVERIFIED = "oidc_email_unverified"
+    OIDC_NOT_OPERATOR = "oidc_not_operator"
     # the audit chain
     AUDIT_EVENTS_CHANGED = "audit_events_changed"
     AUDIT_CHAIN_BROKEN = "audit_chain_broken"
@@ -256,6 +268,48 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.METHOD_REFUSED: ("GraphQL goes through as POST with JSON only.", "Use the UI, or POST with a JSON body."),
     Reason.UI_UNAVAILABLE: ("Dagster's webserver doesn't answer.", "Look at `dagster-ui.log`; it is started again."),
+    Reason.PASSWORD_WRONG: ("That is not the operator's password.", "`kilo-pipelines password reset` makes a new one."),
+    Reason.PASSWORD_LOGIN_OFF: (
+        "Logging in with the password is switched off.",
+        "Log in at the issuer; in an emergency start the platform with KILO_PASSWORD_LOGIN=true.",
+    ),
+    Reason.LOGIN_TOO_OFTEN: ("Logins were tried faster than people do.", "Wait half a minute."),
+    Reason.OIDC_NOT_CONFIGURED: (
+        "No OpenID Connect issuer is configured.",
+        "Set KILO_OIDC_ISSUER and KILO_OIDC_CLIENT_ID (docs/login.md), or log in with the password.",
+    ),
+    Reason.OIDC_UNREACHABLE: (
+        "The OpenID Connect issuer doesn't answer, or not with what it should.",
+        "Try again; `kilo-pipelines doctor` says what of it can't be reached.",
+    ),
+    Reason.OIDC_DISCOVERY_INVALID: (
+        "The issuer's description of itself isn't one that can be trusted.",
+        "Write KILO_OIDC_ISSUER exactly as the issuer names itself; `kilo-pipelines doctor` says what is wrong.",
+    ),
+    Reason.OIDC_STATE_INVALID: (
+        "This login wasn't begun in this browser, took longer than ten minutes, or was finished before.",
+        "Begin again at `/login`, in one tab, under the address that you began with.",
+    ),
+    Reason.OIDC_REFUSED: (
+        "The issuer refused the login.",
+        "Ask who runs the issuer whether you may use this application; an operator compares client id, secret and redirect address.",
+    ),
+    Reason.OIDC_TOKEN_INVALID: (
+        "The issuer's answer could not be verified.",
+        "Try again; if it stays, the operator finds what was wrong in the ingress's log. A forged answer looks like this.",
+    ),
+    Reason.OIDC_CLOCK_SKEW: (
+        "The clocks of the issuer and of this machine differ by more than a minute.",
+        "Set this machine's clock (NTP); `kilo-pipelines doctor` shows the difference.",
+    ),
+    Reason.OIDC_EMAIL_UNVERIFIED: (
+        "The issuer doesn't say that this e-mail address is yours.",
+        "Verify the address at the issuer, or have the operator name your `sub` in place of it.",
+    ),
+    Reason.OIDC_NOT_OPERATOR: (
+        "You are logged in at the issuer, and not one of this platform's operators.",
+        "Ask an operator to add you to KILO_OIDC_OPERATORS or to the operators' group.",
+    ),
     Reason.AUDIT_EVENTS_CHANGED: (
         "Events of this seal were changed, removed or slipped in.",
         "Somebody wrote to the database past the platform: compare with a backup.",

@@ -12,10 +12,14 @@ import uvloop
 from starlette.applications import Starlette
 
 from kilo_pipelines import failpoints
-from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.core.clock import Clock, SystemClock
+from kilo_pipelines.core.operators import OperatorRule
 from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
-from kilo_pipelines.ingress.door import Door, Operators
+from kilo_pipelines.ingress.door import Door
+from kilo_pipelines.ingress.oidc import OidcLogin, registration_of
+from kilo_pipelines.ingress.operators import Operators, Ways
+from kilo_pipelines.providers.oidc import OidcClient
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cipher, Store
 
@@ -34,6 +38,16 @@ def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
+def make_door(settings: Settings, origins: frozenset[str], clock: Clock) -> Door:
+    """The operators' door with the logins that are configured."""
+    rule = OperatorRule(frozenset(settings.oidc_operators), settings.oidc_operator_group)
+    ways = Ways(settings.password_login, settings.oidc_issuer if settings.oidc_configured else None, rule)
+    operators = Operators(settings.operator_password_file, settings.operator_sessions_file, clock, ways)
+    registration = registration_of(settings)
+    oidc = OidcLogin(OidcClient(registration, clock), operators, clock) if registration is not None else None
+    return Door(operators, settings.dagster_socket, settings.dagster_prefix, origins, oidc)
+
+
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT."""
     failpoints.arm(settings.failpoints)
@@ -47,8 +61,7 @@ async def serve(settings: Settings) -> None:
         hosts.add(str(urlsplit(settings.admin_origin).hostname))
         origins.add(settings.admin_origin)
     ingress = Ingress(store, secret, frozenset(hosts))
-    operators = Operators(settings.operator_password_file, settings.operator_sessions_file, SystemClock())
-    door = Door(operators, settings.dagster_socket, settings.dagster_prefix, frozenset(origins))
+    door = make_door(settings, frozenset(origins), SystemClock())
     servers = [
         _server(public_application(ingress), settings.host, settings.public_port),
         _server(admin_application(ingress, door.routes()), settings.host, settings.admin_port),

@@ -1,46 +1,50 @@
-"""The login before Dagster's UI, on the admin listener: operators only (threats, rules 18 and 19).
+"""The operators' door: a login, and Dagster's UI behind it, for operators only (threats, rules 18 and 19).
 
-Holds: the operator's password and sessions, and a proxy that passes on what the UI needs and nothing else: pages and files by GET,
+Holds: the routes of the login, and a proxy that passes on what the UI needs and nothing else: pages and files by GET,
 GraphQL by POST with JSON or by a websocket, both from our own origin. Does not belong here: anything of Dagster.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
-import os
-import secrets
-import threading
+import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 import anyio
 import httpx
 import websockets
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection, unix_connect
 
-from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.rates import Rate, full, take
+from kilo_pipelines.core.operators import landing
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import plain_line
+from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.bodies import BodyError, read_body
-from kilo_pipelines.settings import write_secret
+from kilo_pipelines.ingress.login_pages import HEADERS, login_page, session_page
+from kilo_pipelines.ingress.oidc import CALLBACK, OidcLogin
+from kilo_pipelines.ingress.oidc import refused as oidc_refused
+from kilo_pipelines.ingress.operators import (
+    COOKIE,
+    PASSWORD,
+    PASSWORD_SESSION,
+    Operators,
+    Session,
+    TooManyGuessesError,
+    set_session,
+)
 
-COOKIE = "kilo_operator"
-# A working day: who comes back tomorrow logs in again.
-SESSION_LIFE = timedelta(hours=12)
-# RFC 7914's interactive parameters, 32 MB and about 80 ms: a login is seldom, a guess is slow.
-SCRYPT = {"n": 2**15, "r": 8, "p": 1, "maxmem": 64 * 2**20}
-# Guesses over everybody: five at once, then one every ten seconds; a person who mistypes isn't locked out for long.
-GUESSES = Rate(per_hour=360, burst=5)
+log = logging.getLogger(__name__)
+
 # Queries of the UI have a few KB; a launch with configuration some more.
 GRAPHQL_BYTES = 2**20
 LOGIN_BYTES = 4_096
@@ -50,87 +54,18 @@ _PASSED_ON = frozenset(
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "upgrade", "set-cookie", "server", "date", "content-length"}
 )
-_HEADERS = {
-    "x-frame-options": "DENY",
-    "content-security-policy": "frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    # Not `no-referrer`: browsers then send `Origin: null` with the login form, which no page of ours is.
-    "referrer-policy": "same-origin",
-    "cache-control": "no-store",
-}
-
-
-def new_password(file: Path, sessions: Path) -> str:
-    """Makes the operator's password, keeps its hash, ends every session; the password itself is shown once and kept nowhere."""
-    password = secrets.token_urlsafe(18)
-    salt = os.urandom(16)
-    digest = hashlib.scrypt(password.encode(), salt=salt, **SCRYPT)
-    write_secret(file, json.dumps({"salt": salt.hex(), "scrypt": digest.hex()}))
-    sessions.unlink(missing_ok=True)
-    return password
-
-
-class TooManyGuessesError(Exception):
-    """Passwords were tried faster than a person does."""
-
-
-class Operators:
-    """The password and the sessions of who knows it, both in files of the home, so that a restart logs nobody out."""
-
-    def __init__(self, password: Path, sessions: Path, clock: Clock) -> None:
-        self._password = password
-        self._sessions = sessions
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._guesses = full(GUESSES, clock.now())
-
-    def log_in(self, password: str) -> str | None:
-        """A new session's token for the right password; None for a wrong one. Raises TooManyGuessesError."""
-        with self._lock:
-            taken = take(self._guesses, GUESSES, 1, self._clock.now())
-            self._guesses = taken.bucket
-            if taken.wait_until is not None:
-                raise TooManyGuessesError
-            if not self._password.exists():
-                return None
-            held = json.loads(self._password.read_text())
-            given = hashlib.scrypt(password.encode(), salt=bytes.fromhex(held["salt"]), **SCRYPT)
-            if not hmac.compare_digest(given, bytes.fromhex(held["scrypt"])):
-                return None
-            token = secrets.token_urlsafe(32)
-            self._keep({**self._live(), self._hash(token): (self._clock.now() + SESSION_LIFE).isoformat()})
-            return token
-
-    def knows(self, token: str) -> bool:
-        """Whether this is the token of a session that lives."""
-        return bool(token) and self._hash(token) in self._live()
-
-    def log_out(self, token: str) -> None:
-        """Ends a session."""
-        with self._lock:
-            self._keep({name: until for name, until in self._live().items() if name != self._hash(token)})
-
-    @staticmethod
-    def _hash(token: str) -> str:
-        return hashlib.sha256(token.encode()).hexdigest()
-
-    def _live(self) -> dict[str, str]:
-        try:
-            held: dict[str, str] = json.loads(self._sessions.read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
-        now = self._clock.now()
-        return {name: until for name, until in held.items() if datetime.fromisoformat(until) > now}
-
-    def _keep(self, sessions: dict[str, str]) -> None:
-        write_secret(self._sessions, json.dumps(sessions))
+# The keyword without which GraphQL changes nothing.
+_MUTATION = re.compile(r"\bmutation\b")
 
 
 class Door:
     """Routes of the login and the proxy. `origins` are the addresses under which a browser may talk to us."""
 
-    def __init__(self, operators: Operators, socket: Path, prefix: str, origins: frozenset[str]) -> None:
+    def __init__(
+        self, operators: Operators, socket: Path, prefix: str, origins: frozenset[str], oidc: OidcLogin | None = None
+    ) -> None:
         self._operators = operators
+        self._oidc = oidc
         self._socket = socket
         self._prefix = prefix
         self._origins = origins
@@ -143,6 +78,9 @@ class Door:
             Route("/", self._home, methods=["GET"]),
             Route("/login", self._form, methods=["GET"]),
             Route("/login", self._log_in, methods=["POST"]),
+            Route("/login/oidc", self._begin_oidc, methods=["POST"]),
+            Route(CALLBACK, self._finish_oidc, methods=["GET"]),
+            Route("/session", self._session_page, methods=["GET"]),
             Route("/logout", self._log_out, methods=["POST"]),
             WebSocketRoute(f"{self._prefix}/graphql", self._live_queries),
             Route(f"{self._prefix}/graphql", self._graphql, methods=["GET", "POST"]),
@@ -159,60 +97,98 @@ class Door:
             return origin not in self._origins
         return connection.headers.get("sec-fetch-site") != "same-origin"
 
-    async def _known(self, connection: HTTPConnection) -> bool:
-        return await anyio.to_thread.run_sync(self._operators.knows, connection.cookies.get(COOKIE, ""))
+    async def _session(self, connection: HTTPConnection) -> Session | None:
+        return await anyio.to_thread.run_sync(self._operators.session, connection.cookies.get(COOKIE, ""))
 
     async def _home(self, _request: Request) -> Response:
         return RedirectResponse(f"{self._prefix}/", 307)
 
+    def _login_page(self, landing_: str, status: int = 200, reason: Reason | None = None) -> Response:
+        return login_page(
+            issuer=self._oidc.host if self._oidc else None,
+            password=self._operators.ways.password,
+            landing=landing_,
+            reason=reason,
+            status=status,
+        )
+
     async def _form(self, request: Request) -> Response:
-        if await self._known(request):
-            return RedirectResponse(f"{self._prefix}/", 303, headers=_HEADERS)
-        return _login_page("")
+        onward = landing(request.query_params.get("next", ""), self._prefix)
+        if await self._session(request) is not None:
+            return RedirectResponse(onward, 303, headers=HEADERS)
+        return self._login_page(onward)
 
     async def _log_in(self, request: Request) -> Response:
         if self._foreign(request):
             return _refused(403, Reason.ORIGIN_REFUSED)
         try:
             body = await read_body(request, LOGIN_BYTES)
-            password = _form_field(body, "password")
-            token = await anyio.to_thread.run_sync(self._operators.log_in, password)
-        except TooManyGuessesError:
-            return _login_page("Too many tries. Wait half a minute.", 429)
         except BodyError as failure:
             return _refused(failure.status, failure.reason)
+        onward = landing(_form_field(body, "next"), self._prefix)
+        if not self._operators.ways.password:
+            return self._password_refused(onward, 403, Reason.PASSWORD_LOGIN_OFF)
+        try:
+            token = await anyio.to_thread.run_sync(self._operators.log_in, _form_field(body, "password"))
+        except TooManyGuessesError:
+            return self._password_refused(onward, 429, Reason.LOGIN_TOO_OFTEN)
         if token is None:
-            return _login_page("That is not the password. `kilo-pipelines password reset` makes a new one.", 401)
-        answer = RedirectResponse(f"{self._prefix}/", 303, headers=_HEADERS)
-        answer.set_cookie(
-            COOKIE,
-            token,
-            max_age=int(SESSION_LIFE.total_seconds()),
-            httponly=True,
-            samesite="strict",
-            secure=request.headers.get("origin", "").startswith("https://"),
-        )
+            return self._password_refused(onward, 401, Reason.PASSWORD_WRONG)
+        metrics.logins.labels(PASSWORD, "logged_in").inc()
+        log.info("an operator logged in with the password")
+        answer = RedirectResponse(onward, 303, headers=HEADERS)
+        set_session(answer, token, PASSWORD_SESSION, secure=request.headers.get("origin", "").startswith("https://"))
         return answer
+
+    def _password_refused(self, onward: str, status: int, reason: Reason) -> Response:
+        metrics.logins.labels(PASSWORD, str(reason)).inc()
+        return self._login_page(onward, status, reason)
+
+    async def _begin_oidc(self, request: Request) -> Response:
+        origin = request.headers.get("origin")
+        if origin is None or origin not in self._origins:  # it becomes our redirect address
+            return _refused(403, Reason.ORIGIN_REFUSED)
+        if self._oidc is None:
+            return oidc_refused(Reason.OIDC_NOT_CONFIGURED)
+        try:
+            body = await read_body(request, LOGIN_BYTES)
+        except BodyError as failure:
+            return _refused(failure.status, failure.reason)
+        return await self._oidc.begin(origin, landing(_form_field(body, "next"), self._prefix))
+
+    async def _finish_oidc(self, request: Request) -> Response:
+        return oidc_refused(Reason.OIDC_NOT_CONFIGURED) if self._oidc is None else await self._oidc.finish(request)
+
+    async def _session_page(self, request: Request) -> Response:
+        held = await self._session(request)
+        if held is None:
+            return RedirectResponse("/login", 303, headers=HEADERS)
+        return session_page(held.who, f"{held.until:%Y-%m-%d %H:%M} UTC", f"{self._prefix}/")
 
     async def _log_out(self, request: Request) -> Response:
         if self._foreign(request):
             return _refused(403, Reason.ORIGIN_REFUSED)
-        await anyio.to_thread.run_sync(self._operators.log_out, request.cookies.get(COOKIE, ""))
-        answer = RedirectResponse("/login", 303, headers=_HEADERS)
+        held = await self._session(request)
+        if held is not None:
+            await anyio.to_thread.run_sync(self._operators.log_out, request.cookies.get(COOKIE, ""))
+            log.info("operator %s logged out", held.who)
+        answer = RedirectResponse("/login", 303, headers=HEADERS)
         answer.delete_cookie(COOKIE)
         return answer
 
     # -- what goes through -----------------------------------------------------------------------------------------------
 
     async def _page(self, request: Request) -> Response:
-        if not await self._known(request):
-            wants_page = "text/html" in request.headers.get("accept", "")
-            return RedirectResponse("/login", 303, headers=_HEADERS) if wants_page else _refused(401, Reason.LOGIN_REQUIRED)
+        if await self._session(request) is None:
+            if "text/html" not in request.headers.get("accept", ""):
+                return _refused(401, Reason.LOGIN_REQUIRED)
+            return RedirectResponse(f"/login?{urlencode({'next': _raw_path(request).decode('latin-1')})}", 303, headers=HEADERS)
         return await self._pass_on(request, b"")
 
     async def _graphql(self, request: Request) -> Response:
         """Dagster carries out mutations by GET, too: only JSON by POST from a page of ours goes through."""
-        if not await self._known(request):
+        held = await self._session(request)
+        if held is None:
             return _refused(401, Reason.LOGIN_REQUIRED)
         if request.method != "POST":
             return _refused(405, Reason.METHOD_REFUSED)
@@ -221,9 +197,11 @@ class Door:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return _refused(415, Reason.METHOD_REFUSED)
         try:
-            return await self._pass_on(request, await read_body(request, GRAPHQL_BYTES))
+            body = await read_body(request, GRAPHQL_BYTES)
         except BodyError as failure:
             return _refused(failure.status, failure.reason)
+        _tell_changes(held, body)
+        return await self._pass_on(request, body)
 
     async def _pass_on(self, request: Request, body: bytes) -> Response:
         if self._client is None:
@@ -238,11 +216,12 @@ class Door:
             return _refused(502, Reason.UI_UNAVAILABLE)
         kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP}
         cacheable = {} if request.method == "POST" else {name: value for name, value in kept.items() if name == "cache-control"}
-        return StreamingResponse(_body_of(answer), answer.status_code, headers={**kept, **_HEADERS, **cacheable})
+        return StreamingResponse(_body_of(answer), answer.status_code, headers={**kept, **HEADERS, **cacheable})
 
     async def _live_queries(self, socket: WebSocket) -> None:
         """The UI's subscriptions; Dagster carries out mutations there, too, so the origin must be ours."""
-        if not await self._known(socket) or socket.headers.get("origin") not in self._origins:
+        held = await self._session(socket)
+        if held is None or socket.headers.get("origin") not in self._origins:
             await socket.close(4403)
             return
         wanted = [one.strip() for one in socket.headers.get("sec-websocket-protocol", "").split(",") if one.strip()]
@@ -260,15 +239,29 @@ class Door:
                             await way(socket, upstream)
                         group.cancel_scope.cancel()
 
-                    group.start_soon(ended, _to_dagster)
+                    group.start_soon(ended, partial(_to_dagster, held))
                     group.start_soon(ended, _to_browser)
         except (OSError, websockets.WebSocketException):
             await socket.close(1013)
 
 
-async def _to_dagster(socket: WebSocket, upstream: ClientConnection) -> None:
+def _tell_changes(held: Session, body: bytes | str) -> None:
+    """A line of the log for what an operator changes in the UI: who, and the operation's name."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return  # Dagster refuses it
+    for one in told if isinstance(told, list) else [told]:
+        asked = one.get("payload", one) if isinstance(one, dict) else None
+        if isinstance(asked, dict) and _MUTATION.search(str(asked.get("query"))):
+            log.info("operator %s changes in the UI: %s", held.who, plain_line(str(asked.get("operationName"))))
+
+
+async def _to_dagster(held: Session, socket: WebSocket, upstream: ClientConnection) -> None:
     while True:
-        await upstream.send(await socket.receive_text())
+        message = await socket.receive_text()
+        _tell_changes(held, message)
+        await upstream.send(message)
 
 
 async def _to_browser(socket: WebSocket, upstream: ClientConnection) -> None:
@@ -299,22 +292,4 @@ def _form_field(body: bytes, name: str) -> str:
 
 
 def _refused(status: int, reason: Reason) -> Response:
-    return JSONResponse({"outcome": "refused", "reason": reason}, status, headers=_HEADERS)
-
-
-def _login_page(message: str, status: int = 200) -> Response:
-    note = f'<p class="note" role="alert">{message}</p>' if message else ""
-    return HTMLResponse(_PAGE.replace("{note}", note), status, headers=_HEADERS)
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>kilo-pipelines: log in</title>
-<style>body{font:16px/1.5 system-ui;display:grid;place-items:center;min-height:100vh;margin:0;background:#f4f4f2;color:#222}
-form{background:#fff;border:1px solid #ddd;border-radius:8px;padding:2rem;width:20rem}h1{font-size:1.2rem;margin:0 0 1rem}
-label{display:block;margin-bottom:.3rem}input{font:inherit;width:100%;box-sizing:border-box;padding:.5rem;border:1px solid #999;border-radius:4px}
-button{font:inherit;margin-top:1rem;padding:.5rem 1rem;border:0;border-radius:4px;background:#1a56c4;color:#fff}
-.note{color:#b00020}small{color:#666}</style>
-<form method="post" action="/login"><h1>kilo-pipelines</h1>{note}
-<label for="password">Operator password</label><input id="password" name="password" type="password" autocomplete="current-password" autofocus required>
-<button>Log in</button><p><small>Printed once at the first start. <code>kilo-pipelines password reset</code> makes a new one.</small></p>
-</form></html>"""
+    return JSONResponse({"outcome": "refused", "reason": reason}, status, headers=HEADERS)

@@ -10,6 +10,7 @@ registry = CollectorRegistry()
 
 deliveries = Counter("kilo_deliveries", "Webhook deliveries by outcome or reason.", ["outcome"], registry=registry)
 callbacks = Counter("kilo_callbacks", "Session callbacks by outcome.", ["outcome"], registry=registry)
+logins = Counter("kilo_logins", "Logins of operators by way and outcome or reason.", ["way", "outcome"], registry=registry)
 answer_seconds = Histogram(
     "kilo_answer_seconds",
     "Time from the first byte of a webhook to its answer.",

@@ -65,7 +65,7 @@ def test_without_a_session_nothing_of_dagster_is_seen(stranger: httpx.Client, fi
 
 def test_a_browser_is_led_to_the_login_and_in(platform: RunningPlatform) -> None:
     page = httpx.get(f"{platform.settings.admin_url}/dagster/runs", headers={"accept": "text/html"})
-    assert (page.status_code, page.headers["location"]) == (303, "/login")
+    assert (page.status_code, page.headers["location"]) == (303, "/login?next=%2Fdagster%2Fruns")
     form = httpx.get(f"{platform.settings.admin_url}/login")
     assert "Operator password" in form.text and form.headers["x-frame-options"] == "DENY"
     shown = platform.browser.get("/dagster/runs")
@@ -85,15 +85,39 @@ def test_a_person_logs_in_and_looks_around_with_a_real_browser(platform: Running
         # A test that guessed passwords has used up the guesses for a while.
         for _ in range(5):
             page.run(f"document.querySelector('input[type=password]').value = {json.dumps(password)}")
-            page.run("document.querySelector('button').click()")
-            page.wait("location.pathname.startsWith('/dagster') || document.body.innerText.includes('Too many tries')")
+            page.run("document.querySelector('form[action=\"/login\"] button').click()")
+            page.wait("location.pathname.startsWith('/dagster') || document.body.innerText.includes('login_too_often')")
             if page.run("location.pathname.startsWith('/dagster')"):
                 break
             time.sleep(10)
-            page.go(f"{admin}/login", "!document.body.innerText.includes('Too many tries')")
+            page.go(f"{admin}/login", "!document.body.innerText.includes('login_too_often')")
         page.wait("location.pathname.startsWith('/dagster')")
         page.go(f"{admin}/dagster/assets/security_findings", "document.body.innerText.includes('security_findings')")
         page.wait("document.body.innerText.includes('Materialize')")
+
+
+def test_an_operator_comes_in_through_the_issuer_and_somebody_else_reads_why_not(platform: RunningPlatform) -> None:
+    """The issuer is another site: whether cookies find their way back is for a real browser to say."""
+    admin = platform.settings.admin_url
+    button = "document.querySelector('form[action=\"/login/oidc\"] button')"
+    with browser() as page:
+        page.go(f"{admin}/dagster/assets/security_findings", f"!!{button}")
+        page.run(f"{button}.click()")
+        page.wait("location.pathname == '/oidc/authorize'")
+        page.run("document.querySelector('button[value=grace]').click()")
+        page.wait("document.body.innerText.includes('oidc_not_operator')")
+        assert "twin|grace" in page.run("document.body.innerText")
+        page.run("document.querySelector('a.button').click()")
+        page.wait(f"!!{button}")
+        page.go(f"{admin}/dagster/assets/security_findings", f"!!{button}")
+        page.run(f"{button}.click()")
+        page.wait("location.pathname == '/oidc/authorize'")
+        page.run("document.querySelector('button[value=ada]').click()")
+        page.wait("location.pathname == '/dagster/assets/security_findings' && document.body.innerText.includes('Materialize')")
+        page.go(f"{admin}/session", "document.body.innerText.includes('Ada (ada@acme.test)')")
+        page.run("document.querySelector('button').click()")
+        page.wait("location.pathname == '/login'")
+        page.go(f"{admin}/dagster/runs", f"!!{button}")
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1", ""])
@@ -110,11 +134,12 @@ def test_a_foreign_page_in_the_operators_browser_changes_nothing(
             client.post("/dagster/graphql", data=QUERY),
             client.get("/dagster/graphql", params=QUERY),
             client.post("/login", data={"password": "x"}),
+            client.post("/login/oidc"),
             client.post("/logout"),
             client.post("/dagster/report_asset_materialization/x", json={}),
         ]
     figures(tried=len(answers), accepted=sum(one.status_code < 400 for one in answers))
-    assert [one.status_code for one in answers] == [403, 403, 403, 405, 403, 403, 405]
+    assert [one.status_code for one in answers] == [403, 403, 403, 405, 403, 403, 403, 405]
     assert platform.browser.get("/dagster/server_info").status_code == 200, "the operator was logged out"
 
 
@@ -193,6 +218,8 @@ def test_every_port_asks_who_is_there_and_every_socket_lies_in_a_private_directo
             "/api/v1/openapi.json",
             "/dagster/graphql",
             "/dagster/runs",
+            "/session",
+            "/login/oidc/callback",
         ),
     }.items():
         for path in paths:

@@ -47,6 +47,12 @@ class RunningPlatform:
             "KILO_GITHUB_WRITES_PER_HOUR": "1e6",
             **{f"KILO_{name}_PORT": str(free_port()) for name in ("PUBLIC", "ADMIN", "TWIN")},
         }
+        # Beside the password, as docs/login.md tells for the twin.
+        self.env |= {
+            "KILO_OIDC_ISSUER": f"http://localhost:{self.env['KILO_TWIN_PORT']}/oidc",
+            "KILO_OIDC_CLIENT_ID": "kilo-public",
+            "KILO_OIDC_OPERATORS": "ada@acme.test",
+        }
         self.process: subprocess.Popen[bytes]
         self.settings: Settings
         self.store: Store

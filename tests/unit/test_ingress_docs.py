@@ -9,7 +9,8 @@ from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
-from kilo_pipelines.ingress.door import Door, Operators
+from kilo_pipelines.ingress.door import Door
+from kilo_pipelines.ingress.operators import Operators
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cipher, Store
 

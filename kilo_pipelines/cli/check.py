@@ -1,0 +1,17 @@
+"""What one check of `doctor` finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `code` names the fault where `ok` is false."""
+
+    name: str
+    code: str
+    ok: bool
+    found: str
+    remedy: str
+    required: bool = True

@@ -14,10 +14,12 @@ from kilo_pipelines.assets.security import security_checks
 from kilo_pipelines.jobs import default_jobs
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource
+from kilo_pipelines.resources.run_log import run_log
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import default_schedules, recompute_sla, reconcile, refresh_outcomes, refresh_posture
 from kilo_pipelines.sensors import default_sensors
 from kilo_pipelines.settings import Settings
+from kilo_pipelines.telemetry import logs
 
 
 def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -> Definitions:
@@ -30,6 +32,7 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
         schedules=default_schedules(),
         # A warm worker's child may have no children of its own, and one process a run is what it is for.
         executor=in_process_executor,
+        loggers={"console": run_log},
         resources={
             "store": StoreResource(),
             "github": GitHubResource(),
@@ -42,4 +45,6 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
 @lazy_definitions
 def defs() -> Definitions:
     """Loaded by Dagster when the code location is, not when this module is imported."""
-    return build_definitions(Settings().sensor_shards)
+    settings = Settings()
+    logs.set_up_child(settings)  # the code server starts this process itself
+    return build_definitions(settings.sensor_shards)

@@ -14,15 +14,16 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import after_setup_logger, worker_init
+from celery.signals import setup_logging, worker_init
 from dagster import DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._utils.interrupts import capture_interrupts
 from kombu import Exchange, Queue
 
-from kilo_pipelines.core.redact import redact_logs
+from kilo_pipelines.settings import current
 from kilo_pipelines.tags import QUEUE_MAINTENANCE, QUEUES
+from kilo_pipelines.telemetry import logs
 
 DEFINITIONS_MODULE = "kilo_pipelines.definitions"
 EXECUTE_RUN = "kilo.execute_run"
@@ -114,10 +115,10 @@ def execute_run(_task: Any, run_id: str) -> int:
         signal.signal(signal.SIGINT, interrupt)
 
 
-@after_setup_logger.connect
-def _redact(**_signal: Any) -> None:
-    """No line of a worker leaves with a credential in it."""
-    redact_logs()
+@setup_logging.connect
+def _log_in_one_format(**_signal: Any) -> None:
+    """Whoever hears this signal sets up logging instead of Celery."""
+    logs.set_up(current(), "worker")
 
 
 @worker_init.connect

@@ -14,7 +14,6 @@ from kilo_pipelines.assets.security import security_checks
 from kilo_pipelines.jobs import default_jobs
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource
-from kilo_pipelines.resources.run_log import run_log
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import default_schedules, recompute_sla, reconcile, refresh_outcomes, refresh_posture
 from kilo_pipelines.sensors import default_sensors
@@ -32,7 +31,6 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
         schedules=default_schedules(),
         # A warm worker's child may have no children of its own, and one process a run is what it is for.
         executor=in_process_executor,
-        loggers={"console": run_log},
         resources={
             "store": StoreResource(),
             "github": GitHubResource(),

@@ -3,7 +3,7 @@
 Holds: one task, `kilo.execute_run`, and the worker's settings. It takes a run id and nothing else, and it runs only jobs
 of the code location `kilo` (threats, rule 19). Does not belong here: anything that a job does.
 
-Started by the supervisor as `celery -A kilo_pipelines.worker worker -Q <queue>`.
+Started by the supervisor as `python -m kilo_pipelines.process celery -A kilo_pipelines.worker worker -Q <queue>`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kombu import Exchange, Queue
 
 from kilo_pipelines.settings import current
 from kilo_pipelines.tags import QUEUE_MAINTENANCE, QUEUES
-from kilo_pipelines.telemetry import logs
+from kilo_pipelines.telemetry import logs, traces
 
 DEFINITIONS_MODULE = "kilo_pipelines.definitions"
 EXECUTE_RUN = "kilo.execute_run"
@@ -97,6 +97,8 @@ def execute_run(_task: Any, run_id: str) -> int:
     terminate: both handlers are put back.
     """
     term, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    settings = current()
+    traces.arm(settings, settings.process or "worker")
     instance = _instance()
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
@@ -117,7 +119,7 @@ def execute_run(_task: Any, run_id: str) -> int:
 
 @setup_logging.connect
 def _log_in_one_format(**_signal: Any) -> None:
-    """Whoever hears this signal sets up logging instead of Celery."""
+    """Whoever hears this signal sets up logging instead of Celery, however the worker was started."""
     logs.set_up(current(), "worker")
 
 

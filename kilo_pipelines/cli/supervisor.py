@@ -570,7 +570,7 @@ def dagster_processes(settings: Settings) -> list[Child]:
             [
                 sys.executable,
                 "-m",
-                "kilo_pipelines.dagster_process",
+                "kilo_pipelines.process",
                 "code-server",
                 "start",
                 "-m",
@@ -579,6 +579,9 @@ def dagster_processes(settings: Settings) -> list[Child]:
                 "kilo",
                 "--socket",
                 str(socket_path),
+                # The process that it starts says nothing before the platform's log format stands there, too.
+                "--log-level",
+                "warning",
             ],
             env,
             ready=_answers_on_socket(socket_path),
@@ -591,11 +594,15 @@ def dagster_processes(settings: Settings) -> list[Child]:
             ready=_answers_on_socket(settings.dagster_socket),
             address=f"{settings.dagster_url}/ (unix socket behind the login)",
         ),
-        Child("dagster-daemon", [sys.executable, "-m", "kilo_pipelines.dagster_process", "daemon", "run", "-w", workspace], env),
+        Child("dagster-daemon", [sys.executable, "-m", "kilo_pipelines.process", "daemon", "run", "-w", workspace], env),
     ]
     for queue, size in (("dispatch", DISPATCH_WORKERS), ("maintenance", 1), ("agents", agents_max(settings))):
         argv = [
-            _program("celery"),
+            sys.executable,
+            "-m",
+            "kilo_pipelines.process",
+            "celery",
+            "--quiet",
             "-A",
             "kilo_pipelines.worker",
             "worker",

@@ -422,10 +422,11 @@ class ModelProxy:
                 transcript.covered[entry_id] = number
 
 
-def _tell(session: Session, begun: int, **facts: Unpack[Facts]) -> None:
+def _tell(of: Session, begun: int, **facts: Unpack[Facts]) -> None:
     """The span of one call of the model that is over."""
-    registration = session.registration
-    traces.past("model_call", begun, time.time_ns(), parent=registration.trace, session=registration.session_id, **facts)
+    registration = of.registration
+    facts["session"] = registration.session_id
+    traces.past("model_call", begun, time.time_ns(), parent=registration.trace, **facts)
 
 
 def _refusal(status: int) -> Reason:

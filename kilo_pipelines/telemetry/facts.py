@@ -18,7 +18,7 @@ TRACE_PATTERN = r"^00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]$"
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
 # Services, states, reason codes, event names, kinds of effects: all of them are words of ours or of a provider's fixed list.
-_WORD = re.compile(r"[a-z][a-z0-9_]{0,63}").fullmatch
+_WORD = re.compile(r"[a-z][a-z0-9_.]{0,63}").fullmatch
 
 
 class Facts(TypedDict, total=False):

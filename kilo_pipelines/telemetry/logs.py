@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kilo_pipelines.core.redact import redact_line, redact_logs
+from kilo_pipelines.core.redact import RedactingFilter, redact_line, redact_logs
 from kilo_pipelines.telemetry import traces
 from kilo_pipelines.telemetry.facts import about
 
@@ -105,18 +105,38 @@ class TextFormat(_Format):
 
 
 class _OneHandler(logging.config.DictConfigurator):
-    """What libraries configure may set levels; their handlers would write lines past the format and the scrubbing."""
+    """What libraries configure doesn't count: their handlers would write lines past the format and the scrubbing."""
+
+    level = logging.INFO
 
     def configure(self) -> None:
         super().configure()
-        _take_over()
+        _take_over(self.level)
 
 
-def _take_over() -> None:
+class _Logger(logging.Logger):
+    """Loggers made from now on. Those of the tree write through the root; one that stands alone (Dagster makes one for each run, with
+    a coloured handler) keeps its handler, in the platform's format."""
+
+    formatter: logging.Formatter
+
+    def addHandler(self, hdlr: logging.Handler) -> None:
+        if type(hdlr).__module__.partition(".")[0] not in ("logging", "coloredlogs"):
+            super().addHandler(hdlr)  # no writer of lines: Dagster's, which keeps a run's messages in its database
+        elif self.parent is None:
+            hdlr.setFormatter(self.formatter)
+            hdlr.setLevel(_OneHandler.level)
+            hdlr.addFilter(RedactingFilter())
+            super().addHandler(hdlr)
+
+
+def _take_over(level: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
 
 
 def set_up(settings: Settings, process: str) -> None:
@@ -126,12 +146,14 @@ def set_up(settings: Settings, process: str) -> None:
     """
     name = settings.process or process
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormat(name) if settings.log_format == "json" else TextFormat(name))
+    formatter = JsonFormat(name) if settings.log_format == "json" else TextFormat(name)
+    handler.setFormatter(formatter)
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(logging.WARNING)
-    _take_over()
-    for ours in OURS:
-        logging.getLogger(ours).setLevel(settings.log_level)
+    _OneHandler.level = logging.getLevelNamesMapping()[settings.log_level]
+    _take_over(_OneHandler.level)
+    _Logger.formatter = formatter
+    logging.setLoggerClass(_Logger)
     # The standard library's own place for another configurator (logging.config, "dictConfigClass").
     logging.config.dictConfigClass = _OneHandler
     logging.captureWarnings(True)

@@ -29,11 +29,13 @@ def redact(text: str) -> str:
 
 # A log line besides may be a header, a setting or an argument by its name: what stands behind such a name is nobody's to read. In
 # comments and stored texts it may be the code under review.
-_HEADERS = re.compile(r"""(?i)((?:proxy-)?authorization|(?:set-)?cookie)(['"]?\)?\s*[:=,]\s*(?:b?['"])?)([^\r\n'"]{4,})""")
+_HEADERS = re.compile(
+    r"""(?i)((?:proxy-)?authorization|(?:set-)?cookie)(['"]?\)?\s*[:=,]\s*(?:b?['"])?)(?!\[redacted\])([^\r\n'"]{4,})"""
+)
 _NAMED = re.compile(
     r"(?i)(x-[a-z-]*(?:token|key|secret|signature[a-z0-9-]*)"
     r"|[a-z_-]*(?:password|passwd|secret|api[_-]?key|access[_-]?token|private[_-]?key))"
-    r"""(['"]?\)?\s*[:=,]\s*(?:b?['"])?)([^\s'",;)}\]]{6,})"""
+    r"""(['"]?\)?\s*[:=,]\s*(?:b?['"])?)(?!\[redacted\])([^\s'",;)}\]]{6,})"""
 )
 
 

@@ -7,7 +7,6 @@ Every name is documented in docs/observability.md; a test holds both lists toget
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from itertools import accumulate
@@ -37,6 +36,12 @@ answer_seconds = Histogram(
 responses = Counter(
     "kilo_http_responses", "Answers of the ingress by listener and status.", ["listener", "status"], registry=registry
 )
+# Seen at zero before the first of them; see `_Sums`.
+for _outcome in ("stored", "duplicate"):
+    deliveries.labels(_outcome)
+for _listener in ("public", "admin"):
+    for _status in ("500", "503"):
+        responses.labels(_listener, _status)
 live = Gauge("kilo_live", "Live rows by what and state.", ["what", "state"], registry=registry)
 counted = Gauge("kilo_counted", "Counted oddities, such as late writes that changed nothing.", ["name"], registry=registry)
 
@@ -69,36 +74,61 @@ class Counted:
 
 
 class _Sums:
-    """Counts of what ended, since this process began to look, by the labels of one metric."""
+    """Counts of what ended, since this process began to look, by the labels of one metric.
+
+    Labels that are new begin at zero and get their count with the next look: what Prometheus never saw at zero counts for nothing in its
+    `rate` and `increase`, and the first failures of a kind would raise no alert.
+    """
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, ...], float] = defaultdict(float)
+        self.counts: dict[tuple[str, ...], float] = {}
+        self._born: dict[tuple[str, ...], float] = {}
+
+    def grow(self) -> None:
+        """A new look begins."""
+        self.counts |= self._born
+        self._born = {}
 
     def add(self, rows: Iterable[Mapping[str, Any]], labels: tuple[str, ...], value: str = "n") -> None:
         """Adds rows under their own labels."""
         for row in rows:
-            self.counts[tuple(str(row[name]) for name in labels)] += float(row[value])
+            key = tuple(str(row[name]) for name in labels)
+            if key in self.counts and key not in self._born:
+                self.counts[key] += float(row[value])
+            else:
+                self.counts[key] = 0.0
+                self._born[key] = self._born.get(key, 0.0) + float(row[value])
 
 
 class _Times:
-    """A histogram over `BOUNDS` of what ended."""
+    """A histogram over `BOUNDS` of what ended; new labels begin at zero, as with `_Sums`."""
 
     def __init__(self) -> None:
-        self.buckets: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * (len(BOUNDS) + 1))
-        self.seconds: dict[tuple[str, ...], float] = defaultdict(float)
+        self.buckets: dict[tuple[str, ...], list[int]] = {}
+        self._seconds = _Sums()
+        self._born: dict[tuple[str, ...], list[int]] = {}
+
+    def grow(self) -> None:
+        """A new look begins."""
+        self.buckets |= self._born
+        self._born = {}
+        self._seconds.grow()
 
     def add(self, rows: Iterable[Mapping[str, Any]], labels: tuple[str, ...]) -> None:
         """Adds rows that were put into buckets by the database."""
         for row in rows:
             key = tuple(str(row[name]) for name in labels)
-            self.buckets[key][int(row["bucket"])] += int(row["n"])
-            self.seconds[key] += float(row["seconds"] or 0)
+            if key not in self.buckets:
+                self.buckets[key], self._born[key] = [0] * (len(BOUNDS) + 1), [0] * (len(BOUNDS) + 1)
+            counts = self._born.get(key, self.buckets[key])
+            counts[int(row["bucket"])] += int(row["n"])
+            self._seconds.add([{**row, "seconds": row["seconds"] or 0}], labels, "seconds")
 
     def fill(self, family: HistogramMetricFamily) -> HistogramMetricFamily:
         """The family with these times; Prometheus's buckets add up."""
         edges = [*(str(bound) for bound in BOUNDS), "+Inf"]
         for key, counts in self.buckets.items():
-            family.add_metric(list(key), list(zip(edges, accumulate(counts), strict=True)), self.seconds[key])
+            family.add_metric(list(key), list(zip(edges, accumulate(counts), strict=True)), self._seconds.counts[key])
         return family
 
 
@@ -129,6 +159,9 @@ class Platform(Collector):
                 counted.labels(name).set(value)
 
     def _add(self, ended: Ended) -> None:
+        times = (self._session_times, self._launch_times, self._settle_times, self._effect_times)
+        for one in (self._sessions, self._tokens, self._turns, self._items, self._effects, *times):
+            one.grow()
         self._sessions.add(ended.sessions, ("service", "state", "reason"))
         for row in ended.sessions:
             self._tokens.add([{**row, "direction": "in"}], ("service", "direction"), "tokens_in")

@@ -55,6 +55,9 @@ def test_each_ended_session_is_counted_once_whenever_the_scrapes_come(database: 
     _finished(world, 45)
     clock.advance(timedelta(seconds=10))
     assert ("kilo_session_seconds_count", service) not in scrape(), "what may still commit is left to the next look"
+    clock.advance(COMMIT_LAG)
+    assert scrape()["kilo_session_seconds_count", service] == 0, "seen at zero first, else no rate would know of it"
+    assert scrape()["kilo_sessions_ended_total", (("reason", "none"), *service, ("state", "completed"))] == 0
     for _ in range(3):
         clock.advance(COMMIT_LAG)
         seen = scrape()
@@ -64,6 +67,7 @@ def test_each_ended_session_is_counted_once_whenever_the_scrapes_come(database: 
         assert seen["kilo_session_seconds_bucket", (("le", "60.0"), *service)] == 1
         assert seen["kilo_settle_seconds_bucket", (("le", "2.5"), *service)] == 1
         assert seen["kilo_session_tokens_total", (("direction", "in"), *service)] == 700
+        assert seen["kilo_sessions_ended_total", (("reason", "none"), *service, ("state", "completed"))] == 1
         assert seen["kilo_items_ended_total", (("reason", "reviewed"), *service, ("state", "completed"))] == 1
     assert seen["kilo_effects_live", (("kind", "github.reaction"), ("state", "pending"))] == 1
 

@@ -7,7 +7,7 @@ OPENAPI := .cache/openapi/.installed
 AGENT ?= kilo
 SCENARIO ?= review
 
-.PHONY: up down demo test test-unit suite-crash suite-flow suite-tenancy suite-hostile bench check deps format lock doctor clean
+.PHONY: up down demo test test-unit docs suite-crash suite-flow suite-tenancy suite-hostile bench check deps format lock doctor clean
 
 up: $(STAMP)
 	@exec $(BIN)/kilo-pipelines up $(if $(filter-out file,$(origin AGENT)),--agent $(AGENT))
@@ -52,6 +52,10 @@ suite-crash suite-flow suite-tenancy suite-hostile: suite-%: deps
 # NAME=... runs one benchmark; results go to benchmarks/results.json.
 bench: deps
 	$(BIN)/python -m benchmarks $(NAME)
+
+# The tables of the documentation that come from the code.
+docs: deps
+	$(BIN)/python -m kilo_pipelines.cli.reference
 
 check: deps
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import default_schedules, recompute_sla, reconcile, refresh_outcomes, refresh_posture
 from kilo_pipelines.sensors import default_sensors
 from kilo_pipelines.settings import Settings
+from kilo_pipelines.telemetry import logs
 
 
 def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -> Definitions:
@@ -42,4 +43,6 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
 @lazy_definitions
 def defs() -> Definitions:
     """Loaded by Dagster when the code location is, not when this module is imported."""
-    return build_definitions(Settings().sensor_shards)
+    settings = Settings()
+    logs.set_up_child(settings)  # the code server starts this process itself
+    return build_definitions(settings.sensor_shards)

@@ -122,6 +122,21 @@ class Settings(BaseSettings):
         description="Catalogue of exploited vulnerabilities (CISA's JSON). Without one nothing is dismissed automatically.",
     )
 
+    log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people, or one JSON object each.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="What the platform itself and Dagster log at least; other libraries say warnings and worse."
+    )
+    process: str | None = Field(
+        default=None,
+        pattern=r"^[a-z][a-z0-9-]{0,40}$",
+        description="Name of this process in logs and traces, such as worker-dispatch. `up` sets it for each.",
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OpenTelemetry collector (OTLP over HTTP) that gets traces, such as https://collector.example:4318. "
+        "Unset: no traces. Its headers: secrets/otlp-headers.",
+    )
+
     # A redelivery comes within days; a quarter's bodies help to understand a dispute.
     keep_delivery_bodies_days: float = Field(
         default=90, gt=3, description="Days that bodies of settled webhooks are kept; their keys stay."
@@ -164,6 +179,18 @@ class Settings(BaseSettings):
         if not plain or not (parts.scheme == "https" or local):
             raise ValueError("an https address without credentials, query or fragment is needed")
         return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _safe_collector(cls, value: str | None) -> str | None:
+        """https, or this machine; what authenticates the platform stands in a secret file, not in an address that is shown."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        plain = not (parts.username or parts.password or parts.query or parts.fragment) and parts.hostname
+        if not plain or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)):
+            raise ValueError("otlp_endpoint: an https address (or http on this machine) without credentials or query is needed")
+        return value.rstrip("/")
 
     @field_validator("home", "run_dir", "api_key_file")
     @classmethod
@@ -238,6 +265,24 @@ class Settings(BaseSettings):
     def slack_token_file(self) -> Path:
         """Token of the Slack app's bot."""
         return self.secrets_dir / "slack-token"
+
+    @property
+    def otlp_headers_file(self) -> Path:
+        """Headers for the collector of traces, a line `name: value` each."""
+        return self.secrets_dir / "otlp-headers"
+
+    def otlp_headers(self) -> dict[str, str]:
+        """Those headers, {} without the file; SettingsError for a line that is none (and not what it says)."""
+        if not self.otlp_headers_file.exists():
+            return {}
+        found = {}
+        for number, line in enumerate(self.otlp_headers_file.read_text().splitlines(), 1):
+            name, colon, value = line.partition(":")
+            if line.strip() and not (colon and name.strip() and value.strip()):
+                raise SettingsError(f"{self.otlp_headers_file}, line {number}: `name: value` is needed")
+            if line.strip():
+                found[name.strip().lower()] = value.strip()
+        return found
 
     @property
     def model_key_file(self) -> Path:

@@ -17,6 +17,7 @@ from dagster_webserver.app import create_app_from_workspace_process_context
 
 from kilo_pipelines import __version__
 from kilo_pipelines.settings import Settings
+from kilo_pipelines.telemetry import logs
 
 WORKSPACE = Path(__file__).resolve().parents[1] / "workspace.yaml"
 
@@ -24,6 +25,7 @@ WORKSPACE = Path(__file__).resolve().parents[1] / "workspace.yaml"
 def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     settings = Settings()
+    logs.set_up(settings, "dagster-ui")
     path = settings.dagster_socket
     path.unlink(missing_ok=True)
     with (
@@ -31,7 +33,7 @@ def main() -> None:
         WorkspaceProcessContext(instance, WorkspaceFileTarget([str(WORKSPACE)]), version=__version__) as context,
     ):
         application = create_app_from_workspace_process_context(context, path_prefix=settings.dagster_prefix)
-        uvicorn.run(application, uds=str(path), log_level="warning", access_log=False)
+        uvicorn.run(application, uds=str(path), log_config=None, access_log=False)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Holds: one task, `kilo.execute_run`, and the worker's settings. It takes a run id and nothing else, and it runs only jobs
 of the code location `kilo` (threats, rule 19). Does not belong here: anything that a job does.
 
-Started by the supervisor as `celery -A kilo_pipelines.worker worker -Q <queue>`.
+Started by the supervisor as `python -m kilo_pipelines.process celery -A kilo_pipelines.worker worker -Q <queue>`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import after_setup_logger, worker_init
+from celery.signals import setup_logging, worker_init
 from dagster import DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._utils.interrupts import capture_interrupts
 from kombu import Exchange, Queue
 
-from kilo_pipelines.core.redact import redact_logs
+from kilo_pipelines.settings import current
 from kilo_pipelines.tags import QUEUE_MAINTENANCE, QUEUES
+from kilo_pipelines.telemetry import logs, traces
 
 DEFINITIONS_MODULE = "kilo_pipelines.definitions"
 EXECUTE_RUN = "kilo.execute_run"
@@ -96,6 +97,8 @@ def execute_run(_task: Any, run_id: str) -> int:
     terminate: both handlers are put back.
     """
     term, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    settings = current()
+    traces.arm(settings, settings.process or "worker")
     instance = _instance()
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
@@ -114,10 +117,10 @@ def execute_run(_task: Any, run_id: str) -> int:
         signal.signal(signal.SIGINT, interrupt)
 
 
-@after_setup_logger.connect
-def _redact(**_signal: Any) -> None:
-    """No line of a worker leaves with a credential in it."""
-    redact_logs()
+@setup_logging.connect
+def _log_in_one_format(**_signal: Any) -> None:
+    """Whoever hears this signal sets up logging instead of Celery, however the worker was started."""
+    logs.set_up(current(), "worker")
 
 
 @worker_init.connect

@@ -150,12 +150,10 @@ def status(plain: bool) -> None:
     children: list[dict[str, Any]] = list(supervisor.read_state(settings).get("children", [])) if running else []
     for child in children:
         child["alive"] = psutil.pid_exists(int(child["pid"]))
-    work = (
-        {f"{what}.{state}": count for (what, state), count in setup.open_store(settings).queue.gauges().items()}
-        if running
-        else {}
-    )
-    report = {"home": str(settings.home), "running": running, "processes": children, "work": work}
+    queue = setup.open_store(settings).queue if running else None
+    work = {f"{what}.{state}": count for (what, state), count in queue.gauges().items()} if queue else {}
+    switches = queue.switches() if queue else []
+    report = {"home": str(settings.home), "running": running, "processes": children, "work": work, "switches": switches}
 
     def text() -> str:
         if not running:
@@ -164,6 +162,7 @@ def status(plain: bool) -> None:
             f"{child['name']:<16} {'runs' if child['alive'] else 'DEAD'}  pid {child['pid']:<8} restarts {child['restarts']}  {child['address']}"
             for child in children
         ]
+        lines += [f"{one['kind']} of {one['scope']} since {one['set_at']:%Y-%m-%d %H:%M}: {one['reason']}" for one in switches]
         return "\n".join([*lines, "work: " + (", ".join(f"{count} {name}" for name, count in work.items()) or "nothing waits")])
 
     show(plain, report, text)

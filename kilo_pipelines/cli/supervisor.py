@@ -32,6 +32,7 @@ import psycopg
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.settings import Settings, SettingsError, private_dir
 from kilo_pipelines.store.embedded import EmbeddedPostgres
+from kilo_pipelines.telemetry import logs
 
 # A person waits for Ctrl-C: workers get 4 s to end their runs, everything else 3 s, then it is killed.
 STOP_SECONDS = 10.0
@@ -259,7 +260,7 @@ class Platform:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_environment(self.settings, child.inherits) | child.env,
+                env=_environment(self.settings, child) | child.env,
                 cwd=_root(),
                 start_new_session=True,
             )
@@ -408,7 +409,7 @@ class Journal:
             return
         at = datetime.now().astimezone().strftime("%H:%M:%S")
         with self._own.open("a", encoding="utf-8") as file:
-            file.writelines(f"{at} {name:<18} {line}\n" for name, line in lines)
+            file.writelines(f"{at} {name:<18} {logs.readable(line)}\n" for name, line in lines)
             size = file.tell()
         if size > self._limit:
             self._own.replace(self._own.with_suffix(".log.1"))
@@ -470,14 +471,14 @@ def _program(name: str) -> str:
 _NOT_PASSED_ON = {"KILO_DATABASE_URL"}
 
 
-def _environment(settings: Settings, inherits: bool) -> dict[str, str]:
+def _environment(settings: Settings, child: Child) -> dict[str, str]:
     """What a child gets: little of the user's, and our own settings unless it is a stranger; no secret."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "SSL_CERT_FILE") if name in os.environ}
     base = {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **kept}
-    if not inherits:
+    if not child.inherits:
         return base
     own = {name: value for name, value in os.environ.items() if name.startswith("KILO_") and name not in _NOT_PASSED_ON}
-    return {**base, **own, "KILO_HOME": str(settings.home)}
+    return {**base, **own, "KILO_HOME": str(settings.home), "KILO_PROCESS": child.name}
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
@@ -567,7 +568,9 @@ def dagster_processes(settings: Settings) -> list[Child]:
         Child(
             "dagster-code",
             [
-                _program("dagster"),
+                sys.executable,
+                "-m",
+                "kilo_pipelines.process",
                 "code-server",
                 "start",
                 "-m",
@@ -576,6 +579,9 @@ def dagster_processes(settings: Settings) -> list[Child]:
                 "kilo",
                 "--socket",
                 str(socket_path),
+                # The process that it starts says nothing before the platform's log format stands there, too.
+                "--log-level",
+                "warning",
             ],
             env,
             ready=_answers_on_socket(socket_path),
@@ -588,11 +594,15 @@ def dagster_processes(settings: Settings) -> list[Child]:
             ready=_answers_on_socket(settings.dagster_socket),
             address=f"{settings.dagster_url}/ (unix socket behind the login)",
         ),
-        Child("dagster-daemon", [_program("dagster-daemon"), "run", "-w", workspace], env),
+        Child("dagster-daemon", [sys.executable, "-m", "kilo_pipelines.process", "daemon", "run", "-w", workspace], env),
     ]
     for queue, size in (("dispatch", DISPATCH_WORKERS), ("maintenance", 1), ("agents", agents_max(settings))):
         argv = [
-            _program("celery"),
+            sys.executable,
+            "-m",
+            "kilo_pipelines.process",
+            "celery",
+            "--quiet",
             "-A",
             "kilo_pipelines.worker",
             "worker",

@@ -12,11 +12,12 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import httpx
 import uvicorn
@@ -29,8 +30,9 @@ from starlette.routing import Route
 
 from kilo_pipelines.cloud_agent.transcript import Transcript, Turn
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.settings import Settings, private_dir
+from kilo_pipelines.telemetry import logs, traces
+from kilo_pipelines.telemetry.facts import TRACE_PATTERN, Facts
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Registration(BaseModel):
     turns: int
     tokens: int
     mirror: Path | None = Field(default=None, description="socket of the session's registry mirror")
+    trace: str | None = Field(default=None, pattern=TRACE_PATTERN, description="below which the model's calls are told")
 
 
 class Part(BaseModel):
@@ -87,6 +90,7 @@ class Question(BaseModel):
     tool: dict[str, Any]
     seconds: float
     max_tokens: int
+    trace: str | None = Field(default=None, pattern=TRACE_PATTERN)
 
 
 @dataclass
@@ -233,7 +237,7 @@ class ModelProxy:
             routes.append(Route("/registry/{path:path}", _packages(mirror), methods=["GET"]))
         application = Starlette(routes=routes)
         config = uvicorn.Config(
-            application, uds=str(path), log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+            application, uds=str(path), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve())
@@ -247,6 +251,10 @@ class ModelProxy:
     async def _question(self, request: Request) -> Response:
         """Asks once; `arguments` of the tool's call as the model wrote them, or the reason why there are none."""
         question = Question.model_validate(await request.json())
+        with traces.following(question.trace, "model_call") as span:
+            return await self._ask(question, span)
+
+    async def _ask(self, question: Question, span: traces.Span) -> Response:
         body = {
             "model": question.model,
             "messages": question.messages,
@@ -262,14 +270,17 @@ class ModelProxy:
                 finally:
                     await upstream.aclose()
         except (httpx.HTTPError, TimeoutError) as failure:
+            span.set(reason=Reason.MODEL_UNREACHABLE)
             log.warning("the model doesn't answer a question: %s", type(failure).__name__)
             return JSONResponse({"reason": Reason.MODEL_UNREACHABLE})
+        span.set(status=upstream.status_code)
         if upstream.status_code != 200:
             log.warning("the model answers a question with HTTP %s", upstream.status_code)
             return JSONResponse({"reason": _refusal(upstream.status_code)})
         answer = Answer()
         with suppress(ValueError):
             answer.take(json.loads(content))
+        span.set(tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
         return JSONResponse(
             {"arguments": answer.arguments.get(0), "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
         )
@@ -332,29 +343,35 @@ class ModelProxy:
             raise RefusedError(402, "budget_exceeded")
 
     async def _forward(self, session: Session, body: dict[str, Any]) -> Response:
+        begun = time.time_ns()
         try:
             upstream = await self._client.send(self._client.build_request("POST", self._url, json=body), stream=True)
         except httpx.HTTPError as failure:
             session.transcript.last_failure = Reason.MODEL_UNREACHABLE
+            _tell(session, begun, reason=Reason.MODEL_UNREACHABLE)
             log.warning("the model doesn't answer: %s", type(failure).__name__)
             raise RefusedError(503, "model_unreachable") from None
         if upstream.status_code != 200:
             await upstream.aclose()
             log.warning("the model answers HTTP %s", upstream.status_code)
             session.transcript.last_failure = _refusal(upstream.status_code)
+            _tell(session, begun, status=upstream.status_code, reason=session.transcript.last_failure)
             passing = session.transcript.last_failure is Reason.MODEL_UNREACHABLE
             raise RefusedError(upstream.status_code if passing else 402, "model_refused")
         if body.get("stream"):
-            return StreamingResponse(self._pass_on(session, body, upstream), media_type="text/event-stream")
+            return StreamingResponse(self._pass_on(session, body, upstream, begun), media_type="text/event-stream")
         content = await upstream.aread()
         await upstream.aclose()
         answer = Answer()
         with suppress(ValueError):
             answer.take(json.loads(content))
         self._record(session, body, answer)
+        _tell(session, begun, status=200, tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
         return Response(content, media_type="application/json")
 
-    async def _pass_on(self, session: Session, body: dict[str, Any], upstream: httpx.Response) -> AsyncIterator[bytes]:
+    async def _pass_on(
+        self, session: Session, body: dict[str, Any], upstream: httpx.Response, begun: int
+    ) -> AsyncIterator[bytes]:
         """Passes the stream on and reads it; only one that ended cleanly counts."""
         answer, pending, ended = Answer(), b"", False
         try:
@@ -375,6 +392,7 @@ class ModelProxy:
         except httpx.HTTPError:
             session.transcript.last_failure = Reason.MODEL_UNREACHABLE
         finally:
+            _tell(session, begun, status=200, tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
             await upstream.aclose()
 
     @staticmethod
@@ -402,6 +420,13 @@ class ModelProxy:
         for entry_id, text in part.covers.items():
             if entry_id not in transcript.covered and any(text in one for one in texts):
                 transcript.covered[entry_id] = number
+
+
+def _tell(of: Session, begun: int, **facts: Unpack[Facts]) -> None:
+    """The span of one call of the model that is over."""
+    registration = of.registration
+    facts["session"] = registration.session_id
+    traces.past("model_call", begun, time.time_ns(), parent=registration.trace, **facts)
 
 
 def _refusal(status: int) -> Reason:
@@ -465,6 +490,8 @@ def control_socket(settings: Settings) -> Path:
 def main() -> None:
     """Serves until SIGTERM."""
     settings = Settings()
+    logs.set_up(settings, "model-proxy")
+    traces.arm(settings, "model-proxy")
     path = control_socket(settings)
     private_dir(path.parent)
     for stale in path.parent.glob("*.sock"):
@@ -474,12 +501,8 @@ def main() -> None:
     key = settings.model_key_file.read_text().strip() if settings.model_key_file.exists() else ""
     proxy = ModelProxy(path.parent, settings.model_base_url, key)
     os.umask(0o077)
-    uvicorn.run(
-        proxy.control(), uds=str(path), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
-    )
+    uvicorn.run(proxy.control(), uds=str(path), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    redact_logs()
     main()

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from kilo_pipelines.cloud_agent.transcript import Transcript
+from kilo_pipelines.telemetry import traces
 
 TIMEOUT_SECONDS = 10
 
@@ -24,7 +25,9 @@ def ask(socket: Path, question: dict[str, Any]) -> dict[str, Any]:
     transport = httpx.HTTPTransport(uds=str(socket))
     with httpx.Client(transport=transport, base_url="http://proxy", timeout=question["seconds"] + TIMEOUT_SECONDS) as client:
         try:
-            decoded: dict[str, Any] = client.post("/questions", json=question).raise_for_status().json()
+            decoded: dict[str, Any] = (
+                client.post("/questions", json={**question, "trace": traces.here()}).raise_for_status().json()
+            )
         except httpx.HTTPError as failure:
             raise ProxyError(f"the model proxy doesn't answer: {type(failure).__name__}") from None
     return decoded
@@ -55,6 +58,7 @@ class ProxyClient:
             "turns": turns,
             "tokens": tokens,
             "mirror": str(mirror) if mirror else None,
+            "trace": traces.here(),
         }
         return Path(self._ask("POST", "/sessions", body)["socket"])
 

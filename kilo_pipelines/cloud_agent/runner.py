@@ -38,6 +38,7 @@ from kilo_pipelines.core.evidence import Evidence, LedgerEntry
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import Brief, BriefPart, SearchingTask, SessionTask, WorkspaceFacts, WriteTask
 from kilo_pipelines.core.text import one_line
+from kilo_pipelines.telemetry import traces
 
 WAIT_SECONDS = 0.25  # between two looks at the child and the heartbeat
 CHECKOUT_SECONDS = 120
@@ -163,22 +164,26 @@ class _Run:
         self._result_path = sandbox.seen(RESULT_PATH, self._writable())
         self._uid = sandbox.session_uid(self._spec.session_id.int)
         self._look()
-        bare, commits = self._fetch(token)
+        with traces.span("fetch"):
+            bare, commits = self._fetch(token)
         self._look()
-        self._facts = git.read_facts(
-            bare,
-            # Without a pull request the work is on the head as it is: there is no change to show.
-            base=commits["refs/kilo/base"] if self._spec.pull_number is not None else self._spec.head_sha,
-            head=self._spec.head_sha,
-            policy_commit=commits["refs/kilo/default"],
-        )
+        with traces.span("diff") as span:
+            self._facts = git.read_facts(
+                bare,
+                # Without a pull request the work is on the head as it is: there is no change to show.
+                base=commits["refs/kilo/base"] if self._spec.pull_number is not None else self._spec.head_sha,
+                head=self._spec.head_sha,
+                policy_commit=commits["refs/kilo/default"],
+            )
+            span.set(files=len(self._facts.entries))
         self._control.event("diff_made", {"files": len(self._facts.entries), "diff": self._facts.diff_hash[:12]})
         nonces: list[str] = []
         nonce = secrets.token_hex(NONCE_BYTES)
         self._brief = self._task.compose(self._facts, nonce, self._result_path)
         if self._brief.refused is not None:
             raise _EndedError(SessionStatus.FAILED, self._brief.refused)
-        self._check_out(sandbox, bare)
+        with traces.span("check_out"):
+            self._check_out(sandbox, bare)
         self._open_mirror()
         socket = self._proxy.register(
             model=self._spec.model,
@@ -189,7 +194,9 @@ class _Run:
         for number, part in enumerate(self._brief.parts, 1):
             nonces.append(nonce)
             self._control.event("part_started", {"part": number, "of": len(self._brief.parts), "files": len(part.covers)})
-            result, turn = self._converse(sandbox, socket, part, nonce)
+            with traces.span("agent", part=number, files=len(part.covers)) as span:
+                result, turn = self._converse(sandbox, socket, part, nonce)
+                span.set(turns=len(self._transcript.turns), requests=self._transcript.requests)
             self._results.append(result)
             self._turns.append(turn)
         self.result = self._task.merge(self._results)
@@ -200,7 +207,8 @@ class _Run:
         if isinstance(self._task, WriteTask) and self._spec.writes:
             message = self._task.commit_message(self.result)
             if message is not None:
-                self._push(sandbox, bare, message, push_token)
+                with traces.span("push"):
+                    self._push(sandbox, bare, message, push_token)
         return SessionOutcome(status=SessionStatus.COMPLETED, result=self.result, evidence=self.evidence())
 
     # -- steps ---------------------------------------------------------------------------------------------------------

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from kilo_pipelines import failpoints
 from kilo_pipelines.core.clock import Clock, SystemClock
 from kilo_pipelines.core.operators import OperatorRule
-from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
 from kilo_pipelines.ingress.door import Door
+from kilo_pipelines.ingress.metrics import Counted
 from kilo_pipelines.ingress.oidc import OidcLogin, registration_of
 from kilo_pipelines.ingress.operators import Operators, Ways
 from kilo_pipelines.providers.oidc import OidcClient
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Cipher, Store
+from kilo_pipelines.telemetry import logs, traces
 
 
-def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
+def _server(application: ASGIApp, host: str, port: int) -> uvicorn.Server:
     config = uvicorn.Config(
         application,
         host=host,
         port=port,
-        log_level="warning",
+        log_config=None,  # the process's own
         access_log=False,
         timeout_graceful_shutdown=3,
         server_header=False,
@@ -51,6 +51,7 @@ def make_door(settings: Settings, origins: frozenset[str], clock: Clock) -> Door
 async def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT."""
     failpoints.arm(settings.failpoints)
+    traces.arm(settings, "ingress")
     logins = settings.database_logins()
     store = Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
     store.database.check_roles()
@@ -63,8 +64,8 @@ async def serve(settings: Settings) -> None:
     ingress = Ingress(store, secret, frozenset(hosts))
     door = make_door(settings, frozenset(origins), SystemClock())
     servers = [
-        _server(public_application(ingress), settings.host, settings.public_port),
-        _server(admin_application(ingress, door.routes()), settings.host, settings.admin_port),
+        _server(Counted(public_application(ingress), "public"), settings.host, settings.public_port),
+        _server(Counted(admin_application(ingress, door.routes()), "admin"), settings.host, settings.admin_port),
     ]
     loop = asyncio.get_running_loop()
 
@@ -78,7 +79,12 @@ async def serve(settings: Settings) -> None:
     await asyncio.gather(*(server._serve() for server in servers))
 
 
+def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    settings = Settings()
+    logs.set_up(settings, "ingress")
+    uvloop.run(serve(settings))
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    redact_logs()
-    uvloop.run(serve(Settings()))
+    main()

@@ -54,6 +54,7 @@ from kilo_pipelines.providers.github_webhooks import (
     verify_signature,
 )
 from kilo_pipelines.store import AmbiguousInstallationError, Integration, NewDelivery, Receipt, Repository, Store
+from kilo_pipelines.telemetry import traces
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,9 @@ def public_application(ingress: Ingress) -> Starlette:
 
     async def webhook(request: Request) -> Response:
         started = time.perf_counter()
+        begun_ns = time.time_ns()
         try:
-            answer = await _webhook(ingress, request)
+            answer = await _webhook(ingress, request, begun_ns)
         except BodyError as failure:
             metrics.deliveries.labels(str(failure.reason)).inc()
             answer = _answer(failure.status, "refused", failure.reason)
@@ -139,7 +141,7 @@ async def health(_request: Request) -> Response:
     return _answer(200, "ok")
 
 
-async def _webhook(ingress: Ingress, request: Request) -> Response:
+async def _webhook(ingress: Ingress, request: Request, begun_ns: int) -> Response:
     """The ladder of contract A4.1: secret, size, signature, JSON, headers, installation, shape, duplicate, stored."""
 
     def answer(status: int, outcome: str, reason: str | None = None, **more: Any) -> JSONResponse:
@@ -157,12 +159,20 @@ async def _webhook(ingress: Ingress, request: Request) -> Response:
         else await anyio.to_thread.run_sync(verify_signature, secret, body, signatures[0])
     ):
         return answer(401, "refused", Reason.SIGNATURE_INVALID)
-    async with parsed(body) as payload:
-        return await _signed(ingress, request, body, payload, answer)
+    # Whoever holds the secret is traced, nobody else: a flood of forged webhooks leaves no spans.
+    with traces.span("delivery", since_ns=begun_ns, bytes=len(body)) as span:
+        traces.past("verify", begun_ns, time.time_ns())
+        async with parsed(body) as payload:
+            return await _signed(ingress, request, body, payload, answer, span)
 
 
 async def _signed(
-    ingress: Ingress, request: Request, body: bytes, payload: dict[str, Any], answer: Callable[..., JSONResponse]
+    ingress: Ingress,
+    request: Request,
+    body: bytes,
+    payload: dict[str, Any],
+    answer: Callable[..., JSONResponse],
+    span: traces.Span,
 ) -> Response:
     """The ladder from the headers on: everything here is of somebody who holds the secret."""
     event, delivery = (request.headers.get(name, "")[:HEADER_LIMIT] for name in ("x-github-event", "x-github-delivery"))
@@ -196,17 +206,21 @@ async def _signed(
         action=storable(action)[:HEADER_LIMIT] if isinstance(action, str) else None,
         body=body,
         headers={name: request.headers[name][:HEADER_LIMIT] for name in _KEPT_HEADERS if name in request.headers},
+        trace=traces.here(),
     )
+    span.set(owner=new.owner_id, integration=new.integration_id, event=event)
     if event in _LIFECYCLE:
         # Applied before it is recorded, so that a crash between loses nothing; what is recorded was applied, and a replay of it
         # must not turn back what came later.
         known = await anyio.to_thread.run_sync(ingress.store.inbox.known, new)
         if known is None:
             await anyio.to_thread.run_sync(_apply_lifecycle, ingress.store, integration, event, payload)
-    if len(body) <= INLINE_BYTES:
-        receipt = await ingress.record((new, skip))
-    else:  # by itself: its neighbours would wait for its bytes
-        receipt = await anyio.to_thread.run_sync(lambda: ingress.store.inbox.record(new, skip=skip))
+    with traces.span("store"):
+        if len(body) <= INLINE_BYTES:
+            receipt = await ingress.record((new, skip))
+        else:  # by itself: its neighbours would wait for its bytes
+            receipt = await anyio.to_thread.run_sync(lambda: ingress.store.inbox.record(new, skip=skip))
+    span.set(delivery=receipt.delivery_id, outcome=receipt.outcome, reason=skip)
     if receipt.outcome == "id_reused":
         return answer(409, "refused", Reason.DELIVERY_ID_REUSED)
     if receipt.outcome == "duplicate":
@@ -293,7 +307,7 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> FastA
     # For the description alone: who asks is looked up before (control.ControlRoute).
     router.dependencies.append(Security(HTTPBearer(scheme_name="apiKey", auto_error=False)))
     owner_routes(router, ingress.store, ingress.clock)
-    work_routes(router, ingress.store)
+    work_routes(router, ingress.store, ingress.clock)
     security_routes(router, ingress.store, ingress.clock)
     security_work_routes(router, ingress.store)
     page_routes(application)

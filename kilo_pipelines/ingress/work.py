@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from kilo_pipelines import __version__
 from kilo_pipelines.acts import work as acts
+from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectState
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.refusal import Refusal
@@ -310,7 +311,7 @@ class Health(Strict):
     work: dict[str, int]
 
 
-def work_routes(router: APIRouter, store: Store) -> None:
+def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     """Adds the routes."""
 
     @router.get("/api/v1/reviews", responses=ABOUT_ONE, **act("read"))
@@ -451,7 +452,7 @@ def work_routes(router: APIRouter, store: Store) -> None:
     @router.get("/metrics", responses=REFUSALS, response_class=Response, response_model=None, **act("platform"))
     def show_metrics(who: Who) -> Response:
         """Figures for Prometheus, over all owners."""
-        return Response(metrics.exposition(store), media_type="text/plain; version=0.0.4")
+        return Response(metrics.exposition(store, clock.now()), media_type="text/plain; version=0.0.4")
 
 
 def _owners(store: Store, chosen: UUID | None) -> Iterable[UUID]:

@@ -20,6 +20,7 @@ from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.security.brief import AnalysisTask
 from kilo_pipelines.services.security.remediation_brief import RemediationTask
 from kilo_pipelines.store import SessionClaim, Store
+from kilo_pipelines.telemetry import traces
 
 # How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
 INTERRUPT_POLL_SECONDS = 1.0
@@ -102,6 +103,27 @@ def run_agent_session(
     if not isinstance(claim, SessionClaim):
         context.log.info(f"nothing to run: {claim.outcome} (session is {claim.state})")
         return
+    with traces.following(
+        claim.trace,
+        "session",
+        owner=claim.owner_id,
+        item=claim.item_id,
+        session=session_id,
+        fence=claim.fence,
+        run=context.run_id,
+    ) as span:
+        _carry_out(context, platform, github, cloud_agent, claim, span)
+
+
+def _carry_out(
+    context: OpExecutionContext,
+    platform: Store,
+    github: GitHubResource,
+    cloud_agent: CloudAgentResource,
+    claim: SessionClaim,
+    span: traces.Span,
+) -> None:
+    """The claimed session from its start to its report."""
     lease_s = cloud_agent.lease_seconds()
     accepted = SessionOutcome.model_validate(claim.accepted) if claim.accepted is not None else None
     spec = SessionSpec.model_validate(claim.spec)
@@ -132,6 +154,12 @@ def run_agent_session(
             _after_interrupt(context, platform, claim, lease_s)
             raise
         lost = control.beat() is Heartbeat.LOST
+    span.set(service=spec.service, repository=spec.repository.external_id, outcome=outcome.status, reason=outcome.reason)
+    if outcome.evidence is not None:
+        seen = outcome.evidence
+        span.set(
+            turns=seen.turns, files=seen.changed_blobs, covered=seen.covered, tokens_in=seen.tokens_in, tokens_out=seen.tokens_out
+        )
     if lost:
         context.log.warning("the lease went to somebody else: this outcome is not reported")
         return

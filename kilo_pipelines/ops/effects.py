@@ -17,6 +17,7 @@ from kilo_pipelines.resources.notices import send
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.security.notices import message_keys
 from kilo_pipelines.store import ClaimedEffect, Store
+from kilo_pipelines.telemetry import traces
 
 # Transport faults between the worker and Postgres or the broker; effects themselves back off in the outbox.
 TRANSPORT_RETRY = RetryPolicy(max_retries=2, delay=1, backoff=Backoff.EXPONENTIAL, jitter=Jitter.PLUS_MINUS)
@@ -35,20 +36,29 @@ def apply_effects_of(context: OpExecutionContext, store: Store, github: GitHubRe
     """Applies what is due for these items in the order of their subjects; returns how many were applied."""
     applied = 0
     for effect in _due(store, github, item_ids):
-        try:
-            receipt = _applied(store, github, effect)
-        except LostLeaseError:
-            context.log.warning(f"{effect.intent.kind}: another run has it by now")
-            continue
-        except ProviderError as failure:
-            _put_back(context, store, effect, failure)
-            continue
-        store.outbox.applied(effect, receipt)
-        applied += 1
-        context.log.info(
-            f"{effect.intent.kind} {'written' if receipt.created else 'brought up to date'}: {receipt.url or receipt.external_id}"
-        )
+        with traces.following(
+            effect.trace, "effect", owner=effect.owner_id, effect=effect.id, kind=effect.intent.kind, tries=effect.tries
+        ) as span:
+            applied += _apply(context, store, github, effect, span)
     return applied
+
+
+def _apply(context: OpExecutionContext, store: Store, github: GitHubResource, effect: ClaimedEffect, span: traces.Span) -> bool:
+    """One of them; False when it was not applied now."""
+    try:
+        receipt = _applied(store, github, effect)
+    except LostLeaseError:
+        span.set(outcome="late")
+        context.log.warning(f"{effect.intent.kind}: another run has it by now")
+        return False
+    except ProviderError as failure:
+        span.set(outcome=_put_back(context, store, effect, failure), reason=failure.reason)
+        return False
+    span.set(outcome="applied" if store.outbox.applied(effect, receipt) else "late")
+    context.log.info(
+        f"{effect.intent.kind} {'written' if receipt.created else 'brought up to date'}: {receipt.url or receipt.external_id}"
+    )
+    return True
 
 
 def _applied(store: Store, github: GitHubResource, effect: ClaimedEffect) -> EffectReceipt:
@@ -72,16 +82,17 @@ def _due(store: Store, github: GitHubResource, item_ids: list[str]) -> Iterator[
             yield effect
 
 
-def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, failure: ProviderError) -> None:
+def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, failure: ProviderError) -> str:
+    """What becomes of an effect that was not applied."""
     if failure.reason in (Reason.OWNER_CHANGED, Reason.NOTICE_NOT_WANTED):
         store.outbox.drop(effect, failure.reason)
         context.log.warning(f"{effect.intent.kind} dropped: {failure.reason}")
-        return
+        return "dropped"
     lost = failure.reason == Reason.PROVIDER_UNAVAILABLE
     if lost and DELIVERY[effect.intent.kind] is Delivery.AT_MOST_ONCE:
         store.outbox.unknown(effect, failure.reason)
         context.log.warning(f"{effect.intent.kind}: the answer was lost, and it may be sent once only: a person looks")
-        return
+        return "unknown"
     if failure.retry_after_s is not None and failure.reason == Reason.PROVIDER_RATE_LIMITED:
         until = datetime.now(UTC) + timedelta(seconds=failure.retry_after_s)
         store.budgets.block(effect.owner_id, effect.integration_id, until)
@@ -89,6 +100,7 @@ def _put_back(context: OpExecutionContext, store: Store, effect: ClaimedEffect, 
     wait = failure.retry_after_s or min(RETRY_CAP_SECONDS, base * 2**effect.tries)
     state = store.outbox.retry(effect, timedelta(seconds=wait), failure.reason, final=not failure.retryable)
     context.log.warning(f"{effect.intent.kind} not applied ({failure.reason}): {state}")
+    return state
 
 
 @op(

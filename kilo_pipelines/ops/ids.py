@@ -8,6 +8,8 @@ from uuid import UUID
 from dagster import Config, Failure, OpExecutionContext
 from pydantic import field_validator
 
+from kilo_pipelines.telemetry import traces
+
 # Items of one run in work at once: as many as the store's pool has connections for, with room for the log's.
 AT_ONCE = 4
 
@@ -30,15 +32,18 @@ def ids_of_run(context: OpExecutionContext) -> list[str]:
 
 
 def each(context: OpExecutionContext, ids: list[str], work: Callable[[UUID], None]) -> None:
-    """Does one thing for every item; one that raises is logged and stops no other, and the run fails with it in the end.
+    """Does one thing for every item, each below its own trace; one that raises is logged and stops no other, and the run fails with it in the end.
 
     Each item has its own transaction in `work`, so what the others did stands; the run's retry finds them moved on. Items go side
     by side: most of the time goes into waiting for the provider.
     """
 
     def one(item_id: str) -> bool:
+        # Asked for only where traces are made. Runs over owners (syncs, notices) begin traces of their own.
+        parent = context.resources.store.get().queue.trace_of(UUID(item_id)) if traces.armed() else None
         try:
-            work(UUID(item_id))
+            with traces.following(parent, context.op.name, run=context.run_id):
+                work(UUID(item_id))
         except Exception:  # whatever one item raises: it is shown, kept and raised below
             context.log.exception(f"item {item_id} failed")
             return False

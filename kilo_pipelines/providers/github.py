@@ -24,6 +24,7 @@ from github.Repository import Repository
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.telemetry import traces
 
 # Half of an effect's lease (store/outbox.py): a write is over, or its answer lost, before anybody may take the effect over.
 TIMEOUT_SECONDS = 10
@@ -134,10 +135,21 @@ class InstalledRepository:
 
 @contextmanager
 def provider_errors(forget: Callable[[], None] | None = None) -> Iterator[None]:
-    """Turns PyGithub's exceptions into ProviderError; bodies and tokens stay out of messages.
+    """Turns PyGithub's exceptions into ProviderError; bodies and tokens stay out of messages. What is asked within is one span.
 
     With `forget` a refused token is dropped first, and the call may be tried again with a new one.
     """
+    with traces.span("github") as span:
+        try:
+            with _translated(forget):
+                yield
+        except ProviderError as failure:
+            span.set(reason=failure.reason)
+            raise
+
+
+@contextmanager
+def _translated(forget: Callable[[], None] | None) -> Iterator[None]:
     try:
         yield
     except RateLimitExceededException as failure:

@@ -11,6 +11,7 @@ from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.settings import Settings, current
 from kilo_pipelines.store import Store
 from kilo_pipelines.store.crypto import Cipher
+from kilo_pipelines.telemetry import traces
 
 
 @lru_cache(maxsize=4)
@@ -21,6 +22,7 @@ def _open(app_url: str, system_url: str, key_file: str) -> Store:
 def open_store(settings: Settings) -> Store:
     """The process's store for these settings."""
     failpoints.arm(settings.failpoints)
+    traces.arm(settings, settings.process or "dagster")
     logins = settings.database_logins()
     return _open(logins["app"], logins["system"], str(settings.encryption_key_file))
 

@@ -180,6 +180,7 @@ def _shard(number: int, turns: Turns) -> SensorDefinition:
     def work(context: SensorEvaluationContext, store: StoreResource) -> SensorResult | SkipReason:
         del context
         platform = store.get()
+        platform.figures.beat("work")
         pause = platform.queue.pause_reason()
         if pause is not None:
             return SkipReason(f"paused: {pause}")
@@ -198,6 +199,7 @@ def _shard(number: int, turns: Turns) -> SensorDefinition:
 )
 def recovery(context: SensorEvaluationContext, store: StoreResource) -> SkipReason:
     del context
+    store.get().figures.beat("recovery")
     counts = {name: count for name, count in store.get().recovery.reap().items() if count}
     return SkipReason(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "nothing to reap")
 

@@ -14,6 +14,7 @@ from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.figures import BOUNDS, Ended, Figures, Now
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
@@ -64,6 +65,7 @@ from kilo_pipelines.store.settle import Settlements, SettleTx
 from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
 __all__ = [
+    "BOUNDS",
     "DEADLINE_COLUMNS",
     "INVARIANTS",
     "OUTCOMES",
@@ -81,6 +83,8 @@ __all__ = [
     "ClaimedEffect",
     "Cost",
     "DeliveryRow",
+    "Ended",
+    "Figures",
     "FindingEventRow",
     "FindingRow",
     "Integration",
@@ -94,6 +98,7 @@ __all__ = [
     "NewItem",
     "NewKey",
     "NotDisposedError",
+    "Now",
     "Offer",
     "Owner",
     "PageCount",
@@ -150,4 +155,5 @@ class Store:
         self.reports = Reports(self.database, clock)
         self.remediations = Remediations(self.database, clock)
         self.notices = Notices(self.database, clock)
+        self.figures = Figures(self.database, clock)
         self.listener = self.database.listener

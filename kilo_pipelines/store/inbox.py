@@ -21,6 +21,7 @@ from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.findings import Alert, Decide, Dispose, Findings, read_duplicates, write_alerts
 from kilo_pipelines.store.queue import end_item, intend, lock_subject, open_item, reopen_item
 from kilo_pipelines.store.rows import DeliveryRow, FindingRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
+from kilo_pipelines.telemetry import traces
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +59,15 @@ class Inbox:
             "reason": skip,
             "now": now,
             "settled": now if skip else None,
+            "trace": new.trace,
         }
         try:
             with self._database.owner(new.owner_id) as connection:
                 changed(
                     connection,
                     "insert into deliveries (owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, headers, state,"
-                    " reason, not_before, received_at, settled_at) values (:owner, :id, :integration, :provider_id, :event, :action, :body, :digest,"
-                    " cast(:headers as jsonb), :state, :reason, :now, :now, :settled)",
+                    " reason, not_before, received_at, settled_at, trace) values (:owner, :id, :integration, :provider_id, :event, :action, :body, :digest,"
+                    " cast(:headers as jsonb), :state, :reason, :now, :now, :settled, :trace)",
                     **values,
                 )
                 notify(connection, f"delivery:{delivery_id}")
@@ -101,6 +103,7 @@ class Inbox:
                         digests=digests,
                         headers=[json.dumps(new.headers) for new, _ in news],
                         reasons=[skip for _, skip in news],
+                        traces=[new.trace for new, _ in news],
                         now=self._clock.now(),
                     )
                 }
@@ -170,7 +173,7 @@ class Inbox:
         with self._database.owner(owner_id) as connection:
             row = one(
                 connection,
-                "select owner_id, id, integration_id, event, action, body, received_at, tries from deliveries where owner_id = :owner"
+                "select owner_id, id, integration_id, event, action, body, received_at, tries, trace from deliveries where owner_id = :owner"
                 " and id = :id and state = 'received' and not_before <= :now for update skip locked",
                 owner=owner_id,
                 id=delivery_id,
@@ -178,16 +181,19 @@ class Inbox:
             )
             if row is None:
                 return False
-            savepoint = connection.begin_nested()
-            try:
-                tx = AdmissionTx(connection, _delivery(row), now)
-                admit(tx)
-                tx.close()
-                savepoint.commit()
-            except Exception:  # whatever a rule raises must not lose the delivery or stop the others
-                savepoint.rollback()
-                log.exception("admission of delivery %s failed", delivery_id)
-                self._failed(connection, owner_id, delivery_id, row["tries"] + 1)
+            with traces.following(row["trace"], "admit", owner=owner_id, delivery=delivery_id, event=row["event"]) as span:
+                savepoint = connection.begin_nested()
+                try:
+                    tx = AdmissionTx(connection, _delivery(row), now)
+                    admit(tx)
+                    tx.close()
+                    savepoint.commit()
+                    span.set(outcome=tx.outcome, reason=tx.reason)
+                except Exception:  # whatever a rule raises must not lose the delivery or stop the others
+                    savepoint.rollback()
+                    span.set(reason=Reason.ADMISSION_ERROR)
+                    log.exception("admission of delivery %s failed", delivery_id)
+                    self._failed(connection, owner_id, delivery_id, row["tries"] + 1)
         return True
 
     def _failed(self, connection: Connection, owner_id: UUID, delivery_id: UUID, tries: int) -> None:
@@ -226,6 +232,9 @@ class AdmissionTx:
         self._connection = connection
         self._now = now
         self._decided = False
+        # How it was decided, in the end.
+        self.outcome: str = "undecided"
+        self.reason: str | None = None
         self.delivery = delivery
 
     def repository(self, external_id: int) -> Repository | None:
@@ -356,6 +365,7 @@ class AdmissionTx:
         if self._decided:
             raise RuntimeError(f"admission of delivery {self.delivery.id} decided twice")
         self._decided = True
+        self.outcome, self.reason = state, reason
         changed(
             self._connection,
             "update deliveries set state = :state, reason = :reason, item_id = :item, settled_at = :now"

@@ -76,7 +76,7 @@ with heads as (
 )
 update effects e set state = 'applying', lease_no = e.lease_no + 1, lease_until = :until, offer_until = null
 from due where e.owner_id = :owner and e.id = due.id and e.state = 'pending'
-returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tries, e.lease_no
+returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tries, e.lease_no, e.trace
 """,
                 owner=owner_id,
                 item=item_id,
@@ -118,6 +118,7 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             installation_id=place["installation_id"],
             integration_id=place["integration_id"],
             repository_id=place["repository_id"],
+            trace=row["trace"],
             intent=EffectIntent(
                 kind=row["kind"], intent_key=row["intent_key"], subject_key=row["subject_key"], payload=row["payload"]
             ),

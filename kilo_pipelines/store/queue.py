@@ -18,7 +18,9 @@ from kilo_pipelines.core.work import FINAL, SETTINGS_OF, WorkState
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
+from kilo_pipelines.store.figures import told_of_claims
 from kilo_pipelines.store.rows import Claimed, ItemRow, NewItem, Offer, Refused
+from kilo_pipelines.telemetry import traces
 
 # How long an offer stands before the item may be offered again (docs/decisions/0008): a lost offer costs at most this.
 OFFER_SECONDS = 20
@@ -92,8 +94,8 @@ def open_item(connection: Connection, owner_id: UUID, new: NewItem, now: datetim
     item_id = uuid4()
     opened = changed(
         connection,
-        "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at)"
-        " select :owner, :id, :service, :subject, :repository, :priority, :now, :now, :now where not exists ("
+        "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at, trace)"
+        " select :owner, :id, :service, :subject, :repository, :priority, :now, :now, :now, :trace where not exists ("
         " select 1 from work_items where owner_id = :owner and service = :service and subject_key = :subject and ended_at is null)",
         owner=owner_id,
         id=item_id,
@@ -102,6 +104,7 @@ def open_item(connection: Connection, owner_id: UUID, new: NewItem, now: datetim
         repository=new.repository_id,
         priority=new.priority,
         now=now,
+        trace=traces.here(),
     )
     if not opened:
         return None
@@ -134,8 +137,8 @@ def intend(connection: Connection, owner_id: UUID, item_id: UUID, effects: list[
     for effect in effects:
         changed(
             connection,
-            "insert into effects (owner_id, id, item_id, kind, intent_key, subject_key, payload, not_before, created_at)"
-            " values (:owner, :id, :item, :kind, :key, :subject, cast(:payload as jsonb), :now, :now)"
+            "insert into effects (owner_id, id, item_id, kind, intent_key, subject_key, payload, not_before, created_at, trace)"
+            " values (:owner, :id, :item, :kind, :key, :subject, cast(:payload as jsonb), :now, :now, :trace)"
             " on conflict (owner_id, intent_key) do nothing",
             owner=owner_id,
             id=uuid4(),
@@ -145,6 +148,7 @@ def intend(connection: Connection, owner_id: UUID, item_id: UUID, effects: list[
             subject=effect.subject_key,
             payload=json.dumps(effect.payload),
             now=now,
+            trace=traces.here(),
         )
 
 
@@ -368,6 +372,7 @@ class Queue:
             *_grouped("start", items),
         ]
 
+    @told_of_claims
     def claim(
         self,
         item_id: UUID,
@@ -494,6 +499,8 @@ class Queue:
             installation_id=item["installation_id"],
             integration_id=item["integration_id"],
             details=details_of(connection, owner_id, item_id, item["service"]),
+            since=item["updated_at"],
+            trace=item["trace"],
         )
 
     @staticmethod
@@ -620,9 +627,13 @@ class Queue:
     def open(self, owner_id: UUID, new: NewItem, *, actor: str, act: str = "item.open") -> UUID | None:
         """Opens an item by hand or by a rule; None when its subject has a live one already. `act` names it in the audit."""
         now = self._clock.now()
-        with self._database.owner(owner_id) as connection:
+        with (
+            traces.span("open", owner=owner_id, service=new.service, repository=new.repository_id) as span,
+            self._database.owner(owner_id) as connection,
+        ):
             lock_subject(connection, owner_id, new.service, new.subject_key)
             item_id = open_item(connection, owner_id, new, now)
+            span.set(item=item_id, outcome="opened" if item_id else "live_already")
             if item_id is not None:
                 audit(connection, owner_id, actor, act, str(item_id), {"service": new.service}, now)
         return item_id
@@ -777,6 +788,12 @@ class Queue:
                 item=item_id,
             )
         return [dict(row) for row in found]
+
+    def trace_of(self, item_id: UUID) -> str | None:
+        """Where the item's trace goes on; None for an unknown item and for one that was opened while traces were off."""
+        with self._database.system() as connection:
+            row = one(connection, system.ITEM_TRACE.sql, id=item_id)
+        return row["trace"] if row else None
 
     def gauges(self) -> dict[tuple[str, str], int]:
         """Live rows by (what, state): items, effects, deliveries."""

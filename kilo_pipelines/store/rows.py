@@ -58,6 +58,7 @@ class NewDelivery:
     action: str | None
     body: bytes
     headers: dict[str, str]
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ class Claimed:
     installation_id: int
     integration_id: UUID
     details: dict[str, Any]
+    # Since when it waited, and where its trace goes on.
+    since: datetime | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class SessionClaim:
     callback_token: str
     # The outcome that an earlier launch was about to push.
     accepted: dict[str, Any] | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ class ClaimedEffect:
     integration_id: UUID
     repository_id: int
     intent: EffectIntent
+    trace: str | None = None
 
 
 @dataclass(frozen=True)

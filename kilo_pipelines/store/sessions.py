@@ -23,6 +23,7 @@ from kilo_pipelines.store.database import Database, changed, count_late_write, n
 from kilo_pipelines.store.queue import intend, set_details
 from kilo_pipelines.store.recovery import MAX_LAUNCHES
 from kilo_pipelines.store.rows import Claimed, Refused, SessionClaim, SessionRow
+from kilo_pipelines.telemetry import traces
 
 # A session waits for a free place on the host at most this long before its item is tried as failed: a host that has no
 # capacity for a working day has an operator's problem.
@@ -78,8 +79,8 @@ class Sessions:
                 return False
             changed(
                 connection,
-                "insert into sessions (owner_id, id, item_id, attempt, item_fence, spec, callback_token, deadline, created_at)"
-                " values (:owner, :id, :item, :attempt, :fence, cast(:spec as jsonb), :token, :deadline, :now)",
+                "insert into sessions (owner_id, id, item_id, attempt, item_fence, spec, callback_token, deadline, created_at, trace)"
+                " values (:owner, :id, :item, :attempt, :fence, cast(:spec as jsonb), :token, :deadline, :now, :trace)",
                 owner=claim.owner_id,
                 id=session_id,
                 item=claim.item_id,
@@ -89,6 +90,7 @@ class Sessions:
                 token=self._cipher.seal(token, f"callback:{session_id}"),
                 deadline=deadline,
                 now=now,
+                trace=traces.here(),
             )
             changed(
                 connection,
@@ -163,6 +165,7 @@ class Sessions:
             spec=row["spec"],
             callback_token=self._cipher.open(bytes(row["callback_token"]), f"callback:{session_id}"),
             accepted={"status": "completed", "result": row["result"], "evidence": row["evidence"]} if row["result"] else None,
+            trace=row["trace"],
         )
 
     @staticmethod

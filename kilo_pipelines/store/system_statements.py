@@ -54,12 +54,14 @@ RECORD_DELIVERIES = SystemStatement(
     """
 with stored as (
 insert into deliveries (owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, headers, state, reason,
-    not_before, received_at, settled_at)
+    not_before, received_at, settled_at, trace)
 select owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, cast(headers as jsonb),
-    case when reason is null then 'received' else 'skipped' end, reason, :now, :now, case when reason is not null then cast(:now as timestamptz) end
+    case when reason is null then 'received' else 'skipped' end, reason, :now, :now, case when reason is not null then cast(:now as timestamptz) end,
+    trace
 from unnest(cast(:owner_ids as uuid[]), cast(:ids as uuid[]), cast(:integration_ids as uuid[]), cast(:provider_ids as text[]),
     cast(:events as text[]), cast(:actions as text[]), cast(:bodies as bytea[]), cast(:digests as bytea[]), cast(:headers as text[]),
-    cast(:reasons as text[])) as new (owner_id, id, integration_id, provider_delivery_id, event, action, body, body_sha256, headers, reason)
+    cast(:reasons as text[]), cast(:traces as text[])) as new (owner_id, id, integration_id, provider_delivery_id, event, action, body,
+    body_sha256, headers, reason, trace)
 on conflict do nothing returning id
 )
 -- one notification wakes all shards, and they look for every delivery
@@ -522,7 +524,103 @@ WORK_GAUGES = SystemStatement(
     " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state",
     "metrics are the operator's, over all owners",
 )
-COUNTERS = SystemStatement("select name, value from counters", "metrics are the operator's, over all owners")
+COUNTERS = SystemStatement(
+    "select name, value from counters where not starts_with(name, 'claim:')", "metrics are the operator's, over all owners"
+)
+_OPERATORS = "metrics are the operator's, over all owners"
+FIGURES_LIMIT = SystemStatement(
+    "select set_config('statement_timeout', :limit, true)", "a scrape never stands in the way of the work"
+)
+BEAT = SystemStatement(
+    "insert into heartbeats (name, at) values (:name, :now) on conflict (name) do update set at = excluded.at",
+    "what has to run belongs to no owner",
+)
+ITEM_TRACE = SystemStatement(
+    "select min(trace) as trace from work_items where id = :id having count(*) = 1",
+    "a run's configuration names an item; its trace goes on in that run",
+)
+FIGURES = {
+    "waiting": SystemStatement(
+        "select service, coalesce(reason, 'none') as reason, count(*) as n, extract(epoch from :now - min(updated_at))::float8 as oldest"
+        " from work_items where state = 'waiting' group by service, reason",
+        _OPERATORS,
+    ),
+    "deliveries": SystemStatement(
+        "select count(*) as n, extract(epoch from :now - min(received_at))::float8 as oldest from deliveries where state = 'received'",
+        _OPERATORS,
+    ),
+    "slots": SystemStatement("select pool, count(*) as n from owner_slots where item_id is not null group by pool", _OPERATORS),
+    "places": SystemStatement(
+        "select host, count(*) as n, count(*) filter (where session_id is not null and lease_until > :now) as used from agent_capacity group by host",
+        _OPERATORS,
+    ),
+    "effects": SystemStatement(
+        "select kind, state, count(*) as n, extract(epoch from :now - min(created_at))::float8 as oldest from effects"
+        " where state in ('pending', 'applying') group by kind, state union all"
+        " select kind, state, count(*), extract(epoch from :now - min(created_at))::float8 from effects"
+        " where state in ('dead', 'unknown') group by kind, state",
+        _OPERATORS,
+    ),
+    "budgets": SystemStatement(
+        "select kind, min(tokens) filter (where refilled_at >= :used) as least, count(*) filter (where blocked_until > :now) as blocked"
+        " from rate_budgets group by kind",
+        _OPERATORS,
+    ),
+    "switches": SystemStatement(
+        "select split_part(scope, ':', 1) as scope, kind, count(*) as n, extract(epoch from :now - min(set_at))::float8 as oldest"
+        " from switches group by split_part(scope, ':', 1), kind",
+        _OPERATORS,
+    ),
+    "persons": SystemStatement(
+        "select service, count(*) as n from (select service from service_configs where action_required is not null"
+        " union all select service from service_blocks where action_required is not null) waits group by service",
+        _OPERATORS,
+    ),
+    "heartbeats": SystemStatement("select name, extract(epoch from :now - at)::float8 as age from heartbeats", _OPERATORS),
+    "schema": SystemStatement("select version_num as revision from alembic_version", _OPERATORS),
+    "claims": SystemStatement(
+        "select split_part(name, ':', 2) as service, split_part(name, ':', 3) as outcome, value as n from counters where starts_with(name, 'claim:')",
+        _OPERATORS,
+    ),
+}
+_BUCKET = "width_bucket(greatest(0, extract(epoch from {})::float8), cast(:bounds as float8[]))"
+_SESSION_TIME, _LAUNCH_TIME = "s.ended_at - coalesce(s.started_at, s.ended_at)", "s.created_at - w.created_at"
+_SETTLE_TIME, _EFFECT_TIME = "w.ended_at - s.ended_at", "e.ended_at - e.created_at"
+ENDED = {
+    "sessions": SystemStatement(
+        f"select w.service, s.state, coalesce(s.reason, 'none') as reason, {_BUCKET.format(_SESSION_TIME)} as bucket, count(*) as n,"
+        f" sum(extract(epoch from {_SESSION_TIME}))::float8 as seconds,"
+        " coalesce(sum((s.evidence ->> 'tokens_in')::bigint), 0)::bigint as tokens_in,"
+        " coalesce(sum((s.evidence ->> 'tokens_out')::bigint), 0)::bigint as tokens_out,"
+        " coalesce(sum((s.evidence ->> 'turns')::bigint), 0)::bigint as turns"
+        " from sessions s join work_items w on w.owner_id = s.owner_id and w.id = s.item_id"
+        " where s.ended_at > :after and s.ended_at <= :until group by 1, 2, 3, 4",
+        _OPERATORS,
+    ),
+    "launches": SystemStatement(
+        f"select w.service, {_BUCKET.format(_LAUNCH_TIME)} as bucket, count(*) as n, sum(extract(epoch from {_LAUNCH_TIME}))::float8 as seconds"
+        " from sessions s join work_items w on w.owner_id = s.owner_id and w.id = s.item_id"
+        " where s.ended_at > :after and s.ended_at <= :until and s.attempt = 1 group by 1, 2",
+        _OPERATORS,
+    ),
+    "items": SystemStatement(
+        "select service, state, coalesce(reason, 'none') as reason, count(*) as n from work_items"
+        " where ended_at > :after and ended_at <= :until group by 1, 2, 3",
+        _OPERATORS,
+    ),
+    "settles": SystemStatement(
+        f"select w.service, {_BUCKET.format(_SETTLE_TIME)} as bucket, count(*) as n, sum(extract(epoch from {_SETTLE_TIME}))::float8 as seconds"
+        " from work_items w join sessions s on s.owner_id = w.owner_id and s.id = w.session_id and s.ended_at <= w.ended_at"
+        " where w.ended_at > :after and w.ended_at <= :until group by 1, 2",
+        _OPERATORS,
+    ),
+    "effects": SystemStatement(
+        f"select e.kind, e.state, coalesce(e.reason, 'none') as reason, {_BUCKET.format(_EFFECT_TIME)} as bucket, count(*) as n,"
+        f" sum(extract(epoch from {_EFFECT_TIME}))::float8 as seconds from effects e"
+        " where e.ended_at > :after and e.ended_at <= :until group by 1, 2, 3, 4",
+        _OPERATORS,
+    ),
+}
 SET_SWITCH = SystemStatement(
     "insert into switches (scope, kind, reason, set_by) values (:scope, :kind, :reason, :actor) on conflict (scope) do update"
     " set kind = excluded.kind, reason = excluded.reason, set_by = excluded.set_by, set_at = now()"
@@ -650,3 +748,5 @@ STATEMENTS |= {f"REAP.{name}": value for name, value in REAP.items()}
 STATEMENTS |= {f"SWEEP.{name}": value for name, value in SWEEP.items()}
 STATEMENTS |= {f"SECURITY_CHECKS.{name}": value for name, value in SECURITY_CHECKS.items()}
 STATEMENTS |= {f"INVARIANTS.{name}": value for name, value in INVARIANTS.items()}
+STATEMENTS |= {f"FIGURES.{name}": value for name, value in FIGURES.items()}
+STATEMENTS |= {f"ENDED.{name}": value for name, value in ENDED.items()}

@@ -105,6 +105,9 @@ def _use_everything(database: Database) -> None:
     store.queue.gauges()
     assert {name: store.invariants.offenders(name) for name in INVARIANTS}
     store.queue.counters()
+    store.queue.trace_of(claim.item_id)
+    store.figures.beat("test")
+    assert store.figures.now().heartbeats and store.figures.ended(clock.now() - timedelta(hours=1)).sessions == []
     assert store.findings.posture() == [] and store.findings.owners() == [] and store.findings.owner_of(uuid4()) is None
     assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)
@@ -216,6 +219,7 @@ def test_no_repeated_statement_reads_the_whole_history(database: Database, full:
         "evidence": "{}",
     }
     values |= {"owner_ids": [full.owner.id], "ids": [uuid4()], "integration_ids": [full.integration], "actions": [None]}
+    values |= {"bounds": [1.0], "used": now, "name": "x", "traces": [None]}
     values |= {key: ["x"] for key in ("provider_ids", "events", "headers", "reasons")} | {"bodies": [b""], "digests": [b""]}
     explained = text(f"explain {STATEMENTS[name].sql}")
     with database.store.database._system.connect() as connection:

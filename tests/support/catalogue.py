@@ -19,6 +19,7 @@ PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", 
 # Tables of nobody, with what each login may do to them. Everything else is an owner's.
 SHARED: dict[str, dict[str, frozenset[str]]] = {
     "alembic_version": {APP: frozenset(), SYSTEM: frozenset({"SELECT"})},
+    "heartbeats": {APP: frozenset(), SYSTEM: WRITE},
     "api_keys": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
     "people": {APP: frozenset(), SYSTEM: ADD},
     "agent_capacity": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},

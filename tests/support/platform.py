@@ -32,7 +32,14 @@ T = TypeVar("T")
 class RunningPlatform:
     """One platform with the scripted agent; `behaviour` is how that agent behaves."""
 
-    def __init__(self, behaviour: str = "honest", lease_seconds: float = 4.0) -> None:
+    def __init__(
+        self,
+        behaviour: str = "honest",
+        lease_seconds: float = 4.0,
+        prepare: Callable[[RunningPlatform], None] = lambda _: None,
+        **settings: str,
+    ) -> None:
+        """`prepare` is called before the first start; `settings` are more of the environment."""
         self.home = Path(tempfile.mkdtemp(prefix="kilo-p-"))
         self.env = {
             **os.environ,
@@ -46,6 +53,7 @@ class RunningPlatform:
             "KILO_GITHUB_READS_PER_HOUR": "1e6",
             "KILO_GITHUB_WRITES_PER_HOUR": "1e6",
             **{f"KILO_{name}_PORT": str(free_port()) for name in ("PUBLIC", "ADMIN", "TWIN")},
+            **settings,
         }
         # Beside the password, as docs/login.md tells for the twin.
         self.env |= {
@@ -53,6 +61,7 @@ class RunningPlatform:
             "KILO_OIDC_CLIENT_ID": "kilo-public",
             "KILO_OIDC_OPERATORS": "ada@acme.test",
         }
+        prepare(self)
         self.process: subprocess.Popen[bytes]
         self.settings: Settings
         self.store: Store

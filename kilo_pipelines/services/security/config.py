@@ -81,17 +81,22 @@ class SecurityConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sla_preset: Literal["default", "strict", "federal", "custom"] = Field(
-        default="default", description="Days by severity: 15/30/45/90, 7/30/90/90, 30/30/90/180, or `sla_days`."
+        default="default",
+        description="Days by severity (critical/high/medium/low): default 15/30/45/90, strict 7/30/90/90, federal 30/30/90/180; custom: `sla_days`.",
     )
-    sla_days: SlaDays | None = Field(default=None, description="Days by severity of the preset `custom`.")
+    sla_days: SlaDays | None = Field(default=None, description="The four numbers of the preset custom, each 1 to 365.")
     sla_repository_overrides: dict[int, SlaDays] = Field(
         default={}, description="Days by severity of single repositories, by id."
     )
-    sla_business_days: bool = Field(default=False, description="Count Monday to Friday only (UTC).")
-    sla_pause_while_ignored: bool = Field(default=True, description="Time during which a finding is ignored doesn't count.")
+    sla_business_days: bool = Field(default=False, description="Count Monday to Friday only (UTC), without holidays.")
+    sla_pause_while_ignored: bool = Field(
+        default=True, description="Time during which a finding is ignored doesn't count; without it ignoring closes."
+    )
     auto_sync_enabled: bool = Field(default=True, description="Sync by the clock; by hand it is always possible.")
     repository_selection_mode: Literal["all", "selected"] = Field(default="all", description="Which repositories are synced.")
-    selected_repository_ids: list[int] = Field(default=[], description="Numeric ids of the selected repositories; none is none.")
+    selected_repository_ids: list[int] = Field(
+        default=[], description="Numeric ids of the selected repositories; with none, none is."
+    )
 
     analysis_mode: Literal["auto", "shallow", "deep"] = Field(
         default="auto",
@@ -135,9 +140,12 @@ class SecurityConfig(BaseModel):
     )
 
     notice_recipients: list[Recipient] = Field(
-        default=[], max_length=20, description="Who is told: mailboxes, Slack channels, webhooks."
+        default=[],
+        max_length=20,
+        description='Who is told, at most 20: `{"kind": "email", "address": …}`, `{"kind": "slack", "channel": …}`,'
+        ' `{"kind": "webhook", "url": …}`; a key that may only read is shown the kinds alone.',
     )
-    new_finding_notices: bool = Field(default=False, description="Tell of new findings.")
+    new_finding_notices: bool = Field(default=False, description="Tell of findings that came after there was somebody to tell.")
     new_finding_notice_min_severity: Threshold = Field(default="high", description="Only these and worse.")
     sla_notices: bool = Field(default=True, description="Tell before a deadline and when it has passed.")
     sla_notice_min_severity: Threshold = Field(default="high", description="Only these and worse.")

@@ -1,4 +1,4 @@
-"""The twin's application: GitHub's API, git, web pages, the model and a control API."""
+"""The twin's application: GitHub's API, git, web pages, the model, the hosted Cloud Agent and a control API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from kilo_twin import model, npm, world, world_alerts
+from kilo_twin import cloud_agent, model, npm, world, world_alerts
 from kilo_twin.dependabot import LOCK_FILE, AlertError, Dependabot
 from kilo_twin.githttp import serve_git
 from kilo_twin.rest import Rest
@@ -347,6 +347,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
     dependabot = Dependabot(twin, webhooks.shapes, webhooks)
     rest = Rest(twin, webhooks, dependabot)
     control = Control(twin, webhooks, dependabot)
+    agents = cloud_agent.CloudAgents(twin)
     control.seed()
 
     async def git_http(request: Request) -> Response:
@@ -376,6 +377,8 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "rename": control.rename,
             "transfer": control.transfer,
             "remove": control.remove,
+            "cloud-agent": agents.configure,
+            "cloud-agent-sessions": agents.told,
         }
         try:
             answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
@@ -401,6 +404,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             *rest.routes(),
             *model.routes(twin.credentials["model_api_key"], twin.fault_of),
             *npm.routes(twin.base_url),
+            *cloud_agent.routes(agents, twin.fault_of),
             Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
             Route("/{owner}/{repo}/pull/{number:int}", page),
             Route("/{owner}/{repo}", listing),

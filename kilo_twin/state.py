@@ -72,7 +72,10 @@ class Twin:
         path = self.home / "credentials.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
-            return found
+            if "cloud_agent_token" in found:
+                return found
+            # A home from before there was a hosted agent.
+            return self._keep_credentials(path, found | self._cloud_agent())
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
@@ -86,10 +89,24 @@ class Twin:
             "installation_id": 77001,
             "account": ACCOUNT,
             "control_token": secrets.token_hex(24),
+            **self._cloud_agent(),
         }
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        return self._keep_credentials(path, made)
+
+    @staticmethod
+    def _cloud_agent() -> dict[str, str]:
+        return {
+            "cloud_agent_token": f"twin-cloud-{secrets.token_hex(24)}",
+            "cloud_agent_internal_key": f"twin-internal-{secrets.token_hex(24)}",
+        }
+
+    @staticmethod
+    def _keep_credentials(path: Path, made: dict[str, Any]) -> dict[str, Any]:
+        partial = path.with_suffix(".partial")
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(made, file)
+        partial.replace(path)
         return made
 
     def save(self) -> None:

@@ -91,6 +91,7 @@ def decide(settings: Settings, github_app_id: int | None) -> Settings:
         "github_app_id": github_app_id,
         "model_base_url": f"{settings.twin_url}/model/v1" if offline else settings.model_base_url,
         "model": "scripted-reviewer" if offline else settings.model,
+        "cloud_agent_url": f"{settings.twin_url}/cloud-agent" if offline else settings.cloud_agent_url,
         "registries": json.dumps({"npm": f"{settings.twin_url}/npm/"} if offline else settings.registries),
     }
     setup.write_config(settings, values)

@@ -7,14 +7,11 @@ public internet (threats, rule 22), except in the offline world.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
 import json
 import smtplib
-import socket
 import ssl
 from collections.abc import Callable
 from email.message import EmailMessage
@@ -26,6 +23,7 @@ import httpx
 
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.providers import outbound
 from kilo_pipelines.providers.github import LOOPBACK, ProviderError, retry_after
 
 # A whole HTTP exchange: httpx's own time-outs are per read, so that a trickle would never end. It ends within the effect's lease (20 s).
@@ -35,9 +33,6 @@ TIMEOUT_SECONDS = 10.0
 CONNECT_SECONDS = 4.0
 # Nothing of Slack's answer is used but its first words, and nothing of a webhook's.
 ANSWER_BYTES = 65_536
-# Addresses of the public internet of version 6. Beyond are those that a gateway or this machine turns into ones of version 4.
-_IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")
-_6TO4 = ipaddress.IPv6Network("2002::/16")
 # Slack's codes that pass by themselves (chat.postMessage, errors).
 _SLACK_PASSING = frozenset({"ratelimited", "rate_limited", "service_unavailable", "request_timeout"})
 # Those after which the message may have been posted all the same: a lost answer.
@@ -202,31 +197,11 @@ def send_webhook(
 def public_address(url: str, *, offline: bool) -> str:
     """The address of the URL's host, which is then connected to; ProviderError `address_refused` unless all of them are public."""
     try:
-        target = httpx.URL(url)
-        port = target.port or (443 if target.scheme == "https" else 80)
-        if port > 65_535:  # httpx takes it
-            raise ValueError("not a port")
-        found = {str(one[4][0]) for one in socket.getaddrinfo(target.raw_host.decode(), port, type=socket.SOCK_STREAM)}
-    except OSError:
-        raise _refused(Reason.CHANNEL_UNAVAILABLE, "the host has no address", retryable=True) from None
-    except (httpx.InvalidURL, ValueError):  # of the latter: a name that can't be asked for
-        raise _refused(Reason.ADDRESS_REFUSED, "not an address") from None
-    places = [ipaddress.ip_address(one.partition("%")[0]) for one in found]
-    if offline and all(one.is_loopback for one in places):
-        return str(min(places, key=lambda one: one.version))
-    if target.scheme != "https" or not all(map(_is_public, places)):
-        raise _refused(Reason.ADDRESS_REFUSED, "not a public address")
-    return str(min(places, key=lambda one: one.version))
-
-
-def _is_public(place: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address leads to the public internet, and not to where one of version 4 that it bears leads."""
-    if isinstance(place, ipaddress.IPv6Address):
-        if place.ipv4_mapped is not None:
-            return _is_public(place.ipv4_mapped)
-        if place not in _IPV6_UNICAST or place in _6TO4:
-            return False
-    return place.is_global and not place.is_multicast
+        return outbound.vetted(url, offline=offline)
+    except outbound.UnresolvedError as failure:
+        raise _refused(Reason.CHANNEL_UNAVAILABLE, str(failure), retryable=True) from None
+    except outbound.AddressRefusedError as failure:
+        raise _refused(Reason.ADDRESS_REFUSED, str(failure)) from None
 
 
 def _post(
@@ -236,31 +211,19 @@ def _post(
 
     `address` is connected to, whatever the name means by now.
     """
-    target, more = httpx.URL(url), {}
-    if address is not None:
-        headers = {**headers, "host": target.netloc.decode()}
-        more = {"sni_hostname": target.host}
-        target = target.copy_with(host=address)
-    headers = {"content-type": "application/json; charset=utf-8", "user-agent": "kilo-pipelines", **headers}
-
-    async def exchange() -> tuple[int, httpx.Headers, bytes]:
-        limits = httpx.Timeout(TIMEOUT_SECONDS, connect=CONNECT_SECONDS)
-        async with (
-            asyncio.timeout(TIMEOUT_SECONDS),
-            httpx.AsyncClient(timeout=limits, follow_redirects=False, trust_env=False) as client,
-            client.stream("POST", target, content=raw, headers=headers, extensions=more) as answer,
-        ):
-            content = b""
-            if most:
-                async for part in answer.aiter_bytes():
-                    content += part
-                    if len(content) > most:
-                        break
-            return answer.status_code, answer.headers, content[:most]
-
     try:
-        return asyncio.run(exchange())
-    except (httpx.ConnectError, httpx.ConnectTimeout) as failure:
-        raise _refused(Reason.CHANNEL_UNAVAILABLE, type(failure).__name__, retryable=True) from None
-    except (httpx.HTTPError, TimeoutError) as failure:
-        raise _refused(Reason.PROVIDER_UNAVAILABLE, type(failure).__name__, retryable=True) from None
+        status, answered, content = outbound.exchange(
+            "POST",
+            url,
+            raw,
+            headers,
+            most=most,
+            seconds=TIMEOUT_SECONDS,
+            connect_seconds=CONNECT_SECONDS,
+            address=address,
+        )
+    except outbound.NotReachedError as failure:
+        raise _refused(Reason.CHANNEL_UNAVAILABLE, str(failure), retryable=True) from None
+    except outbound.LostAnswerError as failure:
+        raise _refused(Reason.PROVIDER_UNAVAILABLE, str(failure), retryable=True) from None
+    return status, answered, content[:most]

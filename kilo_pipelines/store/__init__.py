@@ -15,6 +15,7 @@ from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
+from kilo_pipelines.store.hosted import Hosted, HostedClaim
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
@@ -76,6 +77,7 @@ __all__ = [
     "DeliveryRow",
     "FindingEventRow",
     "FindingRow",
+    "HostedClaim",
     "Integration",
     "ItemRow",
     "ItemView",
@@ -121,6 +123,7 @@ class Store:
         self.inbox = Inbox(self.database, clock)
         self.queue = Queue(self.database, clock)
         self.sessions = Sessions(self.database, clock, cipher)
+        self.hosted = Hosted(self.database, clock, cipher)
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
         self.budgets = Budgets(self.database)

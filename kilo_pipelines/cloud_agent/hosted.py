@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -20,6 +22,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.redact import BLACK, redact
 from kilo_pipelines.core.text import clean
 from kilo_pipelines.providers import outbound
+from kilo_pipelines.settings import Settings
 
 # An answer is a small object; the largest holds one assistant's text, itself capped by the service's queue.
 ANSWER_BYTES = 4 * 2**20
@@ -203,6 +206,21 @@ def guarded(*, offline: bool) -> Send:
         return status, content
 
     return send
+
+
+def client_of(settings: Settings) -> HostedClient:
+    """The client of these settings; CloudAgentError `agent_unavailable` while address, token or key are missing."""
+    files = (settings.cloud_agent_token_file, settings.cloud_agent_key_file)
+    missing = [file.name for file in files if not file.is_file()]
+    if settings.cloud_agent_url is None or missing:
+        lacking = ["KILO_CLOUD_AGENT_URL"] if settings.cloud_agent_url is None else []
+        raise CloudAgentError(Reason.AGENT_UNAVAILABLE, retry=False, detail=f"missing: {', '.join(lacking + missing)}")
+    token, key = (partial(_secret, file) for file in files)
+    return HostedClient(settings.cloud_agent_url, token, key, guarded(offline=settings.offline))
+
+
+def _secret(file: Path) -> str:
+    return file.read_text().strip()
 
 
 class HostedClient:

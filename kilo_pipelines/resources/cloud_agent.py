@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,7 +16,7 @@ from kilo_pipelines.cloud_agent.adapters import AgentAdapter
 from kilo_pipelines.cloud_agent.adapters.kilo import KiloAdapter
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.git import GitError
-from kilo_pipelines.cloud_agent.hosted import CloudAgentError, HostedClient, guarded
+from kilo_pipelines.cloud_agent.hosted import HostedClient, client_of
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
@@ -47,21 +46,6 @@ def sandbox_of(settings: Settings) -> Sandbox:
             raise SandboxUnavailableError("KILO_SANDBOX=none works only with the offline twin: unset it")
         return Unsandboxed()
     return Sandbox.find(package_directory())
-
-
-def hosted_client(settings: Settings) -> HostedClient:
-    """The hosted service's client; CloudAgentError `agent_unavailable` while address, token or key are missing."""
-    files = (settings.cloud_agent_token_file, settings.cloud_agent_key_file)
-    missing = [file.name for file in files if not file.is_file()]
-    if settings.cloud_agent_url is None or missing:
-        lacking = ["KILO_CLOUD_AGENT_URL"] if settings.cloud_agent_url is None else []
-        raise CloudAgentError(Reason.AGENT_UNAVAILABLE, retry=False, detail=f"missing: {', '.join(lacking + missing)}")
-    token, key = (partial(_secret, file) for file in files)
-    return HostedClient(settings.cloud_agent_url, token, key, guarded(offline=settings.offline))
-
-
-def _secret(file: Path) -> str:
-    return file.read_text().strip()
 
 
 def read_branch(
@@ -187,7 +171,7 @@ class CloudAgentResource(ConfigurableResource[None]):
 
     def hosted(self) -> HostedClient:
         """The hosted service's client; CloudAgentError `agent_unavailable` while address, token or key are missing."""
-        return hosted_client(current())
+        return client_of(current())
 
     def hosted_callback(self, session_id: UUID, token: str) -> tuple[str, str] | None:
         """Where the hosted service tells that a turn ended, and with which token; None: it is polled."""

@@ -84,11 +84,28 @@ class Settings(BaseSettings):
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     offline: bool = Field(default=True, description="Run against the offline twin.")
-    agent: Literal["kilo", "scripted"] = Field(default="kilo", description="Agent CLI that works in the sandbox.")
+    agent: Literal["kilo", "scripted", "hosted"] = Field(
+        default="kilo", description="Agent CLI that works in the sandbox, or `hosted`: reviews go to the hosted Cloud Agent."
+    )
     scripted_behaviour: str = Field(default="honest", description="How the scripted agent behaves; tests make it lie.")
     agents_max: int | None = Field(default=None, ge=1, description="Sessions at once on this host. Default: by free memory.")
     sandbox: Literal["bwrap", "none"] = Field(default="bwrap", description="`none` works only with the offline twin.")
     sensor_shards: int = Field(default=8, ge=1, le=32, description="Work sensors that wait for events.")
+    cloud_agent_url: str | None = Field(
+        default=None, description="Base address of the hosted Cloud Agent. Its token: secrets/cloud-agent-token."
+    )
+    cloud_agent_organization: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+        description="Kilo organization that hosted sessions are charged to; unset: the token's own account.",
+    )
+    cloud_agent_callback_origin: str | None = Field(
+        default=None,
+        description="https origin under which the hosted Cloud Agent reaches the public port; unset: hosted sessions are polled.",
+    )
+    cloud_agent_poll_seconds: float = Field(
+        default=30.0, ge=1, description="How often a hosted session is looked at when no callback comes."
+    )
     github_api_url: str = Field(default="https://api.github.com", description="Base address of GitHub's REST API.")
     github_app_id: int | None = Field(default=None, description="Id of the GitHub App.")
     github_reads_per_hour: float = Field(
@@ -192,6 +209,18 @@ class Settings(BaseSettings):
             raise ValueError("otlp_endpoint: an https address (or http on this machine) without credentials or query is needed")
         return value.rstrip("/")
 
+    @field_validator("cloud_agent_url", "cloud_agent_callback_origin")
+    @classmethod
+    def _plain_origin(cls, value: str | None) -> str | None:
+        """https, or this machine's twin; no credentials; no slash at the end."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        plain = parts.hostname and not (parts.username or parts.password or parts.query or parts.fragment)
+        if not plain or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)):
+            raise ValueError("an https address without credentials, query or fragment is needed")
+        return value.rstrip("/")
+
     @field_validator("home", "run_dir", "api_key_file")
     @classmethod
     def _from_anywhere(cls, value: Path | None) -> Path | None:
@@ -283,6 +312,16 @@ class Settings(BaseSettings):
             if line.strip():
                 found[name.strip().lower()] = value.strip()
         return found
+
+    @property
+    def cloud_agent_token_file(self) -> Path:
+        """Bearer token of the hosted Cloud Agent."""
+        return self.secrets_dir / "cloud-agent-token"
+
+    @property
+    def cloud_agent_key_file(self) -> Path:
+        """The hosted Cloud Agent's internal key, which `prepareSession` asks for beside the token."""
+        return self.secrets_dir / "cloud-agent-internal-key"
 
     @property
     def model_key_file(self) -> Path:

@@ -1,4 +1,4 @@
-"""The twin's application: GitHub's API, git, web pages, the model and a control API."""
+"""The twin's application: GitHub's API, git, web pages, the model, the hosted Cloud Agent and a control API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from kilo_twin import model, npm, world, world_alerts
+from kilo_twin import cloud_agent, model, npm, world, world_alerts
 from kilo_twin.dependabot import LOCK_FILE, AlertError, Dependabot
 from kilo_twin.githttp import serve_git
 from kilo_twin.oidc import Issuer
@@ -348,6 +348,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
     dependabot = Dependabot(twin, webhooks.shapes, webhooks)
     rest = Rest(twin, webhooks, dependabot)
     control = Control(twin, webhooks, dependabot)
+    agents = cloud_agent.CloudAgents(twin)
     control.seed()
     issuer = Issuer(twin.base_url, twin.credentials["oidc_client_secret"])
 
@@ -380,6 +381,8 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "remove": control.remove,
             "oidc-rotate": issuer.rotate,
             "oidc-misbehave": issuer.misbehave,
+            "cloud-agent": agents.configure,
+            "cloud-agent-sessions": agents.told,
         }
         try:
             answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
@@ -406,6 +409,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             *model.routes(twin.credentials["model_api_key"], twin.fault_of),
             *npm.routes(twin.base_url),
             *issuer.routes(),
+            *cloud_agent.routes(agents, twin.fault_of),
             Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
             Route("/{owner}/{repo}/pull/{number:int}", page),
             Route("/{owner}/{repo}", listing),

@@ -72,10 +72,11 @@ class Twin:
         path = self.home / "credentials.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
-            if "oidc_client_secret" not in found:  # a home of before there was an issuer
-                found["oidc_client_secret"] = secrets.token_hex(24)
-                path.write_text(json.dumps(found))
-            return found
+            later = self._later()
+            if later.keys() <= found.keys():
+                return found
+            # A home from before there was a hosted agent or an issuer.
+            return self._keep_credentials(path, later | found)
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
@@ -89,11 +90,26 @@ class Twin:
             "installation_id": 77001,
             "account": ACCOUNT,
             "control_token": secrets.token_hex(24),
-            "oidc_client_secret": secrets.token_hex(24),
+            **self._later(),
         }
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        return self._keep_credentials(path, made)
+
+    @staticmethod
+    def _later() -> dict[str, str]:
+        """Credentials that the first homes didn't have."""
+        return {
+            "oidc_client_secret": secrets.token_hex(24),
+            "cloud_agent_token": f"twin-cloud-{secrets.token_hex(24)}",
+            "cloud_agent_internal_key": f"twin-internal-{secrets.token_hex(24)}",
+        }
+
+    @staticmethod
+    def _keep_credentials(path: Path, made: dict[str, Any]) -> dict[str, Any]:
+        partial = path.with_suffix(".partial")
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(made, file)
+        partial.replace(path)
         return made
 
     def save(self) -> None:

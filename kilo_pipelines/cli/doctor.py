@@ -16,6 +16,7 @@ from kilo_pipelines.cli import supervisor
 from kilo_pipelines.cli.check import Check
 from kilo_pipelines.cli.doctor_oidc import login_checks
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
+from kilo_pipelines.cloud_agent.hosted import CloudAgentError, client_of
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
 from kilo_pipelines.core.clock import SystemClock
@@ -39,6 +40,7 @@ def run(settings: Settings) -> list[Check]:
         _broker(),
         _sandbox(settings),
         _agent(settings),
+        *(_hosted(settings) if settings.agent == "hosted" else []),
         *_github(settings),
         *_model(settings),
         *_ports(settings),
@@ -99,10 +101,50 @@ def _sandbox(settings: Settings) -> Check:
 
 def _agent(settings: Settings) -> Check:
     code = str(Reason.AGENT_UNAVAILABLE)
-    if settings.agent == "scripted":
-        return Check("agent", code, True, "scripted", "")
+    if settings.agent != "kilo":
+        return Check("agent", code, True, settings.agent, "")
     found = f"kilo {VERSION}" if installed() else f"kilo {VERSION} is not installed"
     return Check("agent", code, installed(), found, "run `make deps`")
+
+
+def _hosted(settings: Settings) -> list[Check]:
+    """Address, token, key, and whether the service answers; offline the twin answers once the platform runs."""
+    needed = not settings.offline
+    offline = "" if needed else _OFFLINE
+    address = settings.cloud_agent_url
+    checks = [
+        Check(
+            "cloud agent",
+            str(Reason.AGENT_UNAVAILABLE),
+            address is not None,
+            address or "no address",
+            f"{offline}set KILO_CLOUD_AGENT_URL",
+            required=needed,
+        )
+    ]
+    for name, file in (("token", settings.cloud_agent_token_file), ("internal key", settings.cloud_agent_key_file)):
+        checks.append(
+            Check(
+                f"cloud agent {name}",
+                str(Reason.AGENT_UNAVAILABLE),
+                _kept(file),
+                "stored" if _kept(file) else "none",
+                f"{offline}store it in {file} (mode 0600)",
+                required=needed,
+            )
+        )
+    if all(check.ok for check in checks) and (needed or supervisor.is_running(settings)):
+        checks.append(_hosted_answers(settings))
+    return checks
+
+
+def _hosted_answers(settings: Settings) -> Check:
+    name, remedy = "cloud agent answers", "look at the address and at the service's status page"
+    try:
+        word = client_of(settings).health()
+    except CloudAgentError as failure:
+        return Check(name, str(failure.reason), False, failure.detail or str(failure.reason), remedy)
+    return Check(name, str(Reason.CLOUD_AGENT_UNAVAILABLE), word == "ok", word or "nothing that is known", remedy)
 
 
 def _github(settings: Settings) -> list[Check]:

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--agent", type=click.Choice(["kilo", "scripted"]), help="Agent CLI; kept for this home.")
+@click.option("--agent", type=click.Choice(["kilo", "scripted", "hosted"]), help="Agent; kept for this home.")
 @click.option("--once", is_flag=True, help="Stops after the first review instead of at Ctrl-C.")
 @as_json
 def up(agent: str | None, once: bool, plain: bool) -> None:
@@ -189,7 +189,7 @@ def doctor(plain: bool) -> None:
 
 @main.command()
 @click.option("--agent", type=click.Choice(["kilo", "scripted"]), default="kilo", show_default=True)
-@click.option("--scenario", type=click.Choice(["review", "security"]), default="review", show_default=True)
+@click.option("--scenario", type=click.Choice(["review", "security", "hosted"]), default="review", show_default=True)
 @click.option("--repo", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A local git repository.")
 @click.option("--base", default="HEAD~1", show_default=True, help="Base revision of --repo.")
 @click.option("--head", default="HEAD", show_default=True, help="Head revision of --repo.")
@@ -199,7 +199,7 @@ def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, kee
     """Runs a scenario on free ports in a scratch home and ends; the last line of stdout is one JSON object, with --json the only one."""
     home = Path(tempfile.mkdtemp(prefix="kilo-demo-"))
     world.scratch_environment(home)
-    os.environ["KILO_AGENT"] = agent
+    os.environ["KILO_AGENT"] = agent = "hosted" if scenario == "hosted" else agent
     say = world.say_aside if plain else world.say
     platform = supervisor.Platform(Settings(), say)
     _stop_on_signals(platform)
@@ -213,6 +213,8 @@ def demo(agent: str, scenario: str, repo: Path | None, base: str, head: str, kee
             from kilo_pipelines.cli import world_security
 
             answer = world_security.demo(platform, say)
+        elif scenario == "hosted":
+            answer = world.demo_hosted(platform, say)
         else:
             answer = world.demo(platform, repo, base, head, say)
     except FAULTS as failure:

@@ -85,7 +85,14 @@ def refuse_mixed_worlds(settings: Settings) -> None:
     """A home belongs to the twin or to a real App for ever: their credentials never meet (threats, rule 25); ValueError."""
     twins = _origin(settings).exists()
     real = not twins and any(
-        path.exists() for path in (settings.github_private_key_file, settings.webhook_secret_file, settings.model_key_file)
+        path.exists()
+        for path in (
+            settings.github_private_key_file,
+            settings.webhook_secret_file,
+            settings.model_key_file,
+            settings.cloud_agent_token_file,
+            settings.cloud_agent_key_file,
+        )
     )
     if settings.offline and real:
         raise ValueError(
@@ -101,12 +108,14 @@ def _origin(settings: Settings) -> Path:
 
 
 def adopt_twin(settings: Settings, credentials: dict[str, Any]) -> None:
-    """Stores the twin's App key, webhook secret and model key where the real ones would lie."""
+    """Stores the twin's App key, webhook secret, model key and Cloud Agent keys where the real ones would lie."""
     refuse_mixed_worlds(settings)
     write_secret(_origin(settings), "twin")
     write_secret(settings.github_private_key_file, credentials["private_key_pem"])
     write_secret(settings.webhook_secret_file, credentials["webhook_secret"])
     write_secret(settings.model_key_file, credentials["model_api_key"])
+    write_secret(settings.cloud_agent_token_file, credentials["cloud_agent_token"])
+    write_secret(settings.cloud_agent_key_file, credentials["cloud_agent_internal_key"])
 
 
 def github_app(settings: Settings) -> GitHubApp:

@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.cli.supervisor import Platform
 from kilo_pipelines.ingress.keys import ensure_operator_key
+from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Store
 from kilo_pipelines.store.rows import ReviewRow
@@ -93,6 +94,7 @@ def decide(settings: Settings, github_app_id: int | None) -> Settings:
         "github_app_id": github_app_id,
         "model_base_url": f"{settings.twin_url}/model/v1" if offline else settings.model_base_url,
         "model": "scripted-reviewer" if offline else settings.model,
+        "cloud_agent_url": f"{settings.twin_url}/cloud-agent" if offline else settings.cloud_agent_url,
         "registries": json.dumps({"npm": f"{settings.twin_url}/npm/"} if offline else settings.registries),
     }
     setup.write_config(settings, values)
@@ -246,6 +248,41 @@ def demo(platform: Platform, repository: Path | None, base: str, head: str, say:
     return answer
 
 
+def demo_hosted(platform: Platform, say: Callable[[str], None]) -> dict[str, Any]:
+    """The scenario `hosted`: a clean pull request by the twin's hosted agent, first as by default, then with its reports accepted."""
+    settings = platform.settings
+    store = setup.open_store(settings)
+    owner_id = setup.ensure_demo_owner(settings, store, setup.twin_credentials(settings), "critical")
+    say("a clean pull request, reviewed by the hosted agent:")
+    first = follow(platform, store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "clean"), say)
+    known = store.owners.config(owner_id, SERVICE)
+    assert known is not None  # noqa: S101  # made just before
+    config = {**known.config, "accept_reported_evidence": True}
+    store.owners.put_config(owner_id, SERVICE, config, enabled=True, expected_revision=known.revision, actor="demo")
+    say("another one, with `accept_reported_evidence`:")
+    second = follow(platform, store, owner_id, setup.twin_call(settings, "open-pull", "--kind", "clean"), say)
+    told = [_hosted_answer(settings, store, one) for one in (first, second)]
+    ok = [one["check"] for one in told] == ["failure", "success"] and all(one["evidence_class"] == "reported" for one in told)
+    return {"agent": settings.agent, "default": told[0], "accepted": told[1], "ok": ok}
+
+
+def _hosted_answer(settings: Settings, store: Store, followed: Followed) -> dict[str, Any]:
+    row = followed.row
+    hosted = store.hosted.get(row.session_id) if row is not None and row.session_id is not None else None
+    evidence = (row.evidence or {}) if row is not None else {}
+    return {
+        "session": str(row.session_id) if row is not None else None,
+        "cloud_session": hosted["cloud_session_id"] if hosted else None,
+        "turn": hosted["message_id"] if hosted else None,
+        "evidence_class": evidence.get("evidence_class"),
+        "covered": sum(1 for entry in evidence.get("ledger", []) if entry["sent_turn"] is not None),
+        "changed_blobs": len(evidence.get("ledger", [])),
+        "reason": row.reason if row is not None else None,
+        "check": _read_back(settings, followed)["conclusion"],
+        "seconds": round(followed.reviewed, 1) if followed.reviewed else None,
+    }
+
+
 def _demo_repository(
     platform: Platform, store: Store, owner_id: UUID, repository: Path, base: str, head: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -301,7 +338,7 @@ def scratch_environment(home: Path) -> None:
     """Free ports and a home of its own for this process and its children; nothing of a real platform's environment."""
     for name in Settings.model_fields:
         if name in ("run_dir", "host", "database_url", "offline", "password_login") or name.startswith(
-            ("github_", "model", "oidc_")
+            ("github_", "model", "oidc_", "cloud_agent")
         ):
             os.environ.pop(f"KILO_{name.upper()}", None)
     os.environ["KILO_HOME"] = str(home)

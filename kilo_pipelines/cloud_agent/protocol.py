@@ -66,7 +66,7 @@ class SessionSpec(BaseModel):
     base_sha: str
     head_sha: str
     checkout_ref: str = Field(description="provider ref that holds the head, e.g. refs/pull/7/head or refs/heads/main")
-    agent: Literal["kilo", "scripted"]
+    agent: Literal["kilo", "scripted", "hosted"]
     model: str
     limits: SessionLimits = SessionLimits()
     task: dict[str, Any] = Field(default_factory=dict, description="the service's own inputs for its brief (JSON)")

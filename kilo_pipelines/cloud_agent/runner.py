@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kilo_pipelines import failpoints
-from kilo_pipelines.cloud_agent import finalise, git, relay
+from kilo_pipelines.cloud_agent import facts, finalise, git, relay
 from kilo_pipelines.cloud_agent.adapters import OUT, RELAY_PORT, RELAY_URL, REPO, RESULT_PATH, AgentAdapter
 from kilo_pipelines.cloud_agent.protocol import PUSHED, Heartbeat, SessionControl, SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.cloud_agent.proxy_client import ProxyClient, ProxyError
@@ -33,8 +32,7 @@ from kilo_pipelines.cloud_agent.transcript import Transcript, bind, canonical
 from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, PACK_NAME, ResultFileError, Workspace
 from kilo_pipelines.core import origins
 from kilo_pipelines.core.changes import ABSENT, MAX_BYTES, MAX_FILES, PLAIN, Change, Refusal, commit_text, refusal_of
-from kilo_pipelines.core.diff import hunks_of
-from kilo_pipelines.core.evidence import Evidence, LedgerEntry
+from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import Brief, BriefPart, SearchingTask, SessionTask, WorkspaceFacts, WriteTask
 from kilo_pipelines.core.text import one_line
@@ -152,8 +150,8 @@ class _Run:
         """Whether the provider's branch holds the commit that an earlier launch accepted."""
         assert accepted.result is not None  # noqa: S101  # nothing else is accepted
         pushed, ref = accepted.result[PUSHED], f"refs/heads/{self._spec.branch}"
-        held = self._courier(self._bare(), token(), {"look": [ref]}, Reason.FETCH_FAILED)["refs"].get(ref)
-        if held != pushed["commit"]:
+        held = self._courier(token(), {"look": [ref]}, Reason.FETCH_FAILED).get(ref)
+        if held is None or held != pushed["commit"]:
             return False
         self._control.event("pushed_before", {"branch": pushed["branch"], "commit": held[:12]})
         return True
@@ -164,17 +162,13 @@ class _Run:
         self._result_path = sandbox.seen(RESULT_PATH, self._writable())
         self._uid = sandbox.session_uid(self._spec.session_id.int)
         self._look()
+        self._control.event("fetch_started", {"repository": self._spec.repository.full_name})
         with traces.span("fetch"):
-            bare, commits = self._fetch(token)
+            commits = facts.fetch(self._config.repositories, self._spec, token, self._look)
         self._look()
+        bare = self._bare()
         with traces.span("diff") as span:
-            self._facts = git.read_facts(
-                bare,
-                # Without a pull request the work is on the head as it is: there is no change to show.
-                base=commits["refs/kilo/base"] if self._spec.pull_number is not None else self._spec.head_sha,
-                head=self._spec.head_sha,
-                policy_commit=commits["refs/kilo/default"],
-            )
+            self._facts = facts.read(self._config.repositories, self._spec, commits)
             span.set(files=len(self._facts.entries))
         self._control.event("diff_made", {"files": len(self._facts.entries), "diff": self._facts.diff_hash[:12]})
         nonces: list[str] = []
@@ -223,54 +217,11 @@ class _Run:
         if time.monotonic() > self._deadline:
             raise _EndedError(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
 
-    def _fetch(self, token: Callable[[], str]) -> tuple[Path, dict[str, str]]:
-        """The courier's work: head, base and default branch into the bare repository; the head must be the one asked for.
-
-        A branch may have gone on meanwhile: the session's work is on the recorded head all the same.
-        """
-        spec = self._spec
-        bare = self._bare()
-        refs = {
-            "refs/kilo/head": spec.checkout_ref,
-            "refs/kilo/base": f"refs/heads/{spec.base_ref}",
-            "refs/kilo/default": f"refs/heads/{spec.repository.default_branch}",
-        }
-        self._control.event("fetch_started", {"repository": spec.repository.full_name})
-        found: dict[str, str] = self._courier(bare, token(), {"refs": refs}, Reason.FETCH_FAILED)["refs"]
-        tip = found["refs/kilo/head"]
-        if tip != spec.head_sha and not (spec.pull_number is None and git.contains(bare, tip, spec.head_sha)):
-            raise _EndedError(SessionStatus.FAILED, Reason.HEAD_MOVED, "the head is another commit by now")
-        return bare, found
-
     def _bare(self) -> Path:
-        return git.bare_path(self._config.repositories, self._spec.owner_id, self._spec.repository.external_id)
+        return facts.bare_of(self._config.repositories, self._spec)
 
-    def _courier(self, bare: Path, token: str, errand: dict[str, Any], lost: Reason) -> dict[str, Any]:
-        """One errand in a process that holds a token; ends the session with its reason, or `lost` when there is no answer."""
-        request = {"bare": str(bare), "clone_url": self._spec.repository.clone_url, "token": token, **errand}
-        courier = subprocess.Popen(
-            [sys.executable, "-m", "kilo_pipelines.cloud_agent.courier"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        assert courier.stdin is not None and courier.stdout is not None  # noqa: S101  # asked for above
-        try:
-            courier.stdin.write(json.dumps(request).encode())
-            courier.stdin.close()
-            while courier.poll() is None:
-                self._look()
-                time.sleep(WAIT_SECONDS / 5)
-            answer: dict[str, Any] = json.loads(courier.stdout.read() or b"{}")
-        finally:
-            courier.stdout.close()
-            if courier.poll() is None:
-                courier.kill()
-                courier.wait()
-        if "refs" not in answer:
-            raise _EndedError(SessionStatus.FAILED, answer.get("reason", lost), answer.get("detail"))
-        return answer
+    def _courier(self, token: str, wanted: dict[str, Any], lost: Reason) -> dict[str, str]:
+        return facts.errand(self._bare(), self._spec.repository.clone_url, token, wanted, lost, self._look)
 
     def _check_out(self, sandbox: Sandbox, bare: Path) -> None:
         """The checkout, inside the sandbox, from a pack."""
@@ -375,7 +326,7 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, Reason.SESSION_LOST)
         self._look()
         errand = {"push": {"objects": str(change.directory), "commit": commit, "branch": branch}}
-        self._courier(bare, push_token(), errand, Reason.PUSH_FAILED)
+        self._courier(push_token(), errand, Reason.PUSH_FAILED)
         failpoints.reach("after", "push")
         self.result = result
         self._control.event("pushed", {"branch": branch, "commit": commit[:12]})
@@ -539,17 +490,7 @@ class _Run:
         bound = self._results if self.result is not None else []
         if self._facts is None:
             return None
-        excluded = self._brief.excluded if self._brief else {}
-        ledger = [
-            LedgerEntry(
-                **entry.model_dump(exclude={"text"}),
-                bytes=len(entry.text.encode()),
-                sent_turn=self._transcript.covered.get(entry.entry_id),
-                excluded=excluded.get(entry.entry_id),
-                hunks=hunks_of(entry.text),
-            )
-            for entry in self._facts.entries
-        ]
+        ledger = facts.ledger_of(self._facts, self._transcript.covered, self._brief.excluded if self._brief else {})
         digest = hashlib.sha256(canonical(bound).encode()).hexdigest() if bound else None
         return Evidence(
             evidence_class="observed",

@@ -44,7 +44,7 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _objects_in(text: str) -> Iterator[Any]:
+def objects_in(text: str) -> Iterator[Any]:
     """JSON objects in a text: the whole, fenced blocks, and objects within prose."""
     for candidate in [text, *_FENCED.findall(text)]:
         try:
@@ -78,12 +78,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 def written_objects(turn: Turn) -> Iterator[Any]:
     """Every JSON value that the model itself wrote in a turn: in its text, as tool arguments, or as text within them."""
-    yield from _objects_in(turn.text)
+    yield from objects_in(turn.text)
     for arguments in turn.arguments:
-        for value in _objects_in(arguments):
+        for value in objects_in(arguments):
             yield value
             for text in _strings(value):
-                yield from _objects_in(text)
+                yield from objects_in(text)
 
 
 def bind(result: object, turns: Iterable[Turn], nonce: str) -> int | None:

@@ -183,6 +183,16 @@ class Reason(StrEnum):
     RESULT_INVALID = "result_invalid"
     RESULT_UNBOUND = "result_unbound"
     NO_TURNS = "no_turns"
+    # hosted sessions
+    CLOUD_AGENT_UNAVAILABLE = "cloud_agent_unavailable"
+    CLOUD_AGENT_BUSY = "cloud_agent_busy"
+    CLOUD_AGENT_REFUSED = "cloud_agent_refused"
+    CLOUD_AGENT_INVALID = "cloud_agent_invalid"
+    CLOUD_AGENT_SESSION_GONE = "cloud_agent_session_gone"
+    CLOUD_AGENT_PROTOCOL = "cloud_agent_protocol"
+    CLOUD_AGENT_ADDRESS_REFUSED = "cloud_agent_address_refused"
+    CLOUD_AGENT_FAILED = "cloud_agent_failed"
+    HOSTED_WORK_REFUSED = "hosted_work_refused"
     # changes of write sessions
     NO_CHANGES = "no_changes"
     CHANGE_UNREADABLE = "change_unreadable"
@@ -599,6 +609,42 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.RESULT_UNBOUND: ("The result is not what the model wrote.", "Treat the pull request as hostile."),
     Reason.NO_TURNS: ("The model completed no turn.", "Re-execute; look at the model if it happens again."),
+    Reason.CLOUD_AGENT_UNAVAILABLE: (
+        "The hosted Cloud Agent doesn't answer, or answers with an error of its own.",
+        "Nothing at first: it is asked again, then tried as a new attempt. Look at the service's status page.",
+    ),
+    Reason.CLOUD_AGENT_BUSY: (
+        "The hosted Cloud Agent takes no more turns of this session now.",
+        "Nothing: it is asked again later.",
+    ),
+    Reason.CLOUD_AGENT_REFUSED: (
+        "The hosted Cloud Agent refuses the token, the internal key or the account's access to the repository.",
+        "Renew `secrets/cloud-agent-token` or `secrets/cloud-agent-internal-key`; give the account access to the repository.",
+    ),
+    Reason.CLOUD_AGENT_INVALID: (
+        "The hosted Cloud Agent doesn't take what was asked.",
+        "Look at the session's detail; the model's name is the usual cause.",
+    ),
+    Reason.CLOUD_AGENT_SESSION_GONE: (
+        "The hosted Cloud Agent knows nothing of the session.",
+        "Nothing: the review is tried once more.",
+    ),
+    Reason.CLOUD_AGENT_PROTOCOL: (
+        "The hosted Cloud Agent answers something that its contract doesn't know.",
+        "Let KILO_CLOUD_AGENT_URL be the service's own address, without a login page before it.",
+    ),
+    Reason.CLOUD_AGENT_ADDRESS_REFUSED: (
+        "KILO_CLOUD_AGENT_URL is not an https address on the public internet.",
+        "Correct it; only the offline twin may be on this machine.",
+    ),
+    Reason.CLOUD_AGENT_FAILED: (
+        "The hosted Cloud Agent's sandbox or agent failed.",
+        "Nothing: the review is tried once more. The session's detail names the service's code.",
+    ),
+    Reason.HOSTED_WORK_REFUSED: (
+        "Hosted agents only review: their changes and analyses couldn't be checked by the platform.",
+        "Run this service with KILO_AGENT=kilo.",
+    ),
     Reason.NO_CHANGES: ("The agent changed nothing.", "Read its result; re-execute if a change was expected."),
     Reason.CHANGE_UNREADABLE: (
         "The tree that the agent left can't be read as a change.",

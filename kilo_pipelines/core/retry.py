@@ -56,6 +56,15 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.PROVIDER_UNAVAILABLE: FailureClass.DEPENDENCY,
     Reason.PROVIDER_RATE_LIMITED: FailureClass.DEPENDENCY,
     Reason.PUSH_FAILED: FailureClass.DEPENDENCY,
+    Reason.CLOUD_AGENT_UNAVAILABLE: FailureClass.DEPENDENCY,
+    Reason.CLOUD_AGENT_BUSY: FailureClass.DEPENDENCY,
+    Reason.CLOUD_AGENT_PROTOCOL: FailureClass.DEPENDENCY,  # a page of something in between passes
+    Reason.CLOUD_AGENT_SESSION_GONE: FailureClass.INFRASTRUCTURE,
+    Reason.CLOUD_AGENT_FAILED: FailureClass.INFRASTRUCTURE,
+    Reason.CLOUD_AGENT_REFUSED: FailureClass.OPERATOR,
+    Reason.CLOUD_AGENT_ADDRESS_REFUSED: FailureClass.OPERATOR,
+    Reason.HOSTED_WORK_REFUSED: FailureClass.OPERATOR,
+    Reason.CLOUD_AGENT_INVALID: FailureClass.INPUT,
     Reason.PROVIDER_REFUSED: FailureClass.ACTION_REQUIRED,
     Reason.PERMISSION_MISSING: FailureClass.ACTION_REQUIRED,
     Reason.MODEL_REFUSED: FailureClass.OPERATOR,
@@ -158,3 +167,15 @@ def block(times: int) -> timedelta | None:
 
 # Launches of one item that a model's or provider's failure sent back to wait (contract 8.4).
 MAX_LAUNCH_TRIES = 5
+
+
+# A hosted session's call that may be made again: after 5 s, then twice as long each time up to five minutes; an outage that
+# outlasts them all (about a quarter of an hour) ends the attempt, and the policy above tries the work once more.
+HOSTED_WAIT = timedelta(seconds=5)
+HOSTED_WAIT_CAP = timedelta(minutes=5)
+HOSTED_TRIES = 9
+
+
+def hosted_wait(tries: int) -> timedelta | None:
+    """How long a hosted session waits after a call failed for the time `tries` in a row (from 1); None: it ends."""
+    return None if tries >= HOSTED_TRIES else min(HOSTED_WAIT_CAP, HOSTED_WAIT * (1 << (tries - 1)))

@@ -78,6 +78,18 @@ class SessionTask(Protocol):
         ...
 
 
+class ReportingTask(SessionTask, Protocol):
+    """A service's half of a session whose result may be the agent's last message: `result_path` is None then."""
+
+    def compose(self, facts: WorkspaceFacts, nonce: str, result_path: str | None) -> Brief:
+        """As in `SessionTask`."""
+        ...
+
+    def repair_prompt(self, problems: list[str], nonce: str, result_path: str | None) -> str:
+        """As in `SessionTask`."""
+        ...
+
+
 @runtime_checkable
 class SearchingTask(SessionTask, Protocol):
     """A service's half of a session whose result says what it looked for; the platform looks for it, too."""

@@ -45,6 +45,8 @@ _OF_REASON = {
     Reason.MODEL_REFUSED: Conclusion.ACTION_REQUIRED,
     Reason.GITHUB_APP_MISSING: Conclusion.ACTION_REQUIRED,
     Reason.KILL_SWITCH: Conclusion.CANCELLED,
+    Reason.CLOUD_AGENT_REFUSED: Conclusion.ACTION_REQUIRED,
+    Reason.CLOUD_AGENT_ADDRESS_REFUSED: Conclusion.ACTION_REQUIRED,
 }
 
 SEVERITIES = ("critical", "warning", "suggestion")

@@ -11,6 +11,7 @@ from kilo_pipelines import tags
 from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
+from kilo_pipelines.ops.hosted_session import step_hosted_session
 from kilo_pipelines.ops.items import settle_quietly
 from kilo_pipelines.ops.security_analysis import launch_analyses, settle_analyses, sweep_analyses
 from kilo_pipelines.ops.security_dismissal import apply_dismissals
@@ -51,6 +52,15 @@ def settle_code_review() -> None:
 )
 def agent_session() -> None:
     run_agent_session()
+
+
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_DISPATCH},
+    description="One step of a hosted agent session: prepare, initiate, read back, next message, interrupt or close.",
+)
+def hosted_session() -> None:
+    step_hosted_session()
 
 
 @job(
@@ -189,6 +199,7 @@ def default_jobs() -> list[JobDefinition]:
         code_review,
         settle_code_review,
         agent_session,
+        hosted_session,
         outbox,
         audit_seal,
         retention,

@@ -1,5 +1,6 @@
 """Ops of Code Review: launch (claim, re-read, session) and settle (verdict, effects, slot)."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -127,6 +128,13 @@ def _settle(
             if row["reason"] != Reason.PULL_CLOSED
         ]
         if WorkState(tx.item.state) is WorkState.RUNNING and session is not None and session.ended_at is not None:
+            if session.reason in retry.BLOCKING:
+                until = store.queue.block_service(tx.item.owner_id, SERVICE, "session", session.reason, item_id)
+                tx.retry(session.reason, max(timedelta(), until - datetime.now(UTC)) if until else timedelta())
+                say(context, item_id, f"{session.reason}: the service waits")
+                return
+            if session.state == "completed":
+                store.queue.unblock_service(tx.item.owner_id, SERVICE, "session")
             again = (
                 retry.next_attempt(Reason(session.reason), tx.failures() + 1)
                 if session.state == "failed" and session.reason

@@ -1,9 +1,11 @@
-"""The self-hosted Cloud Agent as a Dagster resource."""
+"""The Cloud Agent, self-hosted and hosted, as a Dagster resource."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +16,7 @@ from kilo_pipelines.cloud_agent.adapters import AgentAdapter
 from kilo_pipelines.cloud_agent.adapters.kilo import KiloAdapter
 from kilo_pipelines.cloud_agent.adapters.scripted import ScriptedAdapter
 from kilo_pipelines.cloud_agent.git import GitError
+from kilo_pipelines.cloud_agent.hosted import HostedClient, client_of
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
 from kilo_pipelines.cloud_agent.protocol import RepositoryRef, SessionLimits, SessionOutcome, SessionSpec
@@ -165,6 +168,28 @@ class CloudAgentResource(ConfigurableResource[None]):
             settings.repos_dir, settings.work_dir, control_socket(settings), lambda: sandbox_of(settings), settings.registries
         )
         return SelfHostedRunner(config, adapter)
+
+    def hosted(self) -> HostedClient:
+        """The hosted service's client; CloudAgentError `agent_unavailable` while address, token or key are missing."""
+        return client_of(current())
+
+    def hosted_callback(self, session_id: UUID, token: str) -> tuple[str, str] | None:
+        """Where the hosted service tells that a turn ended, and with which token; None: it is polled."""
+        settings = current()
+        origin = settings.cloud_agent_callback_origin or (settings.public_url if settings.offline else None)
+        return (f"{origin}/callbacks/sessions/{session_id}", token) if origin else None
+
+    def hosted_organization(self) -> str | None:
+        """The organization that hosted sessions are charged to."""
+        return current().cloud_agent_organization
+
+    def hosted_poll(self) -> timedelta:
+        """How long until a hosted session is looked at again without a callback."""
+        return timedelta(seconds=current().cloud_agent_poll_seconds)
+
+    def repositories(self) -> Path:
+        """Where the platform's bare repositories lie."""
+        return current().repos_dir
 
     def agent_ready(self, agent: str) -> bool:
         """Whether the agent's program is installed."""

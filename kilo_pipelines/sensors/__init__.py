@@ -24,6 +24,7 @@ from kilo_pipelines.jobs import (
     agent_session,
     code_review,
     dismissal,
+    hosted_session,
     notice,
     outbox,
     remediation,
@@ -46,6 +47,8 @@ LONG_POLL_SECONDS = 20.0
 # Deliveries admitted in one evaluation, and rows of each kind offered: bounded, so that one shard never holds the whole backlog.
 ADMISSIONS = 20
 OFFERS = 200
+# Steps of hosted sessions in one evaluation: about what the dispatch workers do until the next one.
+HOSTED_OFFERS = 30
 # Hours of patience between two evaluations would be Dagster's default of 30 s; 1 s means: again in the next loop (5 s).
 MINIMUM_INTERVAL_SECONDS = 1
 RECOVERY_INTERVAL_SECONDS = 5
@@ -112,6 +115,16 @@ def run_request(offer: Offer) -> RunRequest:
         run_key=f"{offer.kind}:{ids[0]}:{offer.offer_no}",
         job_name=job_name,
         run_config={"ops": {op_name: {"config": {"ids": ids}}}},
+        tags=tags.from_labels({**offer.labels, "owner": offer.owner_id, "service": offer.service}),
+    )
+
+
+def hosted_request(offer: Offer) -> RunRequest:
+    """The run that takes one step of a hosted session."""
+    ids = [str(one) for one in offer.ids]
+    return RunRequest(
+        run_key=f"hosted:{ids[0]}:{offer.offer_no}",
+        run_config={"ops": {"step_hosted_session": {"config": {"ids": ids}}}},
         tags=tags.from_labels({**offer.labels, "owner": offer.owner_id, "service": offer.service}),
     )
 
@@ -204,6 +217,19 @@ def recovery(context: SensorEvaluationContext, store: StoreResource) -> SkipReas
     return SkipReason(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "nothing to reap")
 
 
+@sensor(
+    name="hosted_sessions",
+    job=hosted_session,
+    minimum_interval_seconds=RECOVERY_INTERVAL_SECONDS,
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Offers the next steps of hosted sessions; a pause stops new ones, never an interrupt.",
+)
+def hosted_sessions(context: SensorEvaluationContext, store: StoreResource) -> SensorResult | SkipReason:
+    del context
+    requests = [hosted_request(offer) for offer in store.get().hosted.offers(HOSTED_OFFERS)]
+    return SensorResult(run_requests=requests) if requests else SkipReason("no hosted session is due")
+
+
 @run_failure_sensor(
     name="failed_runs",
     default_status=DefaultSensorStatus.RUNNING,
@@ -241,6 +267,6 @@ def security_changes(context: SensorEvaluationContext, store: StoreResource) -> 
 
 
 def default_sensors(shards: int) -> list[SensorDefinition]:
-    """The work shards, the recovery sensor, the one that hears of failed runs and the one that hears of changed settings."""
+    """The work shards, the recovery sensor, the one of hosted sessions, the one that hears of failed runs and the one that hears of changed settings."""
     turns = Turns(shards)
-    return [*(_shard(number, turns) for number in range(shards)), recovery, failed_runs, security_changes]
+    return [*(_shard(number, turns) for number in range(shards)), recovery, hosted_sessions, failed_runs, security_changes]

@@ -17,6 +17,7 @@ from kilo_pipelines.store.database import Database, Listener
 from kilo_pipelines.store.figures import BOUNDS, Ended, Figures, Now
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
+from kilo_pipelines.store.hosted import Hosted, HostedClaim
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
@@ -87,6 +88,7 @@ __all__ = [
     "Figures",
     "FindingEventRow",
     "FindingRow",
+    "HostedClaim",
     "Integration",
     "ItemRow",
     "ItemView",
@@ -138,6 +140,7 @@ class Store:
         self.inbox = Inbox(self.database, clock)
         self.queue = Queue(self.database, clock)
         self.sessions = Sessions(self.database, clock, cipher)
+        self.hosted = Hosted(self.database, clock, cipher)
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
         self.budgets = Budgets(self.database)

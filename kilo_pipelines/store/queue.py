@@ -274,6 +274,11 @@ def _offer(kind: str, found: list[Any]) -> Offer:
     )
 
 
+def session_offer(row: Any) -> Offer:
+    """One run for one session's row."""
+    return _offer("session", [row])
+
+
 def reopen_item(connection: Connection, *, owner_id: UUID, item_id: UUID, states: str, now: datetime) -> bool:
     """An ended item waits again as a new attempt; never beside a live one of its subject, whose lock the caller holds."""
     return bool(

@@ -30,6 +30,8 @@ from kilo_pipelines.telemetry import traces
 QUEUE_SECONDS = 8 * 3600
 # Callbacks may come late by their own retries (60+120+240+480 s, contract A9), never later than this.
 CALLBACK_GRACE_SECONDS = 3600
+# The agent whose sessions take no place on a host (store/hosted.py).
+HOSTED = "hosted"
 
 
 class Sessions:
@@ -92,6 +94,14 @@ class Sessions:
                 now=now,
                 trace=traces.here(),
             )
+            if spec.get("agent") == HOSTED:
+                changed(
+                    connection,
+                    "insert into hosted_sessions (owner_id, session_id, created_at) values (:owner, :session, :now)",
+                    owner=claim.owner_id,
+                    session=session_id,
+                    now=now,
+                )
             changed(
                 connection,
                 "insert into callback_tokens (owner_id, session_id, token_hash, expires_at) values (:owner, :session, :hash, :expires)",
@@ -313,7 +323,8 @@ class Sessions:
     def record_callback(self, session_id: UUID, token: str, body: bytes) -> str:
         """Stores a callback: accepted, duplicate (same body again), conflict (another body), refused, expired.
 
-        An unknown session and a wrong token are both `refused`: the answer tells nothing about which sessions exist.
+        A hosted session's callbacks are hints, of which there are several with different bodies: each makes the next look due,
+        nothing is concluded from them (threats, rule 24). An unknown session and a wrong token are both `refused`: the answer tells nothing about which sessions exist.
         """
         owner_id = self._owner(session_id)
         given = hashlib.sha256(token.encode()).digest()
@@ -332,9 +343,16 @@ class Sessions:
                 return "refused"
             if row["expires_at"] <= now:
                 return "expired"
-            if row["body_sha256"] is not None:
-                if bytes(row["body_sha256"]) == digest:
-                    return "duplicate"
+            hinted = changed(
+                connection,
+                "update hosted_sessions set hint_at = :now where owner_id = :owner and session_id = :id and state <> 'closed'",
+                owner=owner_id,
+                id=session_id,
+                now=now,
+            )
+            if row["body_sha256"] is not None and bytes(row["body_sha256"]) == digest:
+                return "duplicate"
+            if row["body_sha256"] is not None and not hinted:
                 changed(
                     connection,
                     "update callback_tokens set refused = refused + 1 where owner_id = :owner and session_id = :id",

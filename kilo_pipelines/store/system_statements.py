@@ -131,6 +131,7 @@ with due as (
     select s.owner_id, s.id from sessions s join work_items i on i.owner_id = s.owner_id and i.id = s.item_id
     where s.state = 'queued' and (s.offer_until is null or s.offer_until <= :now)
       and not exists (select 1 from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id))
+      and not exists (select 1 from hosted_sessions h where h.owner_id = s.owner_id and h.session_id = s.id)
     order by s.created_at limit least(:limit, :capacity) for update of s skip locked
 )
 update sessions s set offer_no = s.offer_no + 1, offer_until = :until
@@ -139,6 +140,29 @@ returning s.owner_id, s.id, s.item_id, s.offer_no, s.attempt, w.service, w.subje
     (select r.full_name from repositories r where r.owner_id = w.owner_id and r.external_id = w.repository_id) as repository
 """,
     "agent capacity belongs to the host, not to an owner",
+)
+
+OFFER_HOSTED = SystemStatement(
+    """
+with due as (
+    select h.owner_id, h.session_id from hosted_sessions h join sessions s on s.owner_id = h.owner_id and s.id = h.session_id
+    join work_items i on i.owner_id = s.owner_id and i.id = s.item_id
+    where h.state <> 'closed' and (h.offer_until is null or h.offer_until <= :now) and case s.state
+        when 'queued' then not exists (
+            select 1 from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id))
+        -- without a moment of its next look a step has it
+        when 'running' then h.look_at is not null
+            and (h.look_at <= :now or s.interrupt_requested is not null or h.hint_at >= h.looked_at)
+        else h.look_at is null or h.look_at <= :now end
+    order by h.looked_at nulls first, h.created_at limit :limit for update of h skip locked
+)
+update hosted_sessions h set offer_no = h.offer_no + 1, offer_until = :until
+from due, sessions s, work_items w where h.owner_id = due.owner_id and h.session_id = due.session_id
+  and s.owner_id = h.owner_id and s.id = h.session_id and w.owner_id = s.owner_id and w.id = s.item_id
+returning s.owner_id, s.id, s.item_id, h.offer_no, s.attempt, w.service, w.subject_key,
+    (select r.full_name from repositories r where r.owner_id = w.owner_id and r.external_id = w.repository_id) as repository
+""",
+    "steps of hosted sessions are due over all owners",
 )
 
 FREE_CAPACITY = SystemStatement(

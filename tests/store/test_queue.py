@@ -253,7 +253,19 @@ def test_a_paused_or_killed_service_claims_nothing(world: World) -> None:
 
 def test_every_non_final_state_has_a_reconciler(database: Database) -> None:
     """Invariant 4: states are read from the tables' own constraints."""
-    final = {"completed", "failed", "cancelled", "interrupted", "admitted", "skipped", "applied", "dropped", "unknown", "dead"}
+    final = {
+        "completed",
+        "failed",
+        "cancelled",
+        "interrupted",
+        "admitted",
+        "skipped",
+        "applied",
+        "dropped",
+        "unknown",
+        "dead",
+        "closed",
+    }
     with database.store.database.system() as connection:
         rows = connection.execute(
             text(

@@ -78,6 +78,8 @@ def _use_everything(database: Database) -> None:
     store.reviews.previous_head(owner, world.repository, 1, "x")
     store.reviews.owners_with_news(5)
     store.reviews.outcomes(owner, 1)
+    _, step = world.initiated()
+    assert store.hosted.offers(10) == [] and store.hosted.get(step.session.session_id)
     by_hand = store.queue.open(owner, world.new_item(2), actor="test")
     assert by_hand is not None and store.queue.cancel(by_hand, reason=Reason.USER_CANCELLED, actor="test")
     assert store.queue.reopen(by_hand, actor="test")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 from kilo_pipelines.core.clock import ManualClock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
-from kilo_pipelines.store import AdmissionTx, Claimed, NewDelivery, NewItem, Repository, SessionClaim, Store
+from kilo_pipelines.store import AdmissionTx, Claimed, HostedClaim, NewDelivery, NewItem, Repository, SessionClaim, Store
 
 _numbers = itertools.count(1000)
 
@@ -78,18 +79,38 @@ class World:
             item, "code_review", run_id=uuid4().hex, pools=lambda _kind, _plan: {"code_review": cap}, lease_s=lease
         )
 
-    def launched(self, item: UUID | None = None) -> tuple[Claimed, UUID]:
+    def launched(self, item: UUID | None = None, spec: dict[str, Any] | None = None) -> tuple[Claimed, UUID]:
         """A running item with a queued session."""
         claim = self.claim(item or self.item())
         assert isinstance(claim, Claimed), claim
         session = uuid4()
         head = {name: claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
-        assert self.store.sessions.launch(claim, session_id=session, spec={}, head=head, effects=[], cap_s=60)
+        assert self.store.sessions.launch(claim, session_id=session, spec=spec or {}, head=head, effects=[], cap_s=60)
         return claim, session
 
     def session_claim(self, session: UUID, lease: float = 30) -> Any:
         self.store.sessions.ensure_capacity(64)
         return self.store.sessions.claim(session, run_id=uuid4().hex, lease_s=lease)
+
+    def hosted(self) -> tuple[Claimed, UUID]:
+        """A running item whose queued session is a hosted one."""
+        return self.launched(spec={"agent": "hosted"})
+
+    def step(self, session: UUID, lease: float = 30) -> Any:
+        """The next step's claim of a hosted session."""
+        return self.store.hosted.claim(session, run_id=uuid4().hex, lease_s=lease)
+
+    def initiated(self) -> tuple[Claimed, HostedClaim]:
+        """A hosted session whose first turn runs at the service; the claim of the step that got it there is over."""
+        claim, session = self.hosted()
+        held = self.step(session)
+        assert isinstance(held, HostedClaim), held
+        assert self.store.hosted.keep(held, plan={"nonce": "n"})
+        assert self.store.hosted.keep_ids(held, f"agent_{uuid4()}", "ses_1")
+        assert self.store.hosted.park(
+            held, timedelta(seconds=30), state="initiated", message_id="msg_1", initiated_at=held.now, tries=0
+        )
+        return claim, held
 
     def running(self) -> tuple[Claimed, SessionClaim]:
         claim, session = self.launched()

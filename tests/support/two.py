@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 from psycopg import sql
@@ -14,7 +14,7 @@ from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.security.config import SERVICE, SecurityConfig
-from kilo_pipelines.store import Claimed, NewItem, SessionClaim
+from kilo_pipelines.store import Claimed, HostedClaim, NewItem, SessionClaim
 from tests.conftest import Database
 from tests.support.alerts import alert
 from tests.support.catalogue import owner_tables
@@ -61,6 +61,10 @@ class Corner(World):
         self.done = self.finished(1, "failure")
         self.live, self.session = self.launched(self.item(2))
         self.waiting = self.item(3)
+        _, hosted = self.hosted()
+        step = self.store.hosted.claim(hosted, run_id="run", lease_s=30)
+        assert isinstance(step, HostedClaim) and self.store.hosted.keep(step, plan={"prompt": f"{self.canary}-prompt"})
+        assert self.store.hosted.keep_ids(step, f"agent_{uuid4()}", f"{self.canary}-ses")
         self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
         assert isinstance(self.claim(self.item(4)), Claimed)
         self.findings()

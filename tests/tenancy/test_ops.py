@@ -42,6 +42,7 @@ from kilo_pipelines.jobs import (
     code_review,
     default_jobs,
     dismissal,
+    hosted_session,
     notice,
     outbox,
     remediation,
@@ -62,7 +63,7 @@ from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import AlertPage, GitHubResource
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import default_schedules, notices, outcomes, security_sweeps, security_syncs
-from kilo_pipelines.sensors import default_sensors, recovery, security_changes, work_once
+from kilo_pipelines.sensors import default_sensors, hosted_sessions, recovery, security_changes, work_once
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import Repository, SessionClaim, Store
 from tests.conftest import Database
@@ -253,6 +254,40 @@ def _session(stage: Stage) -> None:
     ended = stage.database.store.sessions.get(row.session_id)
     assert ended is not None and ended.state == "failed"
     assert ("spec", 0, REPOSITORY, str(stage.b.owner.id)) in Held.asked
+
+
+def _hosted_launched(stage: Stage) -> UUID:
+    """B's session that waits for the hosted agent."""
+    item = stage.b.item(next(_numbers))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILO_AGENT", "hosted")
+        stage.run(code_review, "launch_reviews", [item])
+    row = stage.database.store.queue.get(item)
+    assert row is not None and row.session_id is not None
+    return row.session_id
+
+
+def _hosted(stage: Stage) -> None:
+    """Without an address of the service B's session ends, and is closed; A's, which a step has, goes on."""
+    session = _hosted_launched(stage)
+    stage.run(hosted_session, "step_hosted_session", [session])
+    ended = stage.database.store.sessions.get(session)
+    assert ended is not None and (ended.state, ended.reason) == ("failed", Reason.AGENT_UNAVAILABLE)
+    stage.run(hosted_session, "step_hosted_session", [session])
+    states = "select state from hosted_sessions where owner_id = %s and session_id = any(%s)"
+    assert stage.admin.execute(states, (stage.b.owner.id, [session])).fetchall() == [("closed",)]
+    mine = stage.admin.execute("select state from hosted_sessions where owner_id = %s", (stage.a.owner.id,)).fetchall()
+    assert mine == [("prepared",)]
+
+
+def _hosted_sensor(stage: Stage) -> None:
+    """Each run that it asks for is of one owner's session, and says whose."""
+    session = _hosted_launched(stage)
+    with build_sensor_context(instance=stage.instance, resources=RESOURCES) as context:
+        answer = hosted_sessions(context)
+    (request,) = [one for one in answer.run_requests if one.tags[tags.OWNER] == str(stage.b.owner.id)]  # type: ignore[union-attr]
+    assert _ids(request) == [str(session)]
+    assert not [mark for mark in stage.a.marks() if mark in as_json([request.tags, request.run_config])]
 
 
 def _settle(stage: Stage) -> None:
@@ -599,6 +634,8 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "op launch_reviews": _launch,
     "op run_agent_session": _session,
     "op settle_reviews": _settle,
+    "op step_hosted_session": _hosted,
+    "sensor hosted_sessions": _hosted_sensor,
     "op launch_analyses": _analysis_launched,
     "op settle_analyses": _analysis_settled,
     "op sweep_analyses": _analyses_swept,
@@ -635,6 +672,7 @@ WORK: dict[str, Callable[[Stage], None]] = {
 }
 OVER_ALL = {
     "sensor security_changes",
+    "sensor hosted_sessions",
     "sensor work_00",
     "sensor recovery",
     "sensor failed_runs",

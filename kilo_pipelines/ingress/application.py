@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from kilo_pipelines.core.clock import Clock, SystemClock
+from kilo_pipelines.core.events import ADMITTED, LIFECYCLE
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import storable
 from kilo_pipelines.ingress import metrics
@@ -52,9 +53,6 @@ log = logging.getLogger(__name__)
 
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
-# Events that a service admits; everything else is stored as settled.
-_ADMITTED = {"pull_request", "dependabot_alert"}
-_LIFECYCLE = frozenset({"installation", "installation_repositories", "repository"})
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
 DISPATCH_LOOK_BACK = 1_000
@@ -197,11 +195,11 @@ async def _signed(
         return answer(200, "ignored", Reason.INTEGRATION_UNKNOWN)
     if integration is None:
         return answer(404, "refused", Reason.INTEGRATION_UNKNOWN)
-    if integration.suspended and event not in _LIFECYCLE:
+    if integration.suspended and event not in LIFECYCLE:
         return answer(200, "ignored", Reason.INTEGRATION_SUSPENDED)
     if not shape_matches(event, payload):
         return answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
-    skip = None if event in _ADMITTED else Reason.LIFECYCLE_APPLIED if event in _LIFECYCLE else Reason.EVENT_UNKNOWN
+    skip = None if event in ADMITTED else Reason.LIFECYCLE_APPLIED if event in LIFECYCLE else Reason.EVENT_UNKNOWN
     action = payload.get("action")
     new = NewDelivery(
         owner_id=integration.owner_id,
@@ -212,7 +210,7 @@ async def _signed(
         body=body,
         headers={name: request.headers[name][:HEADER_LIMIT] for name in _KEPT_HEADERS if name in request.headers},
     )
-    if event in _LIFECYCLE:
+    if event in LIFECYCLE:
         # Applied before it is recorded, so that a crash between loses nothing; what is recorded was applied, and a replay of it
         # must not turn back what came later.
         known = await anyio.to_thread.run_sync(ingress.store.inbox.known, new)

@@ -13,6 +13,7 @@ from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.delivery_gaps import STALE, DeliveryGaps, DueGap, Position
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
@@ -63,6 +64,7 @@ __all__ = [
     "OUTCOMES",
     "RECONCILERS",
     "SECURITY_CHECKS",
+    "STALE",
     "AdmissionTx",
     "Ages",
     "AmbiguousInstallationError",
@@ -74,6 +76,7 @@ __all__ = [
     "ClaimedEffect",
     "Cost",
     "DeliveryRow",
+    "DueGap",
     "FindingEventRow",
     "FindingRow",
     "Integration",
@@ -89,6 +92,7 @@ __all__ = [
     "Owner",
     "PageCount",
     "PeriodRead",
+    "Position",
     "PresentRead",
     "Receipt",
     "Refused",
@@ -136,4 +140,5 @@ class Store:
         self.reports = Reports(self.database, clock)
         self.remediations = Remediations(self.database, clock)
         self.notices = Notices(self.database, clock)
+        self.delivery_gaps = DeliveryGaps(self.database, clock)
         self.listener = self.database.listener

@@ -10,7 +10,6 @@ from dagster import Failure, MetadataValue, Nothing, OpExecutionContext, Out, op
 from kilo_pipelines.acts.common import Log
 from kilo_pipelines.acts.installation import align
 from kilo_pipelines.core import delivery_gaps as rules
-from kilo_pipelines.core.clock import Clock, SystemClock
 from kilo_pipelines.core.delivery_gaps import Action, Attempt, GapState, Standing, Step
 from kilo_pipelines.core.events import ADMITTED, LIFECYCLE
 from kilo_pipelines.core.reasons import Reason
@@ -57,7 +56,6 @@ class Repair:
     store: Store
     github: GitHubResource
     log: Log
-    clock: Clock = field(default_factory=SystemClock)
     counts: Counter[str] = field(default_factory=Counter)
     _asks: int = 0
 
@@ -76,7 +74,7 @@ class Repair:
             if time.monotonic() > until:
                 self.log.warning("out of time: the next run goes on")
                 break
-            self._take(due, rules.next_step(due.gap, self.clock.now(), may_ask=self._asks < ASKS))
+            self._take(due, rules.next_step(due.gap, self.store.clock.now(), may_ask=self._asks < ASKS))
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -237,8 +235,8 @@ class Repair:
         receipt = self.store.inbox.record(new, skip=Reason.LIFECYCLE_APPLIED if about_installation else None)
         if receipt.outcome == "stored":
             self._end(due, GapState.PULLED, Reason.DELIVERY_PULLED)
-        else:  # its webhook came meanwhile
-            self._end(due, GapState.REPAIRED, Reason.DELIVERY_REPAIRED)
+        else:  # its webhook came meanwhile, or its body was here under another id
+            self._end(due, GapState.REPAIRED, Reason.DUPLICATE_DELIVERY)
 
     def _not_pulled(self, due: DueGap, reason: Reason) -> None:
         if reason in HOPELESS:
@@ -255,7 +253,7 @@ class Repair:
 
     def _affordable(self, due: DueGap, costs: list[Cost]) -> bool:
         """Takes the costs from the integration's budget; False: not now, and the gap waits until they are there."""
-        until = self.store.budgets.take(due.owner_id, due.integration_id, costs, self.clock.now())
+        until = self.store.budgets.take(due.owner_id, due.integration_id, costs, self.store.clock.now())
         if until is not None:
             self.store.delivery_gaps.postpone(due, until)
             self.counts["postponed"] += 1

@@ -122,6 +122,7 @@ class Store:
     def __init__(self, app_url: str, system_url: str, cipher: Cipher, clock: Clock) -> None:
         self.database = Database(app_url, system_url)
         self.cipher = cipher
+        self.clock = clock
         self.inbox = Inbox(self.database, clock)
         self.queue = Queue(self.database, clock)
         self.sessions = Sessions(self.database, clock, cipher)

@@ -581,7 +581,7 @@ WORK_GAUGES = SystemStatement(
     " union all select 'effects', state, count(*) from effects where state in ('pending', 'applying') group by state"
     " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown') group by state"
     " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state"
-    " union all select 'delivery gaps', state, count(*) from delivery_gaps where ended_at is null or state = 'gave_up' group by state",
+    " union all select 'delivery_gaps', state, count(*) from delivery_gaps where ended_at is null or state = 'gave_up' group by state",
     "metrics are the operator's, over all owners",
 )
 COUNTERS = SystemStatement("select name, value from counters", "metrics are the operator's, over all owners")

@@ -191,10 +191,13 @@ class Repair:
             found = self.github.delivery(due.attempt_id)
         except ProviderError as failure:
             self._give_rest(failure)
-            self._not_pulled(due, failure.reason)
+            if failure.reason in HOPELESS:
+                self._end(due, GapState.GAVE_UP, failure.reason)
+            else:
+                self._try_again(due, failure.reason)
             return
         if (found.guid, found.event, found.installation_id) != (due.guid, due.gap.event, due.installation_id):
-            self._not_pulled(due, Reason.PAYLOAD_SHAPE_MISMATCH)
+            self._end(due, GapState.GAVE_UP, Reason.PAYLOAD_SHAPE_MISMATCH)
             return
         (integration,) = self.store.owners.by_installations("github", [due.installation_id])
         if not isinstance(integration, Integration) or integration.id != due.integration_id:
@@ -203,7 +206,7 @@ class Repair:
         try:
             self._keep(due, integration, found, about_installation=about_installation)
         except ProviderError as failure:
-            self._not_pulled(due, failure.reason)
+            self._try_again(due, failure.reason)
 
     def _keep(self, due: DueGap, integration: Integration, found: LoggedDelivery, *, about_installation: bool) -> None:
         """Stores a pulled delivery as the ingress would have. Like there, what concerns the installation is applied before that.
@@ -238,12 +241,10 @@ class Repair:
         else:  # its webhook came meanwhile, or its body was here under another id
             self._end(due, GapState.REPAIRED, Reason.DUPLICATE_DELIVERY)
 
-    def _not_pulled(self, due: DueGap, reason: Reason) -> None:
-        if reason in HOPELESS:
-            self._end(due, GapState.GAVE_UP, reason)
-        else:
-            self.counts["pull failed"] += 1
-            self.log.warning(f"delivery {due.guid} could not be pulled ({reason}): tried again")
+    def _try_again(self, due: DueGap, reason: Reason) -> None:
+        """When it may be tried again was noted before."""
+        self.counts["pull failed"] += 1
+        self.log.warning(f"delivery {due.guid} could not be pulled ({reason}): tried again later")
 
     def _end(self, due: DueGap, state: GapState, reason: Reason) -> None:
         if self.store.delivery_gaps.end(due, state, reason):

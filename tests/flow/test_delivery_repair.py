@@ -9,13 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
-from dagster import DagsterInstance, materialize
+from dagster import DagsterInstance, RunRequest, SkipReason, build_schedule_context, materialize
 from sqlalchemy import text
 
 from kilo_pipelines import failpoints
@@ -32,6 +32,7 @@ from kilo_pipelines.ops.delivery_repair import Repair
 from kilo_pipelines.providers import github_deliveries
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
+from kilo_pipelines.schedules import delivery_repairs
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.store import Ages, Repository, Store
 from tests.conftest import Database
@@ -359,6 +360,32 @@ def test_what_concerns_the_app_ends_the_run_and_no_gap(world: World, status: int
     assert failed.value.reason is reason and world.gaps(guids) == {("missing", None)}
     world.next_tick()
     assert world.gaps(guids) == {("pulled", Reason.DELIVERY_PULLED)}
+
+
+def test_an_installation_that_cant_be_read_now_is_read_later(world: World) -> None:
+    """Its event isn't noted as applied before."""
+    world.twin.control("outage", status="failed to connect", code=502, left=1)
+    renamed = world.twin.control("rename", repository="acme/orders", to="sales")
+    world.twin.fault("GET", "/app/installations/", status=502)
+    assert world.repair()["pull failed"] == 1
+    name = world.store.owners.repository(world.owner, renamed["repository_id"])
+    assert name is not None and name.full_name == "acme/orders"
+    assert world.next_tick()["pulled"] == 1
+    name = world.store.owners.repository(world.owner, renamed["repository_id"])
+    assert name is not None and name.full_name == "acme/sales"
+    world.twin.control("rename", repository="acme/sales", to="orders")
+
+
+def test_the_schedule_is_off_while_there_is_no_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KILO_HOME", str(tmp_path))
+    monkeypatch.delenv("KILO_GITHUB_APP_ID", raising=False)
+    with build_schedule_context(
+        scheduled_execution_time=datetime(2026, 3, 1, tzinfo=UTC), resources={"github": GitHubResource()}
+    ) as context:
+        assert isinstance(delivery_repairs(context), SkipReason)
+        monkeypatch.setenv("KILO_GITHUB_APP_ID", "7")
+        asked = delivery_repairs(context)
+    assert isinstance(asked, RunRequest) and asked.run_config == {}
 
 
 class _Held:

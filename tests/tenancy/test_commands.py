@@ -43,6 +43,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "audit list": ("operator", []),
     "audit seal": ("operator", []),
     "audit verify": ("operator", []),
+    "deliveries list": ("operator", ["--owner", str(uuid4())]),
+    "deliveries repair": ("operator", []),
     "keys list": ("operator", []),
     "keys rotate": ("operator", []),
     "keys prune": ("operator", []),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import click
@@ -10,6 +12,7 @@ import click
 from kilo_pipelines.cli.common import as_json, end, open_store, show
 from kilo_pipelines.cli.security import owner_of, owner_option
 from kilo_pipelines.core.reasons import MEANING
+from kilo_pipelines.core.text import one_line
 
 
 @click.group()
@@ -28,18 +31,17 @@ def deliveries_list(owner: UUID | None, limit: int, plain: bool) -> None:
     gaps, came = store.delivery_gaps.listed(owner_id, limit), store.delivery_gaps.received(owner_id, limit)
 
     def text() -> str:
-        missed = [
-            f"{one['sent_at']:%Y-%m-%d %H:%M}  {one['guid']:<36}  {one['event']:<26} {one['state']:<9} {one['reason'] or ''}"
-            for one in gaps
-        ]
-        received = [
-            f"{one['received_at']:%Y-%m-%d %H:%M}  {one['guid']:<36}  {one['event']:<26} {one['state']:<9} {one['reason'] or ''}"
-            + (" (pulled)" if one["pulled"] else "")
-            for one in came
-        ]
+        missed = [_line(one, one["sent_at"], one["repository"] or "") for one in gaps]
+        received = [_line(one, one["received_at"], "pulled" if one["pulled"] else "") for one in came]
         return "\n".join(["missed", *(missed or ["none"]), "", "received", *(received or ["none"])])
 
     show(plain, {"gaps": gaps, "received": came}, text)
+
+
+def _line(one: dict[str, Any], at: datetime, more: str) -> str:
+    """One delivery; its id and event are as the sender wrote them."""
+    guid, event = one_line(one["guid"], 36), one_line(one["event"], 26)
+    return f"{at:%Y-%m-%d %H:%M}  {guid:<36}  {event:<26} {one['state']:<9} {one['reason'] or '-':<22} {more}".rstrip()
 
 
 @deliveries.command("repair")

@@ -218,7 +218,7 @@ class DeliveryGaps:
             found = rows(
                 connection,
                 "select g.guid, g.event, g.action, coalesce(r.full_name, g.repository_id::text) as repository, g.state, g.reason, g.asks, g.pulls,"
-                " g.sent_at, g.missing_since, g.not_before, g.deadline, g.ended_at from delivery_gaps g"
+                " g.sent_at, g.missing_since, g.asked_at, g.not_before, g.deadline, g.ended_at from delivery_gaps g"
                 " left join repositories r on r.owner_id = g.owner_id and r.external_id = g.repository_id"
                 " where g.owner_id = :owner order by g.sent_at desc, g.id limit :limit",
                 owner=owner_id,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import Any
 
 import pytest
 import uvicorn
+from click.testing import CliRunner
 from dagster import DagsterInstance, RunRequest, SkipReason, build_schedule_context, materialize
 from sqlalchemy import text
 
 from kilo_pipelines import failpoints
 from kilo_pipelines.assets.deliveries import delivery_gaps, log_is_compared, nothing_was_given_up
+from kilo_pipelines.cli.main import main
 from kilo_pipelines.core import delivery_gaps as rules
 from kilo_pipelines.core.clock import ManualClock
 from kilo_pipelines.core.markers import Marker
@@ -34,7 +38,8 @@ from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import delivery_repairs
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
-from kilo_pipelines.store import Ages, Repository, Store
+from kilo_pipelines.settings import Settings, write_secret
+from kilo_pipelines.store import Ages, Cipher, Repository, Store
 from tests.conftest import Database
 from tests.support.security import LOG, syncing
 from tests.support.sessions import free_port
@@ -386,6 +391,30 @@ def test_the_schedule_is_off_while_there_is_no_app(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("KILO_GITHUB_APP_ID", "7")
         asked = delivery_repairs(context)
     assert isinstance(asked, RunRequest) and asked.run_config == {}
+
+
+def test_the_commands_show_and_repair(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILO_DATABASE_URL", "postgresql://given/elsewhere")
+    secrets = Settings().home / "secrets"
+    write_secret(secrets / "database.json", json.dumps(world.database.logins))
+    write_secret(secrets / "encryption.key", Cipher.new_key_file())
+    world.twin.control("outage", status="OK", code=200, left=1)
+    guids = world.fire(1)
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(main, ["deliveries", *arguments])
+        with warnings.catch_warnings():  # connections, which end with a process of their own
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert "new" in run("repair")
+    missed, _, received = run("list", "--limit", "1000").partition("received")
+    assert guids[0] in missed
+    world.next_tick()
+    missed, _, received = run("list", "--limit", "1000").partition("received")
+    assert guids[0] in missed and guids[0] in received and "pulled" in received
 
 
 class _Held:

@@ -9,6 +9,7 @@ from dagster import Definitions, in_process_executor
 from dagster import definitions as lazy_definitions
 
 from kilo_pipelines.assets import default_assets
+from kilo_pipelines.assets.deliveries import delivery_checks
 from kilo_pipelines.assets.engine import invariant_checks
 from kilo_pipelines.assets.security import security_checks
 from kilo_pipelines.jobs import default_jobs
@@ -25,7 +26,7 @@ def build_definitions(shards: int, overrides: Mapping[str, Any] | None = None) -
     """Fresh definitions with this many work shards; `overrides` replaces resources by name, for tests."""
     return Definitions(
         assets=default_assets(),
-        asset_checks=[*invariant_checks(), *security_checks()],
+        asset_checks=[*invariant_checks(), *delivery_checks(), *security_checks()],
         jobs=[*default_jobs(), refresh_outcomes, reconcile, refresh_posture, recompute_sla],
         sensors=default_sensors(shards),
         schedules=default_schedules(),

@@ -181,6 +181,7 @@ class Rest:
             ("PATCH", repo + "/dependabot/alerts/{number:int}", self.update_alert),
             ("GET", "/app/hook/deliveries", self.list_deliveries),
             ("GET", "/app/hook/deliveries/{delivery:int}", self.get_delivery),
+            ("POST", "/app/hook/deliveries/{delivery:int}/attempts", self.redeliver),
         ]
         # Every repository also answers under its id, which is where the redirects of a renamed one lead.
         table += [
@@ -255,12 +256,14 @@ class Rest:
         return JSONResponse(self.shapes.installation())
 
     def _known_installation(self, request: Request) -> None:
-        if request.path_params["installation"] != self.twin.credentials["installation_id"]:
+        if request.path_params["installation"] != self.twin.credentials["installation_id"] or self.twin.data.get("uninstalled"):
             raise ApiError(404, "Not Found")
 
     def create_token(self, request: Request, body: dict[str, Any]) -> Response:
         self._as_app(request)
         self._known_installation(request)
+        if self.twin.data.get("suspended_at"):
+            raise ApiError(403, "This installation has been suspended")
         installed = [one["id"] for one in self.twin.data["repositories"].values() if one["installed"]]
         wanted = body.get("repository_ids") or installed
         if not set(wanted) <= set(installed):
@@ -628,20 +631,44 @@ class Rest:
 
     def list_deliveries(self, request: Request, _body: dict[str, Any]) -> Response:
         self._as_app(request)
-        return self._page(request, [_delivery(one) for one in reversed(self.twin.data["deliveries"])])
+        asked = request.query_params
+        newest_first = [one for one in reversed(self.twin.data["deliveries"]) if _of_class(one, asked.get("status"))]
+        cursor = asked.get("cursor")
+        if cursor is not None:
+            if not re.fullmatch(r"v1_[0-9]{1,18}", cursor):
+                raise ApiError(422, "Validation Failed")
+            newest_first = [one for one in newest_first if one["id"] <= int(cursor.removeprefix("v1_"))]
+        size = min(100, int(asked.get("per_page", "30")))
+        headers = {}
+        if len(newest_first) > size:
+            following = request.url.include_query_params(per_page=size, cursor=f"v1_{newest_first[size]['id']}")
+            headers["link"] = f'<{following}>; rel="next"'
+        return JSONResponse([_delivery(one) for one in newest_first[:size]], headers=headers)
+
+    def _logged(self, request: Request) -> dict[str, Any]:
+        self._as_app(request)
+        try:
+            return self.webhooks.logged(request.path_params["delivery"])
+        except ValueError:
+            raise ApiError(404, "Not Found") from None
 
     def get_delivery(self, request: Request, _body: dict[str, Any]) -> Response:
-        self._as_app(request)
-        found = next((one for one in self.twin.data["deliveries"] if one["id"] == request.path_params["delivery"]), None)
-        if found is None:
-            raise ApiError(404, "Not Found")
-        sent = {
-            "headers": {"X-GitHub-Event": found["event"], "X-GitHub-Delivery": found["guid"]},
-            "payload": json.loads(found["body"]),
-        }
+        found = self._logged(request)
+        headers = {name.title().replace("Github", "GitHub"): value for name, value in self.webhooks.headers(found).items()}
+        sent = {"headers": headers, "payload": json.loads(found["body"])}
         return JSONResponse(
-            _delivery(found) | {"url": "", "request": sent, "response": {"headers": {}, "payload": found["answer"]}}
+            _delivery(found)
+            | {"url": self.webhooks.url, "request": sent, "response": {"headers": {}, "payload": found["answer"]}}
         )
+
+    def redeliver(self, request: Request, _body: dict[str, Any]) -> Response:
+        self.webhooks.redeliver_later(self._logged(request)["id"])
+        return JSONResponse({}, 202)
+
+
+def _of_class(one: dict[str, Any], status: str | None) -> bool:
+    """Whether an attempt is of the class that a list asks for."""
+    return status is None or (status == "success") == (200 <= one["status_code"] < 400)
 
 
 def _delivery(one: dict[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,18 @@ class Control:
         self.twin.save()
         return {"granted": self.webhooks.shapes.granted()}
 
+    def set_installation(self, *, suspended: bool = False, installed: bool = True) -> dict[str, Any]:
+        """The account's administrator suspends the installation, or uninstalls the App; with its event."""
+        before = (self.twin.data.get("suspended_at") is not None, not self.twin.data.get("uninstalled"))
+        self.twin.data |= {"suspended_at": now() if suspended else None, "uninstalled": not installed}
+        self.twin.save()
+        if before == (suspended, installed):
+            return {}
+        action = "deleted" if not installed else "suspend" if suspended else "unsuspend"
+        shown = {"action": action, "installation": self.webhooks.shapes.installation(), "sender": account("grace")}
+        sent = self.webhooks.send("installation", action, shown)
+        return {"delivery": {name: sent[name] for name in ("id", "guid", "status_code")}}
+
     def rename(self, repository: str, to: str) -> dict[str, Any]:
         """Another name for a repository (`to`: the bare name); the old one redirects."""
         before = self._repository(repository)["name"]
@@ -365,6 +377,8 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "import-repository": control.import_repository,
             "act": control.act,
             "redeliver": control.webhooks.redeliver,
+            "outage": control.webhooks.outage,
+            "set-installation": control.set_installation,
             "faults": lambda faults: _add_faults(twin, faults),
             "send": control.webhooks.send,
             "uninstall": lambda repository: _uninstall(twin, repository),

@@ -444,7 +444,7 @@ class Shapes:
             "has_multiple_single_files": False,
             "single_file_paths": [],
             "app_slug": APP_SLUG,
-            "suspended_at": None,
+            "suspended_at": self.twin.data.get("suspended_at"),
             "suspended_by": None,
         }
 

@@ -1,4 +1,4 @@
-"""Signed webhooks, recorded with their answers. Like GitHub: 10 s time-out, no retry of its own."""
+"""Signed webhooks and the log of their attempts. Like GitHub: 10 s time-out, no retry of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from kilo_twin.shapes import Shapes, account, organization
 from kilo_twin.state import Twin, now
 
 TIMEOUT_SECONDS = 10
+# Attempts that the log keeps; GitHub keeps three days.
+LOGGED = 400
 
 
 class Webhooks:
@@ -25,6 +27,7 @@ class Webhooks:
         self.twin = twin
         self.url = url
         self.shapes = Shapes(twin)
+        self._outage: dict[str, Any] = {"status": "", "code": 0, "left": 0}
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="webhooks")
 
     def pull_request(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
@@ -50,38 +53,89 @@ class Webhooks:
         """Sends one event after those that wait already; whoever holds the twin's lock doesn't wait for the answer."""
         self._sender.submit(self.send, event, action, payload, repository_id)
 
-    def send(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int | None = None) -> dict[str, Any]:
-        """Sends one event and records it with its answer."""
+    def send(
+        self,
+        event: str,
+        action: str | None,
+        payload: dict[str, Any],
+        repository_id: int | None = None,
+        installation_id: int | None = None,
+    ) -> dict[str, Any]:
+        """Sends one event and logs the attempt with its answer; of another installation of the App where one is named."""
         delivery = {
-            "id": self.twin.new_id(),
             "guid": str(uuid.uuid4()),
-            "redelivery": False,
             "event": event,
             "action": action,
-            "installation_id": self.twin.credentials["installation_id"],
+            "installation_id": installation_id or self.twin.credentials["installation_id"],
             "repository_id": repository_id,
             "body": json.dumps(payload),
         }
-        self._post(delivery)
+        return self._attempt(delivery, redelivery=False)
+
+    def redeliver(self, delivery_id: int) -> dict[str, Any]:
+        """Sends a logged event again, with the same guid and body: another attempt in the log. ValueError for an unknown one."""
+        return self._attempt(self.logged(delivery_id), redelivery=True)
+
+    def redeliver_later(self, delivery_id: int) -> None:
+        """The same, after what waits to be sent already."""
+        self._sender.submit(self.redeliver, delivery_id)
+
+    def logged(self, delivery_id: int) -> dict[str, Any]:
+        """An attempt of the log; ValueError for an unknown one."""
+        for one in self.twin.data["deliveries"]:
+            if one["id"] == delivery_id:
+                return dict(one)
+        raise ValueError(f"no delivery {delivery_id}")
+
+    def outage(self, status: str, code: int, left: int = 1_000_000) -> dict[str, Any]:
+        """The next attempts (`left`; 0: from now on all reach again) don't reach their receiver and are logged with this outcome.
+
+        "failed to connect" with 502, "timed out" with 504, or "OK" with 200: what a receiver answered and then lost. With status "" they
+        aren't even logged, as when GitHub itself is down.
+        """
+        self._outage = {"status": status, "code": code, "left": left}
+        return self._outage
+
+    def _attempt(self, event: dict[str, Any], *, redelivery: bool) -> dict[str, Any]:
+        delivery = {name: event[name] for name in ("guid", "event", "action", "installation_id", "repository_id", "body")}
+        delivery |= {"id": self.twin.new_id(), "redelivery": redelivery}
+        hidden = self._post(delivery)
         with self.twin.lock:
-            self.twin.data["deliveries"].append(delivery)
-            del self.twin.data["deliveries"][:-200]
+            if not hidden:
+                self.twin.data["deliveries"].append(delivery)
+            del self.twin.data["deliveries"][:-LOGGED]
             self.twin.save()
         return delivery
 
-    def redeliver(self, delivery_id: int) -> dict[str, Any]:
-        """Sends a recorded event again, with the same id and body."""
-        delivery: dict[str, Any] = next(one for one in self.twin.data["deliveries"] if one["id"] == delivery_id)
-        delivery["redelivery"] = True
-        self._post(delivery)
-        self.twin.save()
-        return delivery
-
-    def _post(self, delivery: dict[str, Any]) -> None:
+    def _post(self, delivery: dict[str, Any]) -> bool:
+        """Sends an attempt and notes its outcome; True when nobody is to hear of it."""
+        with self.twin.lock:
+            lost = self._outage["left"] > 0
+            self._outage["left"] -= lost
+        if lost:
+            status, code = self._outage["status"], self._outage["code"]
+            delivery.update(delivered_at=now(), duration=0.0, status=status or "dropped", status_code=code, answer="")
+            return not status
         body = delivery["body"].encode()
         secret = self.twin.credentials["webhook_secret"].encode()
         started = time.perf_counter()
-        headers = {
+        headers = self.headers(delivery) | {
+            "x-hub-signature": "sha1=" + hmac.new(secret, body, hashlib.sha1).hexdigest(),
+            "x-hub-signature-256": "sha256=" + hmac.new(secret, body, hashlib.sha256).hexdigest(),
+        }
+        try:
+            answer = httpx.post(self.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
+            code, status, text = answer.status_code, answer.reason_phrase or "OK", answer.text[:2000]
+        except httpx.TimeoutException:
+            code, status, text = 504, "timed out", ""
+        except httpx.HTTPError:
+            code, status, text = 502, "failed to connect", ""
+        delivery.update(delivered_at=now(), duration=time.perf_counter() - started, status=status, status_code=code, answer=text)
+        return False
+
+    def headers(self, delivery: dict[str, Any]) -> dict[str, str]:
+        """What is sent beside the body, without its signature."""
+        return {
             "content-type": "application/json",
             "user-agent": "GitHub-Hookshot/twin",
             "x-github-delivery": delivery["guid"],
@@ -89,12 +143,4 @@ class Webhooks:
             "x-github-hook-id": "1",
             "x-github-hook-installation-target-id": str(self.twin.credentials["app_id"]),
             "x-github-hook-installation-target-type": "integration",
-            "x-hub-signature": "sha1=" + hmac.new(secret, body, hashlib.sha1).hexdigest(),
-            "x-hub-signature-256": "sha256=" + hmac.new(secret, body, hashlib.sha256).hexdigest(),
         }
-        try:
-            answer = httpx.post(self.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
-            code, status, text = answer.status_code, answer.reason_phrase or "OK", answer.text[:2000]
-        except httpx.HTTPError as failure:
-            code, status, text = 0, type(failure).__name__, ""
-        delivery.update(delivered_at=now(), duration=time.perf_counter() - started, status=status, status_code=code, answer=text)

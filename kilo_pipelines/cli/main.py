@@ -23,8 +23,8 @@ import click
 import psutil
 
 from kilo_pipelines import __version__
-from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli import (
+    deliveries,
     people,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
@@ -38,6 +38,7 @@ from kilo_pipelines.cli import (
     work,
     world,
 )
+from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli.client import api
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
@@ -424,7 +425,7 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*work.COMMANDS, *people.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+for command in (*work.COMMANDS, *people.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS, *deliveries.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

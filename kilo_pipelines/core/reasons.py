@@ -25,6 +25,10 @@ class Reason(StrEnum):
     EVENT_UNKNOWN = "event_unknown"
     STORE_UNAVAILABLE = "store_unavailable"
     LIFECYCLE_APPLIED = "lifecycle_applied"
+    # repair of missed deliveries
+    DELIVERY_REPAIRED = "delivery_repaired"
+    DELIVERY_PULLED = "delivery_pulled"
+    DELIVERY_EXPIRED = "delivery_expired"
     CALLBACK_REFUSED = "callback_refused"
     CALLBACK_EXPIRED = "callback_expired"
     CALLBACK_CONFLICT = "callback_conflict"
@@ -265,6 +269,15 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.EVENT_UNKNOWN: ("No service handles this event.", "Nothing; unsubscribe it at the App to save traffic."),
     Reason.STORE_UNAVAILABLE: ("The database could not take the event.", "Look at the database; redeliver at GitHub."),
     Reason.LIFECYCLE_APPLIED: ("An installation event was applied to the integration.", "Nothing."),
+    Reason.DELIVERY_REPAIRED: (
+        "A missed webhook came by a redelivery.",
+        "Nothing; docs/deliveries.md says how often is too often.",
+    ),
+    Reason.DELIVERY_PULLED: ("A missed webhook was taken out of GitHub's log of deliveries.", "Nothing."),
+    Reason.DELIVERY_EXPIRED: (
+        "A missed webhook could not be had before GitHub forgot it (three days).",
+        "See why repair didn't work (docs/deliveries.md), then act by hand: `reviews dispatch`, `security sync`.",
+    ),
     Reason.CALLBACK_REFUSED: (
         "A callback with a wrong token or for an unknown session.",
         "Nothing; forged callbacks look like this.",

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kilo_pipelines import __version__
 from kilo_pipelines.core.clock import Clock, SystemClock
+from kilo_pipelines.core.events import ADMITTED, LIFECYCLE
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import storable
 from kilo_pipelines.ingress import metrics
@@ -38,6 +39,7 @@ from kilo_pipelines.ingress.bodies import (
     read_body,
 )
 from kilo_pipelines.ingress.control import HANDLERS, ControlRoute, Gate
+from kilo_pipelines.ingress.deliveries import delivery_routes
 from kilo_pipelines.ingress.owners import owner_routes
 from kilo_pipelines.ingress.page import page_routes
 from kilo_pipelines.ingress.security import security_routes
@@ -60,9 +62,6 @@ log = logging.getLogger(__name__)
 
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
-# Events that a service admits; everything else is stored as settled.
-_ADMITTED = {"pull_request", "dependabot_alert"}
-_LIFECYCLE = frozenset({"installation", "installation_repositories", "repository"})
 
 
 @dataclass(frozen=True)
@@ -192,11 +191,11 @@ async def _signed(
         return answer(200, "ignored", Reason.INTEGRATION_UNKNOWN)
     if integration is None:
         return answer(404, "refused", Reason.INTEGRATION_UNKNOWN)
-    if integration.suspended and event not in _LIFECYCLE:
+    if integration.suspended and event not in LIFECYCLE:
         return answer(200, "ignored", Reason.INTEGRATION_SUSPENDED)
     if not shape_matches(event, payload):
         return answer(400, "refused", Reason.PAYLOAD_SHAPE_MISMATCH)
-    skip = None if event in _ADMITTED else Reason.LIFECYCLE_APPLIED if event in _LIFECYCLE else Reason.EVENT_UNKNOWN
+    skip = None if event in ADMITTED else Reason.LIFECYCLE_APPLIED if event in LIFECYCLE else Reason.EVENT_UNKNOWN
     action = payload.get("action")
     new = NewDelivery(
         owner_id=integration.owner_id,
@@ -209,7 +208,7 @@ async def _signed(
         trace=traces.here(),
     )
     span.set(owner=new.owner_id, integration=new.integration_id, event=event)
-    if event in _LIFECYCLE:
+    if event in LIFECYCLE:
         # Applied before it is recorded, so that a crash between loses nothing; what is recorded was applied, and a replay of it
         # must not turn back what came later.
         known = await anyio.to_thread.run_sync(ingress.store.inbox.known, new)
@@ -308,6 +307,7 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> FastA
     router.dependencies.append(Security(HTTPBearer(scheme_name="apiKey", auto_error=False)))
     owner_routes(router, ingress.store, ingress.clock)
     work_routes(router, ingress.store, ingress.clock)
+    delivery_routes(router, ingress.store)
     security_routes(router, ingress.store, ingress.clock)
     security_work_routes(router, ingress.store)
     page_routes(application)

@@ -10,6 +10,7 @@ from dagster import JobDefinition, in_process_executor, job
 from kilo_pipelines import tags
 from kilo_pipelines.ops.agent_session import run_agent_session
 from kilo_pipelines.ops.code_review import launch_reviews, settle_reviews
+from kilo_pipelines.ops.delivery_repair import repair_deliveries
 from kilo_pipelines.ops.effects import apply_effects, apply_waiting_effects
 from kilo_pipelines.ops.hosted_session import step_hosted_session
 from kilo_pipelines.ops.items import settle_quietly
@@ -193,6 +194,15 @@ def settle_quiet_items() -> None:
     settle_quietly()
 
 
+@job(
+    executor_def=in_process_executor,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
+    description="Finds webhooks that GitHub sent and that never came, and brings them in.",
+)
+def delivery_repair() -> None:
+    repair_deliveries()
+
+
 def default_jobs() -> list[JobDefinition]:
     """Every job of the platform."""
     return [
@@ -214,4 +224,5 @@ def default_jobs() -> list[JobDefinition]:
         remediation,
         settle_remediation,
         settle_quiet_items,
+        delivery_repair,
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from github import Auth, Consts, Github, GithubException, GithubIntegration, RateLimitExceededException
 from github.PullRequest import PullRequest
 from github.Repository import Repository
+from github.Requester import Requester
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
@@ -36,6 +38,8 @@ MAX_WAIT = 3_600.0
 # The version of the API that the client was written against.
 HEADERS = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28", "User-Agent": "kilo-pipelines"}
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+# A whole body; httpx's own time-out is per read, so that a trickle would never end.
+BODY_SECONDS = 30.0
 
 
 class ProviderError(Exception):
@@ -133,6 +137,14 @@ class InstalledRepository:
     private: bool
 
 
+@dataclass(frozen=True)
+class InstallationNow:
+    """An installation that exists; of a suspended one GitHub shows no repositories."""
+
+    suspended: bool
+    repositories: list[InstalledRepository]
+
+
 @contextmanager
 def provider_errors(forget: Callable[[], None] | None = None) -> Iterator[None]:
     """Turns PyGithub's exceptions into ProviderError; bodies and tokens stay out of messages. What is asked within is one span.
@@ -182,6 +194,20 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def read_within(response: httpx.Response, most: int) -> bytes | None:
+    """The decoded body of a streamed answer; None when it is longer. Raises TimeoutError after BODY_SECONDS."""
+    until = time.monotonic() + BODY_SECONDS
+    parts, size = [], 0
+    for part in response.iter_bytes():
+        size += len(part)
+        if size > most:
+            return None
+        if time.monotonic() > until:
+            raise TimeoutError
+        parts.append(part)
+    return b"".join(parts)
+
+
 def _of_status(failure: GithubException) -> ProviderError:
     status, wait = failure.status, retry_after(failure.headers or {})
     if status == 429 or (status == 403 and wait is not None):
@@ -212,7 +238,8 @@ class GitHubApp:
         if urlsplit(api_url).hostname in LOOPBACK:
             self._options |= {"seconds_between_requests": 0, "seconds_between_writes": 0}
         self._private_key_pem = private_key_pem
-        self._integration = GithubIntegration(auth=Auth.AppAuth(app_id, sign_func=self._sign), **self._options)
+        self._auth = Auth.AppAuth(app_id, sign_func=self._sign)
+        self._integration = GithubIntegration(auth=self._auth, **self._options)
         # Redirects are followed by nobody here (threats, rule 22); connections are kept over pages and repositories.
         self._http = httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False)
         self._tokens: dict[tuple[int, tuple[int, ...], tuple[tuple[str, str], ...]], tuple[str, datetime]] = {}
@@ -285,6 +312,28 @@ class GitHubApp:
     def _stream(self, token: str, method: str, path: str, **more: Any) -> AbstractContextManager[httpx.Response]:
         headers = {**HEADERS, **more.pop("headers", {}), "Authorization": f"Bearer {token}"}
         return self._http.stream(method, self.api_url + path, headers=headers, **more)
+
+    def stream_as_app(self, method: str, path: str, **more: Any) -> AbstractContextManager[httpx.Response]:
+        """One request as the App itself, its answer's body not yet read: for what belongs to no installation."""
+        return self._stream(self._auth.token, method, path, **more)
+
+    @property
+    def requester(self) -> Requester:
+        """PyGithub's client of the App itself."""
+        return self._integration.requester
+
+    def installation_now(self, installation_id: int) -> InstallationNow | None:
+        """The installation as GitHub tells it now; None when it is gone. Raises ProviderError."""
+        try:
+            with provider_errors():
+                _, found = self.requester.requestJsonAndCheck("GET", f"/app/installations/{installation_id}")
+        except ProviderError as failure:
+            if failure.reason is Reason.PROVIDER_NOT_FOUND:
+                return None
+            raise
+        if found.get("suspended_at") is not None:
+            return InstallationNow(suspended=True, repositories=[])
+        return InstallationNow(suspended=False, repositories=self.installed_repositories(installation_id))
 
     def installed_repositories(self, installation_id: int) -> list[InstalledRepository]:
         """Every repository of an installation."""

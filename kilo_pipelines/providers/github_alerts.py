@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import httpx
 
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.providers.github import RATE_LIMIT_WAIT, GitHubInstallation, ProviderError, retry_after
+from kilo_pipelines.providers.github import RATE_LIMIT_WAIT, GitHubInstallation, ProviderError, read_within, retry_after
 
 # What a token is minted for, for one repository; `pull_requests` and `contents` of a remediation are minted apart.
 READ_ALERTS = {"metadata": "read", "vulnerability_alerts": "read"}
@@ -28,8 +27,6 @@ PER_PAGE = 100  # GitHub's most
 MAX_PAGE_BYTES = 20_000_000
 # An error's message is a sentence; what is longer isn't read to tell errors apart.
 MAX_ERROR_BYTES = 65_536
-# A whole page; httpx's own time-out is per read, so that a trickle would never end.
-PAGE_SECONDS = 30.0
 MAX_COMMENT = 280  # characters of a dismissal's comment; longer ones are a 422
 
 _FULL_NAME = re.compile(r"(?!\.{1,2}/)[\w.-]+/(?!\.{1,2}$)[\w.-]+", re.ASCII)
@@ -161,7 +158,7 @@ def _ask(installation: GitHubInstallation, method: str, full_name: str, tail: st
     path = f"/repos/{full_name}/dependabot/alerts"
     try:
         with installation.stream(method, path + tail, **more) as response:
-            raw = _read(response, MAX_PAGE_BYTES if response.status_code == 200 else MAX_ERROR_BYTES)
+            raw = read_within(response, MAX_PAGE_BYTES if response.status_code == 200 else MAX_ERROR_BYTES)
     except httpx.InvalidURL:
         return _failed(full_name, Reason.PAGE_CURSOR_REFUSED, "the next page's parameters are no address", retryable=False), None
     except (httpx.HTTPError, TimeoutError) as failure:
@@ -183,20 +180,6 @@ def _ask(installation: GitHubInstallation, method: str, full_name: str, tail: st
         return _failed(full_name, Reason.PAGE_LINK_REFUSED, "the next page is somewhere else", retryable=False), None
     page = AlertPage("ok", next=following, etag=_tag(response.headers), rate_remaining=_remaining(response.headers))
     return page, body
-
-
-def _read(response: httpx.Response, most: int) -> bytes | None:
-    """The decoded body; None when it is longer. Raises TimeoutError after PAGE_SECONDS."""
-    until = time.monotonic() + PAGE_SECONDS
-    parts, size = [], 0
-    for part in response.iter_bytes():
-        size += len(part)
-        if size > most:
-            return None
-        if time.monotonic() > until:
-            raise TimeoutError
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _refuse_constant(name: str) -> None:

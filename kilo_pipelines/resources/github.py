@@ -12,14 +12,24 @@ from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.providers import github_alerts, github_effects
-from kilo_pipelines.providers.github import BranchHead, GitHubApp, GitHubInstallation, ProviderError
+from kilo_pipelines.providers import github_alerts, github_deliveries, github_effects
+from kilo_pipelines.providers.github import BranchHead, GitHubApp, GitHubInstallation, InstallationNow, ProviderError
 from kilo_pipelines.providers.github_alerts import AlertPage
+from kilo_pipelines.providers.github_deliveries import LoggedDelivery, LogPage
 from kilo_pipelines.providers.github_effects import LostLeaseError
 from kilo_pipelines.settings import current
 from kilo_pipelines.store import Cost
 
-__all__ = ["AlertPage", "BranchHead", "GitHubResource", "LostLeaseError", "ProviderError"]
+__all__ = [
+    "AlertPage",
+    "BranchHead",
+    "GitHubResource",
+    "InstallationNow",
+    "LogPage",
+    "LoggedDelivery",
+    "LostLeaseError",
+    "ProviderError",
+]
 
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
@@ -40,6 +50,10 @@ EFFECT_READS = 5
 READ_BURST = 450
 # Syncs can wait, reviews can't: they never take the last of the budget, which a few launches with their effects need at once.
 READS_LEFT = 4 * (LAUNCH_READS + EFFECT_READS)
+# A redelivery is a write, and a write is five points (REST API, secondary rate limits).
+REDELIVERY_READS = 5
+# An installation read anew: itself, a token, and two pages of repositories, which are more than most owners have.
+INSTALLATION_READS = 4
 # GitHub asks for at most 80 content-generating requests a minute (REST API, secondary rate limits); half is left to others.
 WRITE_BURST = 40
 
@@ -96,6 +110,34 @@ class GitHubResource(ConfigurableResource[None]):
     def page_costs(self) -> list[Cost]:
         """What one page of alerts takes from the integration's budget; it leaves what launches and effects need."""
         return [Cost("read", 1, self._reads(), leave=READS_LEFT)]
+
+    def app_id(self) -> int | None:
+        """The App's id; None while there is no App."""
+        return current().github_app_id
+
+    def deliveries(self, cursor: str | None) -> LogPage:
+        """A page of the App's log of deliveries (see `providers.github_deliveries.list_deliveries`); raises ProviderError."""
+        return github_deliveries.list_deliveries(self._app(), cursor)
+
+    def delivery(self, attempt_id: int) -> LoggedDelivery:
+        """One delivery's payload out of the log, checked; raises ProviderError."""
+        return github_deliveries.fetch_delivery(self._app(), attempt_id)
+
+    def redeliver(self, attempt_id: int) -> None:
+        """Asks for a redelivery; raises ProviderError."""
+        github_deliveries.redeliver(self._app(), attempt_id)
+
+    def installation_now(self, installation_id: int) -> InstallationNow | None:
+        """The installation as it is now, None when it is gone; raises ProviderError."""
+        return self._app().installation_now(installation_id)
+
+    def redelivery_costs(self) -> list[Cost]:
+        """What asking for one redelivery takes from the integration's budget; it leaves what launches and effects need."""
+        return [Cost("read", REDELIVERY_READS, self._reads(), leave=READS_LEFT)]
+
+    def pull_costs(self, *, installation: bool) -> list[Cost]:
+        """What pulling one delivery takes, with the installation read anew where its event is about that."""
+        return [Cost("read", 1 + INSTALLATION_READS * installation, self._reads(), leave=READS_LEFT)]
 
     @staticmethod
     def _reads() -> Rate:

@@ -16,8 +16,9 @@ from dagster import (
 )
 
 from kilo_pipelines import tags
-from kilo_pipelines.jobs import audit_seal, retention, security_notices, security_sweep, security_sync
+from kilo_pipelines.jobs import audit_seal, delivery_repair, retention, security_notices, security_sweep, security_sync
 from kilo_pipelines.partitions import OWNERS, OWNERS_NAME
+from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.resources.store import StoreResource
 
 # Outcomes are for people: five minutes is soon enough, and a quiet owner costs no run at all.
@@ -52,9 +53,10 @@ RECONCILE_CRON = "*/5 * * * *"
 
 reconcile = define_asset_job(
     "reconcile",
-    selection=AssetSelection.assets("reconciliation") | AssetSelection.checks_for_assets(AssetKey("reconciliation")),
+    selection=AssetSelection.assets("reconciliation", "delivery_gaps")
+    | AssetSelection.checks_for_assets(AssetKey("reconciliation"), AssetKey("delivery_gaps")),
     tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
-    description="Runs every reconciler once and checks every invariant.",
+    description="Runs every reconciler once, checks every invariant, and shows missed deliveries.",
 )
 
 reconcilers = ScheduleDefinition(
@@ -182,6 +184,23 @@ recompute_sla = define_asset_job(
 )
 
 
+# A review that comes twenty minutes late is still one: what an outage cost is asked for at the first tick and pulled at the second. A
+# quiet tick is one request.
+REPAIR_CRON = "*/10 * * * *"
+
+
+@schedule(
+    cron_schedule=REPAIR_CRON,
+    job=delivery_repair,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Brings in webhooks that GitHub sent and that never came.",
+)
+def delivery_repairs(context: ScheduleEvaluationContext, github: GitHubResource) -> RunRequest | SkipReason:
+    if github.app_id() is None:
+        return SkipReason("no GitHub App is connected")
+    return RunRequest(run_key=context.scheduled_execution_time.isoformat())
+
+
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes, reconcilers, seals, sweeps, security_syncs, security_sweeps, notices, posture]
+    return [outcomes, reconcilers, seals, sweeps, security_syncs, security_sweeps, notices, posture, delivery_repairs]

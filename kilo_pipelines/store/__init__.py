@@ -14,6 +14,7 @@ from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.delivery_gaps import STALE, DeliveryGaps, DueGap, Position
 from kilo_pipelines.store.figures import BOUNDS, Ended, Figures, Now
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
@@ -72,6 +73,7 @@ __all__ = [
     "OUTCOMES",
     "RECONCILERS",
     "SECURITY_CHECKS",
+    "STALE",
     "AdmissionTx",
     "Ages",
     "AmbiguousInstallationError",
@@ -84,6 +86,7 @@ __all__ = [
     "ClaimedEffect",
     "Cost",
     "DeliveryRow",
+    "DueGap",
     "Ended",
     "Figures",
     "FindingEventRow",
@@ -106,6 +109,7 @@ __all__ = [
     "PageCount",
     "PeriodRead",
     "Person",
+    "Position",
     "PresentRead",
     "Principal",
     "Receipt",
@@ -137,6 +141,7 @@ class Store:
     def __init__(self, app_url: str, system_url: str, cipher: Cipher, clock: Clock) -> None:
         self.database = Database(app_url, system_url)
         self.cipher = cipher
+        self.clock = clock
         self.inbox = Inbox(self.database, clock)
         self.queue = Queue(self.database, clock)
         self.sessions = Sessions(self.database, clock, cipher)
@@ -159,4 +164,5 @@ class Store:
         self.remediations = Remediations(self.database, clock)
         self.notices = Notices(self.database, clock)
         self.figures = Figures(self.database, clock)
+        self.delivery_gaps = DeliveryGaps(self.database, clock)
         self.listener = self.database.listener

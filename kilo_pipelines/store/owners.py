@@ -217,6 +217,17 @@ class Owners:
             )
         return [dict(row) for row in found]
 
+    def repository_ids(self, integration: Integration) -> set[int]:
+        """Repositories that an integration has."""
+        with self._database.owner(integration.owner_id) as connection:
+            found = rows(
+                connection,
+                "select external_id from repositories where owner_id = :owner and integration_id = :integration and removed_at is null",
+                owner=integration.owner_id,
+                integration=integration.id,
+            )
+        return {row["external_id"] for row in found}
+
     def repository(self, owner_id: UUID, external_id: int) -> Repository | None:
         """One repository of an owner."""
         with self._database.owner(owner_id) as connection:

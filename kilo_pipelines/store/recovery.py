@@ -34,6 +34,8 @@ RECONCILERS: dict[str, str] = {
     "attempts.open": "running_deadline",
     "effects.pending": "queue.offers",
     "effects.applying": "effect_lease",
+    "delivery_gaps.missing": "gap_deadline",
+    "delivery_gaps.asked": "gap_deadline",
 }
 
 
@@ -52,6 +54,7 @@ class Recovery:
             "session_deadline": self._session_deadline,
             "running_deadline": self._running_deadline,
             "effect_lease": self._effect_lease,
+            "gap_deadline": self._gap_deadline,
         }
         counts = {}
         for name, reconcile in reconcilers.items():
@@ -154,3 +157,17 @@ class Recovery:
             )
             notify(connection, f"effect:{effect_id}")
         return bool(moved)
+
+    def _gap_deadline(self, owner_id: UUID, gap_id: UUID, now: datetime) -> bool:
+        """A missed delivery that the provider has forgotten by now."""
+        with self._database.owner(owner_id) as connection:
+            ended = changed(
+                connection,
+                "update delivery_gaps set state = 'gave_up', reason = :reason, ended_at = :now where owner_id = :owner and id = :id"
+                " and ended_at is null and deadline <= :now",
+                owner=owner_id,
+                id=gap_id,
+                reason=Reason.DELIVERY_EXPIRED,
+                now=now,
+            )
+        return bool(ended)

@@ -40,6 +40,8 @@ class Retention:
                 ("delivery_bodies", ages.delivery_bodies),
                 ("session_events", ages.session_events),
                 ("callbacks", ages.callbacks),
+                # a gap says of a delivery what its body can't say any more
+                ("delivery_gaps", ages.delivery_bodies),
             )
         }
 

@@ -29,6 +29,7 @@ class Integration:
     installation_id: int
     account: str
     suspended: bool
+    connected_at: datetime
 
 
 @dataclass(frozen=True)

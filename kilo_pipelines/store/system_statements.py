@@ -37,14 +37,16 @@ WATCHED = f"({WITHIN_REACH} and {SELECTED})"
 WATCHED_BY = f"left join service_configs c on c.owner_id = r.owner_id and c.service = 'security_agent' {REACHED_BY}"
 
 INTEGRATION_BY_INSTALLATION = SystemStatement(
-    "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"
+    "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended,"
+    " i.created_at as connected_at"
     " from integrations i join owners o on o.id = i.owner_id"
     " where i.provider = :provider and i.installation_id = :installation and i.disconnected_at is null and o.enabled",
     "a webhook names an installation; whose it is is the question",
 )
 
 INTEGRATIONS_BY_INSTALLATION = SystemStatement(
-    "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"
+    "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended,"
+    " i.created_at as connected_at"
     " from integrations i join owners o on o.id = i.owner_id"
     " where i.provider = :provider and i.installation_id = any(:installations) and i.disconnected_at is null and o.enabled",
     "webhooks that arrive together name installations of several owners; whose they are is the question",
@@ -312,7 +314,62 @@ REAP = {
         "select owner_id, id from effects where state = 'applying' and lease_until <= :now limit :limit",
         "recovery looks at every owner's leases",
     ),
+    "gap_deadline": SystemStatement(
+        "select owner_id, id from delivery_gaps where ended_at is null and deadline <= :now limit :limit",
+        "recovery looks at every owner's deadlines",
+    ),
 }
+
+DELIVERY_LOG_POSITION = SystemStatement(
+    "select revision, compared_until, reading_until, cursor from delivery_log_positions where app_id = :app",
+    "the provider's log is one for all installations of the App",
+)
+KEEP_DELIVERY_LOG_POSITION = SystemStatement(
+    "insert into delivery_log_positions (app_id, revision, compared_until, reading_until, cursor, compared_at)"
+    " values (:app, cast(:revision as bigint) + 1, :compared_until, :reading_until, :cursor, :compared_at)"
+    " on conflict (app_id) do update set revision = excluded.revision, compared_until = excluded.compared_until,"
+    " reading_until = excluded.reading_until, cursor = excluded.cursor,"
+    " compared_at = coalesce(excluded.compared_at, delivery_log_positions.compared_at) where delivery_log_positions.revision = :revision",
+    "the provider's log is one for all installations of the App",
+)
+DELIVERIES_COMPARED_AT = SystemStatement(
+    "select coalesce((select compared_at from delivery_log_positions where app_id = :app),"
+    " (select min(created_at) from integrations where provider = 'github' and disconnected_at is null)) as compared_at",
+    "the provider's log is one for all installations of the App",
+)
+STORED_DELIVERIES = SystemStatement(
+    "select d.integration_id, d.provider_delivery_id from unnest(cast(:owner_ids as uuid[]), cast(:integration_ids as uuid[]),"
+    " cast(:provider_ids as text[])) as w (owner_id, integration_id, guid) join deliveries d on d.owner_id = w.owner_id"
+    " and d.integration_id = w.integration_id and d.provider_delivery_id = w.guid",
+    "one page of the provider's log names deliveries of many owners",
+)
+DUE_DELIVERY_GAPS = SystemStatement(
+    """
+select g.owner_id, g.id, g.integration_id, i.installation_id, g.guid, g.attempt_id, g.event, g.state, g.answered, g.asks, g.pulls, g.not_before,
+    g.deadline, (i.disconnected_at is null and o.enabled) as connected, (i.suspended_at is not null) as suspended,
+    case when d.id is not null then (d.headers -> 'pulled') is not null end as stored_by_pull
+from delivery_gaps g join integrations i on i.owner_id = g.owner_id and i.id = g.integration_id join owners o on o.id = g.owner_id
+left join deliveries d on d.owner_id = g.owner_id and d.integration_id = g.integration_id and d.provider_delivery_id = g.guid
+where g.ended_at is null and g.not_before <= :now and not exists (
+    select 1 from integrations x join owners p on p.id = x.owner_id where x.provider = i.provider and x.installation_id = i.installation_id
+      and x.disconnected_at is null and p.enabled and x.owner_id <> i.owner_id and i.disconnected_at is null)
+order by g.sent_at, g.id limit :limit
+""",
+    "one run repairs the gaps of all owners, the oldest first, so that nobody's wait for others' newer ones",
+)
+DELIVERY_GAPS_BY_OWNER = SystemStatement(
+    "select o.name as owner, count(*) filter (where g.state = 'missing') as missing, count(*) filter (where g.state = 'asked') as asked,"
+    " count(*) filter (where g.state in ('repaired', 'pulled') and g.ended_at >= :since) as repaired,"
+    " count(*) filter (where g.state = 'pulled' and g.ended_at >= :since) as pulled,"
+    " count(*) filter (where g.state = 'gave_up' and g.ended_at >= :since) as given_up, min(g.sent_at) filter (where g.ended_at is null) as oldest"
+    " from delivery_gaps g join owners o on o.id = g.owner_id group by o.id, o.name order by given_up desc, missing desc, o.name",
+    "the operator compares owners",
+)
+GIVEN_UP_DELIVERIES = SystemStatement(
+    "select o.name as owner, g.guid, g.event, g.repository_id, g.reason, g.sent_at, g.ended_at from delivery_gaps g"
+    " join owners o on o.id = g.owner_id where g.state = 'gave_up' and g.ended_at >= :since order by g.ended_at desc limit :limit",
+    "the operator is told of what any owner lost",
+)
 
 UNSEALED_EVENTS = SystemStatement(
     "select owner_id, id, at, actor, action, subject, data from audit_events where seal is null order by id limit :limit for update",
@@ -360,6 +417,10 @@ SWEEP = {
         "delete from callback_tokens where (owner_id, session_id) in (select c.owner_id, c.session_id from callback_tokens c"
         " join sessions s on s.owner_id = c.owner_id and s.id = c.session_id"
         " where c.expires_at < :before and s.ended_at is not null limit :limit)",
+        "retention is the platform's, for every owner",
+    ),
+    "delivery_gaps": SystemStatement(
+        "delete from delivery_gaps where (owner_id, id) in (select owner_id, id from delivery_gaps where ended_at < :before limit :limit)",
         "retention is the platform's, for every owner",
     ),
 }
@@ -545,7 +606,8 @@ WORK_GAUGES = SystemStatement(
     "select 'items' as what, state, count(*) as n from work_items where ended_at is null group by state"
     " union all select 'effects', state, count(*) from effects where state in ('pending', 'applying') group by state"
     " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown') group by state"
-    " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state",
+    " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state"
+    " union all select 'delivery_gaps', state, count(*) from delivery_gaps where ended_at is null or state = 'gave_up' group by state",
     "metrics are the operator's, over all owners",
 )
 COUNTERS = SystemStatement(

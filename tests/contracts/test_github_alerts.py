@@ -191,7 +191,7 @@ def test_a_server_that_is_silent_or_trickles_is_left(read_only: Shop, monkeypatc
     read_only.fault("slow", seconds=1.5)
     page = fetch_alerts(silent, read_only.full_name, etag=None, after_page=None)
     assert (page.status, page.reason, page.retryable) == ("failed", "provider_unavailable", True)
-    monkeypatch.setattr(github_alerts, "PAGE_SECONDS", -1.0)
+    monkeypatch.setattr(github, "BODY_SECONDS", -1.0)
     assert fetch_alerts(silent, read_only.full_name, etag=None, after_page=None).detail.startswith("TimeoutError")
 
 

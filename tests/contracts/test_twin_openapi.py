@@ -135,8 +135,11 @@ def test_every_answer_follows_githubs_description(world: SessionWorld, descripti
     api.ask("GET", f"{repo}/compare/main...{pull['head_sha']}", expected=200)
     api.ask("POST", f"{repo}/statuses/{pull['head_sha']}", expected=201, body={"state": "success"})
     api.ask("GET", f"{repo}/commits/{pull['head_sha']}/statuses", expected=200)
-    api.ask("GET", "/app/hook/deliveries", expected=200, app=True)
-    assert len(api.checked) >= 24
+    log = api.ask("GET", "/app/hook/deliveries?per_page=2&status=failure", expected=200, app=True)
+    assert log, "nobody listens to this twin"
+    api.ask("GET", f"/app/hook/deliveries/{log[0]['id']}", expected=200, app=True)
+    api.ask("POST", f"/app/hook/deliveries/{log[0]['id']}/attempts", expected=202, app=True)
+    assert len(api.checked) >= 26
 
 
 def test_answers_about_alerts_follow_githubs_description(world: SessionWorld, description: dict[str, Any]) -> None:

@@ -50,13 +50,14 @@ NO_STEP = {
     "store.queue.Queue.switches",
     "store.queue.Queue.unswitch",
     "store.queue.owner_of_item",
+    "store.recovery.Recovery._gap_deadline",
     "store.sessions.Sessions._owner",
     "store.sessions.Sessions.ensure_capacity",
     "store.sessions.Sessions.events",
     "store.sessions.Sessions.get",
 }
 # Rooms of the store that people and events of the installation use, not the engine's way of an item; syncs: test_security_sync.py,
-# the Security Agent's items: test_security_work.py.
+# the Security Agent's items: test_security_work.py, missed deliveries: tests/flow/test_delivery_repair.py.
 NOT_THE_ENGINE = (
     "store.owners.",
     "store.figures.",
@@ -68,6 +69,7 @@ NOT_THE_ENGINE = (
     "store.notices.",
     "store.remediations.",
     "store.reports.",
+    "store.delivery_gaps.",
 )
 
 

@@ -356,7 +356,13 @@ def test_findings_of_an_installation_that_does_not_work_owe_no_deadline_until_it
     owner.sync()
     owners = owner.store.owners
     integration = Integration(
-        owner.id, owners.sync_targets(owner.id)[0].integration_id, "github", twin.credentials["installation_id"], "acme", False
+        owner.id,
+        owners.sync_targets(owner.id)[0].integration_id,
+        "github",
+        twin.credentials["installation_id"],
+        "acme",
+        False,
+        owner.clock.now(),
     )
     before = owner.store.findings.numbers(owner.id)["overdue"]
     soon = (None, timedelta(0))

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import create_engine, event, text
 
+from kilo_pipelines.core.delivery_gaps import Attempt
 from kilo_pipelines.core.effects import EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Ages, Claimed, Refused, Repository, SessionClaim, StaleRevisionError, Store
@@ -95,6 +96,11 @@ def _use_everything(database: Database) -> None:
     assert all(moved[name] for name in ("starting_lease", "session_lease", "session_deadline", "running_deadline")), moved
     assert store.audit.seal() and store.audit.seals() and store.audit.verify({}) is None and store.audit.unsealed() == 0
     assert store.audit.listed() and store.invariants.revision()
+    line = Attempt(1, "missed", clock.now(), False, "pull_request", "opened", world.installation, world.repository)
+    assert store.delivery_gaps.record(integration, [[line]]) == 1 and not store.delivery_gaps.stored([(integration, "missed")])
+    assert store.delivery_gaps.due(5) and store.delivery_gaps.by_owner() and store.delivery_gaps.given_up() == []
+    position = store.delivery_gaps.position(7)
+    assert store.delivery_gaps.keep_position(7, position, complete=True) and store.delivery_gaps.compared_at(7) == clock.now()
     store.retention.sweep(Ages(1, 1, 1))
     store.keys.in_use()
     store.keys.reseal()

@@ -26,6 +26,7 @@ SHARED: dict[str, dict[str, frozenset[str]]] = {
     "counters": {APP: WRITE, SYSTEM: WRITE | {"DELETE"}},
     "switches": {APP: frozenset({"SELECT"}), SYSTEM: WRITE | {"DELETE"}},
     "audit_seals": {APP: frozenset(), SYSTEM: ADD},
+    "delivery_log_positions": {APP: frozenset(), SYSTEM: WRITE},
 }
 # Owner tables whose logins may do something else than `WRITE`: what is history is added to and never changed; the system login
 # writes which seal holds an event, and removes what retention says.
@@ -42,6 +43,7 @@ LESS: dict[str, dict[str, frozenset[str]]] = {
     "sla_policies": {APP: ADD, SYSTEM: frozenset({"SELECT"})},
     "repository_syncs": {SYSTEM: frozenset({"SELECT"})},
     "quarantined_alerts": {SYSTEM: frozenset({"SELECT"})},
+    "delivery_gaps": {SYSTEM: frozenset({"SELECT", "DELETE"})},
 }
 SCOPE = "(NULLIF(current_setting('kilo.owner_id'::text, true), ''::text))::uuid"
 

@@ -48,9 +48,9 @@ LOG = logging.getLogger("sync")
 
 
 @contextmanager
-def syncing(home: Path) -> Iterator[Twin]:
+def syncing(home: Path, **more: str) -> Iterator[Twin]:
     """A twin, and settings that lead to it."""
-    running = Twin(home / "twin")
+    running = Twin(home / "twin", **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KILO_HOME", str(home))
         patch.setenv("KILO_GITHUB_API_URL", running.api)

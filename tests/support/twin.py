@@ -24,7 +24,8 @@ POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks
 class Twin:
     """`python -m kilo_twin serve` in a home of its own, with one open pull request for those who ask for it."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, webhook_url: str = "http://localhost:9/nobody") -> None:
+        self.webhook_url = webhook_url
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -36,7 +37,7 @@ class Twin:
     def start(self) -> None:
         """Starts the process over what is in its home."""
         command = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(self.home), "--port", str(self.port)]
-        self.process = subprocess.Popen([*command, "--webhook-url", "http://localhost:9/nobody"])
+        self.process = subprocess.Popen([*command, "--webhook-url", self.webhook_url])
         deadline = time.monotonic() + 30
         while True:
             try:

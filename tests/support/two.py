@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 
+from kilo_pipelines.core.delivery_gaps import Attempt
 from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -22,6 +24,7 @@ from tests.support.keys import api_key
 from tests.support.store import World, intent
 
 HEAD = "c" * 40
+_attempts = itertools.count(5_000)
 
 
 class Corner(World):
@@ -68,6 +71,7 @@ class Corner(World):
         self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
         assert isinstance(self.claim(self.item(4)), Claimed)
         self.findings()
+        self.gap(f"{self.canary}-guid")
         # They wait for ever: what their claims do is another test's.
         admin.execute(
             "update work_items set not_before = now() + interval '9 years' where owner_id = %s and service <> 'code_review'",
@@ -76,6 +80,18 @@ class Corner(World):
         person = self.store.people.ensure(f"{self.canary}-login")
         self.store.people.add(self.owner.id, person, "owner", lambda _kind, _members: None, actor=f"{self.canary}-actor")
         self.person = person.id
+        admin.execute("update delivery_gaps set not_before = now() + interval '9 years' where owner_id = %s", (self.owner.id,))
+
+    def attempt(self, guid: str) -> Attempt:
+        """A line of GitHub's log: a webhook of this installation that was answered and isn't here."""
+        sent = self.clock.now() - timedelta(minutes=5)
+        return Attempt(next(_attempts), guid, sent, True, "pull_request", "opened", self.installation, self.repository)
+
+    def gap(self, guid: str) -> None:
+        """A missed delivery."""
+        integration = self.store.owners.by_installation("github", self.installation)
+        assert integration is not None
+        self.store.delivery_gaps.record(integration, [[self.attempt(guid)]])
 
     def findings(self) -> None:
         """Alerts of the same numbers, one of them set aside, after a sync that stopped at a page."""

@@ -77,6 +77,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "services list": ("api", []),
     "services enable": ("api", ["code_review", "--owner", str(uuid4())]),
     "services disable": ("api", ["code_review", "--owner", str(uuid4())]),
+    "deliveries list": ("api", ["--owner", str(uuid4())]),
+    "deliveries repair": ("operator", []),
     "people list": ("api", []),
     "members list": ("api", ["--owner", str(uuid4())]),
     "members add": ("api", ["grace", "--role", "viewer", "--owner", str(uuid4())]),

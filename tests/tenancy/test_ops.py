@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -31,9 +31,11 @@ from kilo_pipelines import tags
 from kilo_pipelines.acts.dismissal import dismiss
 from kilo_pipelines.acts.security import request_sync
 from kilo_pipelines.assets import default_assets, review_outcomes
+from kilo_pipelines.assets.deliveries import delivery_gaps
 from kilo_pipelines.assets.engine import reconciliation
 from kilo_pipelines.assets.security import finding_sla, security_findings, security_posture, sla_compliance
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.core.delivery_gaps import Attempt
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.jobs import (
@@ -41,6 +43,7 @@ from kilo_pipelines.jobs import (
     audit_seal,
     code_review,
     default_jobs,
+    delivery_repair,
     dismissal,
     hosted_session,
     notice,
@@ -60,7 +63,7 @@ from kilo_pipelines.jobs import (
 from kilo_pipelines.partitions import OWNERS_NAME
 from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
-from kilo_pipelines.resources.github import AlertPage, GitHubResource
+from kilo_pipelines.resources.github import AlertPage, GitHubResource, LoggedDelivery, LogPage
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import default_schedules, notices, outcomes, security_sweeps, security_syncs
 from kilo_pipelines.sensors import default_sensors, hosted_sessions, recovery, security_changes, work_once
@@ -80,6 +83,7 @@ class Held:
 
     store: Store
     asked: list[tuple[str, int, int, Any]] = []  # noqa: RUF012  # one for the module, on purpose
+    log: list[Attempt] = []  # noqa: RUF012
 
 
 class TheStore(StoreResource):
@@ -132,6 +136,18 @@ class Recorder(GitHubResource):
     ) -> AlertPage:
         Held.asked.append(("alerts", installation_id, repository_id, full_name))
         return AlertPage("ok", alerts=[alert(number) for number in range(1, 6)], etag="tag")
+
+    def app_id(self) -> int | None:
+        return 1
+
+    def deliveries(self, cursor: str | None) -> LogPage:
+        return LogPage(Held.log, 0, None, Held.log[0].delivered_at + timedelta(hours=1))
+
+    def delivery(self, attempt_id: int) -> LoggedDelivery:
+        (one,) = [one for one in Held.log if one.id == attempt_id]
+        assert one.installation_id is not None
+        Held.asked.append(("delivery", one.installation_id, REPOSITORY, None))
+        return LoggedDelivery(one.guid, one.event, one.action, one.installation_id, b"{}")
 
     def clone_token(self, installation_id: int, repository_id: int) -> str:
         Held.asked.append(("clone", installation_id, repository_id, None))
@@ -623,6 +639,29 @@ def _syncs_schedule(stage: Stage) -> None:
     ]  # type: ignore[union-attr]
 
 
+def _repaired(stage: Stage) -> None:
+    """The log is one for all installations: B's webhook comes to B, and a missed one of A's waits on."""
+    missing = stage.b.attempt(f"b-{uuid4()}")
+    Held.log = [missing]
+    before = digest(stage.admin, stage.a.owner.id)
+    assert delivery_repair.execute_in_process(resources=RESOURCES, instance=stage.instance).success
+    assert digest(stage.admin, stage.a.owner.id) == before
+    assert missing.guid in [one["guid"] for one in stage.database.store.delivery_gaps.received(stage.b.owner.id, 5)]
+
+
+def _gaps_asset(stage: Stage) -> None:
+    """The operator's: numbers by owner, and no id of a webhook."""
+    done = materialize([delivery_gaps], resources=RESOURCES, instance=stage.instance)
+    (made,) = done.asset_materializations_for_node("delivery_gaps")
+    assert "canary-a-guid" not in as_json({name: str(one) for name, one in made.metadata.items()})
+
+
+def _repairs_schedule(_stage: Stage) -> None:
+    """It starts one job, whose op is in this table."""
+    (found,) = [one for one in default_schedules() if one.name == "delivery_repairs"]
+    assert found.job_name == "delivery_repair"
+
+
 def _postures_schedule(_stage: Stage) -> None:
     """It starts one job, which `asset security_posture` is about."""
     (found,) = [one for one in default_schedules() if one.name == "security_postures"]
@@ -669,6 +708,9 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "asset security_posture": _posture_asset,
     "schedule security_syncs": _syncs_schedule,
     "schedule security_postures": _postures_schedule,
+    "op repair_deliveries": _repaired,
+    "asset delivery_gaps": _gaps_asset,
+    "schedule delivery_repairs": _repairs_schedule,
 }
 OVER_ALL = {
     "sensor security_changes",
@@ -688,6 +730,9 @@ OVER_ALL = {
     "schedule security_sweeps",
     "schedule notices",
     "schedule security_postures",
+    "op repair_deliveries",
+    "asset delivery_gaps",
+    "schedule delivery_repairs",
 }
 
 

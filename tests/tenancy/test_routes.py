@@ -240,6 +240,7 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "GET", "/api/v1/effects"): Entry("read"),
     ("admin", "POST", "/api/v1/effects/{effect}/retry"): Entry("effects", asks=_of("effect", _effect, {})),
     ("admin", "POST", "/api/v1/effects/{effect}/drop"): Entry("effects", asks=_of("effect", _effect, {})),
+    ("admin", "GET", "/api/v1/deliveries"): Entry("read"),
     ("admin", "GET", "/api/v1/switches"): Entry("read"),
     # Without a reason: whoever may is told so, and nothing is switched.
     ("admin", "POST", "/api/v1/switches/pause"): Entry("switch", asks=_asking({})),

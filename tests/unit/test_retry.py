@@ -85,6 +85,14 @@ NO_FAILURE = {
     Reason.ANALYSED,
     Reason.ANALYSIS_CONTRADICTED,
     Reason.TRIAGE_UNUSABLE,
+    # ends of missed deliveries, which have tries of their own (core/delivery_gaps)
+    Reason.DELIVERY_REPAIRED,
+    Reason.DELIVERY_PULLED,
+    Reason.DELIVERY_EXPIRED,
+    Reason.DUPLICATE_DELIVERY,
+    Reason.LIFECYCLE_APPLIED,
+    Reason.BODY_TOO_LARGE,
+    Reason.INSTALLATION_ID_MISSING,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from uuid import uuid4
 import pytest
 from click.testing import Result
 
+from kilo_pipelines.services.security.config import SERVICE
 from tests.conftest import Database
 from tests.store.test_findings import Synced
 from tests.support.alerts import alert
@@ -117,3 +120,28 @@ def test_settings_are_saved_and_refused(run: Run, synced: Synced) -> None:
     assert refused.exit_code == 2 and "sla_preset" in json.loads(refused.stdout)["error"]
     assert run("settings", "--set", "sla_preset").exit_code == 2
     assert told(run("settings", "--json"))["sla_preset"] == "strict"
+
+
+def test_a_sync_is_asked_for_once_and_waited_for(run: Run, synced: Synced) -> None:
+    store, owner = synced.store, synced.owner
+    if store.owners.config(owner, SERVICE) is None:
+        store.owners.put_config(owner, SERVICE, {}, enabled=False, expected_revision=0, actor="test")
+    store.owners.enable_service(owner, SERVICE, False, actor="test")
+    assert run("sync").exit_code == 1, "the agent is off"
+    store.owners.enable_service(owner, SERVICE, True, actor="test")
+    asked = told(run("sync", "--json"))
+    assert asked["outcome"] == "accepted" and run("sync").exit_code == 1, "one at a time"
+    store.queue.cancel(asked["item"], reason="user_cancelled", actor="test")
+
+    def end() -> None:
+        while not (live := store.queue.items(owner_id=owner, service="security_sync", state="live")):
+            time.sleep(0.05)
+        store.queue.cancel(live[0]["id"], reason="user_cancelled", actor="test")
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    done = run("sync", "--wait", "--json")
+    ending.join(10)
+    answer = json.loads(done.stdout)
+    assert (done.exit_code, answer["state"], answer["reason"]) == (1, "cancelled", "user_cancelled")
+    assert [one["full_name"] for one in answer["repositories"]] == ["octo/demo"]

@@ -25,6 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "reviews": ("reviews_20_launch_s",),
     "fairness": ("fairness_wait_ratio",),
     "idle": ("idle_core_percent", "idle_core_percent_2_shards", "ingress_rss_mb"),
+    "traces": ("ingress_traced_rps", "span_off_us"),
     "security": (
         "alerts_10000_upsert_s",
         "resync_10000_rows_written",
@@ -50,6 +51,8 @@ FIGURES: dict[str, Figure] = {
     "idle_core_percent": Figure("% of a core", "<= 20", "stock daemon and its code server with one polling sensor"),
     "idle_core_percent_2_shards": Figure("% of a core", "<= 10", "stock daemon and its code server with one polling sensor"),
     "ingress_rss_mb": Figure("MB", "<= 120", "HMAC-only application under the same server"),
+    "ingress_traced_rps": Figure("req/s", ">= 0.85 x without traces", "the same ingress without traces, req/s"),
+    "span_off_us": Figure("us", "<= 5: three of them are 1 % of a webhook", "a block that does nothing"),
     "alerts_10000_upsert_s": Figure("s", "<= 5", "the alerts' JSON copied into one plain column, a page a commit"),
     "resync_10000_rows_written": Figure("rows", "0", "rows of the first sync"),
     "sla_1000000_s": Figure("s", "<= 30", "PostgreSQL's own pass over findings and deadlines"),

@@ -462,11 +462,6 @@ def _root() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
-def _program(name: str) -> str:
-    """A program of this environment."""
-    return str(Path(sys.executable).parent / name)
-
-
 # A given database's administrator login serves provisioning in the supervisor; children use logins of their own.
 _NOT_PASSED_ON = {"KILO_DATABASE_URL"}
 

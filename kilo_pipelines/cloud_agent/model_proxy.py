@@ -237,7 +237,13 @@ class ModelProxy:
             routes.append(Route("/registry/{path:path}", _packages(mirror), methods=["GET"]))
         application = Starlette(routes=routes)
         config = uvicorn.Config(
-            application, uds=str(path), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+            application,
+            uds=str(path),
+            log_config=None,
+            log_level="error",  # an agent can send what is no HTTP as often as it likes
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve())

@@ -23,7 +23,7 @@ from kilo_pipelines.telemetry.facts import about
 if TYPE_CHECKING:
     from kilo_pipelines.settings import Settings
 
-# Our own, Dagster's, and the twin's loggers follow KILO_LOG_LEVEL; other libraries say warnings and worse: at lower levels some of
+# Our own loggers and Dagster's follow KILO_LOG_LEVEL; other libraries say warnings and worse: at lower levels some of
 # them write addresses and headers (httpx: every URL, and a webhook's address is its secret).
 OURS = ("kilo_pipelines", "dagster")
 # Longer texts are somebody's body or a loop; the beginning tells which.

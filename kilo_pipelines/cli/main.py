@@ -25,6 +25,7 @@ import psutil
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli import (
+    roles,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
     security_dismissal,  # noqa: F401
@@ -46,9 +47,10 @@ from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem, Store
 from kilo_pipelines.store.embedded import EmbeddedPostgresError
+from kilo_pipelines.store.migrate import SchemaError
 
 # What ends a start with one line instead of a traceback.
-FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, ValueError, OSError)
+FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, SchemaError, ValueError, OSError)
 
 
 @click.group()
@@ -447,7 +449,7 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+for command in (*roles.COMMANDS, *work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -49,10 +49,11 @@ async def serve(settings: Settings) -> None:
     ingress = Ingress(store, secret, frozenset(hosts))
     operators = Operators(settings.operator_password_file, settings.operator_sessions_file, SystemClock())
     door = Door(operators, settings.dagster_socket, settings.dagster_prefix, frozenset(origins))
-    servers = [
-        _server(public_application(ingress), settings.host, settings.public_port),
-        _server(admin_application(ingress, door.routes()), settings.host, settings.admin_port),
-    ]
+    servers = []
+    if settings.listeners != "admin":
+        servers.append(_server(public_application(ingress), settings.host, settings.public_port))
+    if settings.listeners != "public":
+        servers.append(_server(admin_application(ingress, door.routes()), settings.host, settings.admin_port))
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

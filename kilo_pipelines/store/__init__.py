@@ -12,7 +12,7 @@ from kilo_pipelines.store.analyses import Analyses
 from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
-from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.database import Database, DatabaseAwayError, Listener
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
@@ -21,7 +21,7 @@ from kilo_pipelines.store.keys import Keys
 from kilo_pipelines.store.notices import Notices
 from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
-from kilo_pipelines.store.queue import Queue
+from kilo_pipelines.store.queue import HOST_SEEN_SECONDS, Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
 from kilo_pipelines.store.remediations import Remediations, note_all
 from kilo_pipelines.store.reports import Limits, PeriodRead, PresentRead, Reports
@@ -59,6 +59,7 @@ from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
 __all__ = [
     "DEADLINE_COLUMNS",
+    "HOST_SEEN_SECONDS",
     "INVARIANTS",
     "OUTCOMES",
     "RECONCILERS",
@@ -73,6 +74,7 @@ __all__ = [
     "Claimed",
     "ClaimedEffect",
     "Cost",
+    "DatabaseAwayError",
     "DeliveryRow",
     "FindingEventRow",
     "FindingRow",

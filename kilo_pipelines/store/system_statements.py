@@ -36,6 +36,10 @@ SELECTED = (
 WATCHED = f"({WITHIN_REACH} and {SELECTED})"
 WATCHED_BY = f"left join service_configs c on c.owner_id = r.owner_id and c.service = 'security_agent' {REACHED_BY}"
 
+SCHEMA_REVISION = SystemStatement(
+    "select version_num as revision, clock_timestamp() as now from alembic_version", "the schema's revision belongs to no owner"
+)
+
 INTEGRATION_BY_INSTALLATION = SystemStatement(
     "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended"
     " from integrations i join owners o on o.id = i.owner_id"
@@ -140,7 +144,7 @@ returning s.owner_id, s.id, s.item_id, s.offer_no, s.attempt, w.service, w.subje
 )
 
 FREE_CAPACITY = SystemStatement(
-    "select (select count(*) from agent_capacity where session_id is null or lease_until <= :now)"
+    "select (select count(*) from agent_capacity where seen_at > :seen and (session_id is null or lease_until <= :now))"
     " - (select count(*) from sessions where state = 'queued' and offer_until > :now) as free",
     "agent capacity belongs to the host, not to an owner",
 )
@@ -207,11 +211,17 @@ FREE_CAPACITY_OF = SystemStatement(
 )
 
 ADD_CAPACITY = SystemStatement(
-    "insert into agent_capacity (host, number) select :host, n from generate_series(1, :places) n on conflict do nothing",
+    "insert into agent_capacity (host, number, seen_at) select :host, n, :now from generate_series(1, :places) n"
+    " on conflict (host, number) do update set seen_at = excluded.seen_at",
     "agent capacity belongs to the host, not to an owner",
 )
 DROP_CAPACITY = SystemStatement(
     "delete from agent_capacity where host = :host and number > :places and session_id is null",
+    "agent capacity belongs to the host, not to an owner",
+)
+
+FORGET_HOSTS = SystemStatement(
+    "delete from agent_capacity where seen_at <= :gone and (session_id is null or lease_until <= :now)",
     "agent capacity belongs to the host, not to an owner",
 )
 

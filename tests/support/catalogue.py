@@ -18,7 +18,7 @@ ADD = frozenset({"SELECT", "INSERT"})
 PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER")
 # Tables of nobody, with what each login may do to them. Everything else is an owner's.
 SHARED: dict[str, dict[str, frozenset[str]]] = {
-    "alembic_version": {APP: frozenset(), SYSTEM: frozenset()},
+    "alembic_version": {APP: frozenset(), SYSTEM: frozenset({"SELECT"})},
     "api_keys": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
     "agent_capacity": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
     "counters": {APP: WRITE, SYSTEM: WRITE | {"DELETE"}},

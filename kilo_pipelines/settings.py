@@ -55,6 +55,10 @@ class Settings(BaseSettings):
         default=None,
         description="Origin under which browsers reach the admin port through a TLS proxy, such as https://kilo.example.",
     )
+    public_origin: str | None = Field(
+        default=None,
+        description="Origin under which providers reach the public port through a TLS proxy, such as https://hooks.kilo.example.",
+    )
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     broker_address: str | None = Field(

@@ -34,7 +34,7 @@ LIVENESS_SECONDS = 30
 
 @dataclass(frozen=True)
 class Role:
-    """What one process needs of `secrets/`; `logins` are the entries of database.json."""
+    """What one process needs of `secrets/`, besides `origin`; `logins` are the entries of database.json."""
 
     secrets: tuple[str, ...] = ()
     logins: tuple[str, ...] = ()
@@ -101,6 +101,7 @@ def run(name: str) -> None:
         adopt_secrets(settings)
         for directory in (settings.home, settings.sockets):
             private_dir(directory)
+        setup.refuse_mixed_worlds(settings)
         if ROLES[name].logins:
             store = setup.open_store(settings)
             check_database(settings, store)
@@ -108,7 +109,7 @@ def run(name: str) -> None:
         child = child_of(settings, name)
     except DatabaseAwayError:
         end(False, "the database doesn't answer")
-    except (SchemaError, SettingsError, CipherError, supervisor.SupervisorError, OSError) as failure:
+    except (SchemaError, SettingsError, CipherError, supervisor.SupervisorError, ValueError, OSError) as failure:
         end(False, str(failure))
     if child.socket is not None:
         child.socket.unlink(missing_ok=True)
@@ -137,6 +138,7 @@ def init(plain: bool) -> None:
     started = time.monotonic()
     try:
         adopt_secrets(settings)
+        setup.refuse_mixed_worlds(settings)
         admin_url = settings.given_database()
         if admin_url is None:
             end(plain, f"set KILO_DATABASE_URL or write it to {settings.database_admin_file}; `up` prepares an embedded database itself")
@@ -202,7 +204,7 @@ def _choose_database(settings: Settings, admin: URL) -> None:
 def _hand_out(source: Path, target: Path, role: Role) -> None:
     shutil.rmtree(target, ignore_errors=True)
     private_dir(target)
-    for name in role.secrets:
+    for name in ("origin", *role.secrets):
         if (source / name).exists():
             write_secret(target / name, (source / name).read_text())
     if role.logins:

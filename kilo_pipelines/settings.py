@@ -293,7 +293,9 @@ class Settings(BaseSettings):
         """SQLAlchemy URLs by login (`migrator`, `app`, `system`, `dagster`); SettingsError before the first start."""
         path = self.secrets_dir / "database.json"
         if not path.exists():
-            raise SettingsError(f"{path} is missing: start the platform once with `kilo-pipelines up`, or run `kilo-pipelines init`")
+            raise SettingsError(
+                f"{path} is missing: start the platform once with `kilo-pipelines up`, or run `kilo-pipelines init`"
+            )
         logins: dict[str, str] = json.loads(path.read_text())
         return logins
 

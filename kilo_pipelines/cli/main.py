@@ -23,8 +23,8 @@ import click
 import psutil
 
 from kilo_pipelines import __version__
-from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli import (
+    backup,
     roles,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
@@ -38,6 +38,7 @@ from kilo_pipelines.cli import (
     work,
     world,
 )
+from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import MEANING, Reason
@@ -449,7 +450,7 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*roles.COMMANDS, *work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+for command in (*roles.COMMANDS, *backup.COMMANDS, *work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -125,7 +125,9 @@ def probe(name: str) -> None:
     if name == "dagster-daemon":
         argv = [str(Path(sys.executable).parent / name), "liveness-check"]
         env = supervisor.environment(settings, True) | supervisor.dagster_environment(settings)
-        done = subprocess.run(argv, env=env, cwd=supervisor.checkout(), capture_output=True, timeout=LIVENESS_SECONDS, check=False)
+        done = subprocess.run(
+            argv, env=env, cwd=supervisor.checkout(), capture_output=True, timeout=LIVENESS_SECONDS, check=False
+        )
         sys.exit(1 if done.returncode else 0)
     sys.exit(0 if child_of(settings, name).ready() else 1)
 
@@ -141,7 +143,10 @@ def init(plain: bool) -> None:
         setup.refuse_mixed_worlds(settings)
         admin_url = settings.given_database()
         if admin_url is None:
-            end(plain, f"set KILO_DATABASE_URL or write it to {settings.database_admin_file}; `up` prepares an embedded database itself")
+            end(
+                plain,
+                f"set KILO_DATABASE_URL or write it to {settings.database_admin_file}; `up` prepares an embedded database itself",
+            )
         for directory in (settings.home, settings.home / "run"):
             private_dir(directory)
         password = setup.prepare_secrets(settings)

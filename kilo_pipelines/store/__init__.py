@@ -15,6 +15,7 @@ from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.database import Database, DatabaseAwayError, Listener
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
+from kilo_pipelines.store.handover import Handover
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
 from kilo_pipelines.store.keys import Keys
@@ -131,6 +132,7 @@ class Store:
         self.retention = Retention(self.database, clock)
         self.keys = Keys(self.database, cipher)
         self.recovery = Recovery(self.database, clock)
+        self.handover = Handover(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)

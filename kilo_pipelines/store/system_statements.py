@@ -298,6 +298,35 @@ REAP = {
     ),
 }
 
+BUSY = SystemStatement(
+    """
+select (select count(*) from work_items where state = 'starting' and ended_at is null and lease_until > :now) as claims,
+    (select count(*) from sessions where state = 'running' and ended_at is null and lease_until > :now) as sessions,
+    (select count(*) from effects where state = 'applying' and lease_until > :now) as effects
+""",
+    "an upgrade waits for every owner's work",
+)
+RESTORED_ITEMS = SystemStatement(
+    "update work_items set fence = fence + :step, offer_until = null,"
+    " lease_until = case when lease_until is not null then cast(:now as timestamptz) end where ended_at is null",
+    "a restored database is older than the world for every owner",
+)
+RESTORED_SESSIONS = SystemStatement(
+    "update sessions set fence = fence + :step, offer_until = null,"
+    " lease_until = case when lease_until is not null then cast(:now as timestamptz) end where ended_at is null",
+    "a restored database is older than the world for every owner",
+)
+RESTORED_EFFECTS = SystemStatement(
+    "update effects set lease_no = lease_no + :step, offer_until = null,"
+    " lease_until = case when lease_until is not null then cast(:now as timestamptz) end where state in ('pending', 'applying')",
+    "a restored database is older than the world for every owner",
+)
+RESTORED_ONCE = SystemStatement(
+    "update effects set state = 'unknown', reason = :reason, ended_at = :now where state = 'pending' and kind = any(:once)",
+    "a restored database is older than the world for every owner",
+)
+NO_HOSTS = SystemStatement("delete from agent_capacity", "hosts of a lost platform are nobody's")
+
 UNSEALED_EVENTS = SystemStatement(
     "select owner_id, id, at, actor, action, subject, data from audit_events where seal is null order by id limit :limit for update",
     "the audit chain goes over all owners",

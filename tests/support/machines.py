@@ -201,7 +201,10 @@ class Machines:
         logins = json.loads((self.secrets / "secrets" / "database.json").read_text())
         # The test looks at the database from outside the network.
         here = {
-            name: make_url(url).set(host=None, port=None, query={"host": str(self._postgres.sockets)}).render_as_string(False)
+            name: make_url(url)
+            ._replace(host=None, port=None)
+            .set(query={"host": str(self._postgres.sockets)})
+            .render_as_string(False)
             for name, url in logins.items()
         }
         cipher = Cipher.from_file(self.secrets / "secrets" / "encryption.key")

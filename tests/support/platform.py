@@ -32,8 +32,8 @@ T = TypeVar("T")
 class RunningPlatform:
     """One platform with the scripted agent; `behaviour` is how that agent behaves."""
 
-    def __init__(self, behaviour: str = "honest", lease_seconds: float = 4.0) -> None:
-        self.home = Path(tempfile.mkdtemp(prefix="kilo-p-"))
+    def __init__(self, behaviour: str = "honest", lease_seconds: float = 4.0, home: Path | None = None) -> None:
+        self.home = home or Path(tempfile.mkdtemp(prefix="kilo-p-"))
         self.env = {
             **os.environ,
             "KILO_HOME": str(self.home),

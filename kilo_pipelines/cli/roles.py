@@ -29,7 +29,8 @@ from kilo_pipelines.store.migrate import SchemaError, chosen_logins, read_logins
 
 # Leases are moments of one host's clock that another one's compares: beyond a fifth of the lease they aren't the same moments.
 SKEW_SHARE = 0.2
-LIVENESS_SECONDS = 30
+# Dagster's own check loads Dagster, which takes seconds on a busy machine.
+LIVENESS_SECONDS = 25
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def run(name: str) -> None:
     settings = Settings()
     try:
         adopt_secrets(settings)
-        for directory in (settings.home, settings.sockets):
+        for directory in (settings.home, settings.home / "run", settings.sockets):
             private_dir(directory)
         setup.refuse_mixed_worlds(settings)
         if ROLES[name].logins:
@@ -111,17 +112,26 @@ def run(name: str) -> None:
         end(False, "the database doesn't answer")
     except (SchemaError, SettingsError, CipherError, supervisor.SupervisorError, ValueError, OSError) as failure:
         end(False, str(failure))
+    _role_file(settings).write_text(name)
     if child.socket is not None:
         child.socket.unlink(missing_ok=True)
     os.chdir(supervisor.checkout())
     os.execve(child.argv[0], child.argv, supervisor.environment(settings, child.inherits) | child.env)  # noqa: S606  # no shell is wanted
 
 
+def _role_file(settings: Settings) -> Path:
+    """Which process this home's `run` became last."""
+    return settings.home / "run" / "role"
+
+
 @click.command()
-@click.argument("name", type=click.Choice(list(ROLES)))
-def probe(name: str) -> None:
-    """Exit status 0 when that process of this home answers, for health checks. Workers answer nobody: their process is the sign."""
+@click.argument("name", type=click.Choice(list(ROLES)), required=False)
+def probe(name: str | None) -> None:
+    """Exit status 0 when that process of this home answers (default: the one that `run` became); workers answer nobody and are well."""
     settings = Settings()
+    if name is None and not _role_file(settings).exists():
+        end(False, "nothing was started in this home by `run`")
+    name = name or _role_file(settings).read_text()
     if name == "dagster-daemon":
         argv = [str(Path(sys.executable).parent / name), "liveness-check"]
         env = supervisor.environment(settings, True) | supervisor.dagster_environment(settings)

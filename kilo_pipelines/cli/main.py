@@ -25,6 +25,7 @@ import psutil
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import (
     backup,
+    handover,
     roles,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
@@ -450,7 +451,7 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*roles.COMMANDS, *backup.COMMANDS, *work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+for command in (*roles.COMMANDS, *backup.COMMANDS, *handover.COMMANDS, *work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

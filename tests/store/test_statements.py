@@ -109,6 +109,10 @@ def _use_everything(database: Database) -> None:
     assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)
     store.owners.disconnect(integration)
+    assert store.database.schema()[0]
+    store.handover.busy()
+    store.handover.restored(clock.now())
+    store.queue.unswitch("all")
 
 
 def test_the_system_login_runs_the_listed_statements_and_no_others(database: Database) -> None:

@@ -55,7 +55,8 @@ def test_a_review_at_work_goes_on_in_a_restored_home_and_no_altered_file_is_rest
 
     code, answer = refused(str(file), "--passphrase-file", str(phrase))
     assert code == 0 and answer["reconciled"]["sessions"] >= 1, answer
-    restored = RunningPlatform("slow", home=home)
+    platform.env["KILO_HOME"] = str(home)
+    restored = RunningPlatform(instead_of=platform)
     try:
         assert restored.cli("status")[0] == 0
         held = restored.store.sessions.get(row.session_id) if row.session_id else None

@@ -32,8 +32,9 @@ T = TypeVar("T")
 class RunningPlatform:
     """One platform with the scripted agent; `behaviour` is how that agent behaves."""
 
-    def __init__(self, behaviour: str = "honest", lease_seconds: float = 4.0, home: Path | None = None) -> None:
-        self.home = home or Path(tempfile.mkdtemp(prefix="kilo-p-"))
+    def __init__(self, behaviour: str = "honest", lease_seconds: float = 4.0, instead_of: RunningPlatform | None = None) -> None:
+        """`instead_of` is a platform that has ended: this one has its home, restored elsewhere, and its addresses."""
+        self.home = Path(tempfile.mkdtemp(prefix="kilo-p-"))
         self.env = {
             **os.environ,
             "KILO_HOME": str(self.home),
@@ -47,6 +48,9 @@ class RunningPlatform:
             "KILO_GITHUB_WRITES_PER_HOUR": "1e6",
             **{f"KILO_{name}_PORT": str(free_port()) for name in ("PUBLIC", "ADMIN", "TWIN")},
         }
+        if instead_of is not None:
+            self.env = instead_of.env
+            self.home = Path(self.env["KILO_HOME"])
         self.process: subprocess.Popen[bytes]
         self.settings: Settings
         self.store: Store

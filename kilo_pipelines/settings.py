@@ -201,6 +201,10 @@ class Settings(BaseSettings):
             return self.database_url
         return self.database_admin_file.read_text().strip() if self.database_admin_file.exists() else None
 
+    def database_is_elsewhere(self) -> bool:
+        """Whether the database runs without this home's supervisor: a given one, or one that an orchestrator gave the logins of."""
+        return self.secrets_from is not None or self.given_database() is not None
+
     @property
     def broker_password_file(self) -> Path:
         return self.secrets_dir / "broker-password"

@@ -287,6 +287,7 @@ def _place(settings: Settings, scratch: Path, sealing: bytes, secrets: Path | No
             raise ArchiveError("the secrets can't be opened") from None
         with tarfile.open(fileobj=BytesIO(packed)) as archive:
             archive.extractall(settings.home, filter="data")
+        private_dir(settings.secrets_dir)
     elif secrets is None:
         raise ArchiveError("this backup holds no secrets: name their directory with --secrets")
     else:

@@ -82,7 +82,7 @@ def _git() -> Check:
 
 def _postgres(settings: Settings) -> Check:
     code = "postgres_missing"
-    if settings.given_database() is not None:
+    if settings.database_is_elsewhere():
         return Check("postgres", code, True, "given", "")
     try:
         path = binaries() / "postgres"
@@ -94,7 +94,7 @@ def _postgres(settings: Settings) -> Check:
 def _schema(settings: Settings) -> list[Check]:
     """Whether database and program fit together, and this host's clock the database's; nothing before there is a database."""
     if not (settings.secrets_dir / "database.json").exists() or not (
-        supervisor.is_running(settings) or settings.given_database() is not None
+        supervisor.is_running(settings) or settings.database_is_elsewhere()
     ):
         return []
     try:

@@ -176,7 +176,12 @@ def init(plain: bool) -> None:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--database", required=True, help="Administrator URL as the processes see it; without a password one is made.")
+@click.option(
+    "--database",
+    envvar="KILO_DATABASE_URL",
+    required=True,
+    help="Administrator URL as the processes see it; without a password one is made, with one say it as KILO_DATABASE_URL.",
+)
 @as_json
 def bundle(directory: Path, database: str, plain: bool) -> None:
     """Makes the secrets of a platform that an orchestrator runs: a directory for each process with what that one needs, no more.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psycopg
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import make_url
@@ -32,6 +33,7 @@ from kilo_pipelines import __version__
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.cli.common import as_json, end, show
 from kilo_pipelines.settings import Settings, SettingsError, private_dir, write_secret
+from kilo_pipelines.store import DatabaseAwayError
 from kilo_pipelines.store.crypto import Cipher, CipherError
 from kilo_pipelines.store.dump import DumpError, dump, load, refuse_used
 from kilo_pipelines.store.embedded import EmbeddedPostgres, EmbeddedPostgresError
@@ -57,7 +59,10 @@ FAULTS = (
     CipherError,
     supervisor.SupervisorError,
     EmbeddedPostgresError,
+    DatabaseAwayError,
+    psycopg.Error,
     OSError,
+    ValueError,
     subprocess.SubprocessError,
 )
 
@@ -92,7 +97,11 @@ def _names(logins: dict[str, str]) -> dict[str, str]:
 
 
 def _passphrase(file: str, plain: bool) -> str:
-    found = (sys.stdin.readline() if file == "-" else Path(file).read_text()).strip()
+    try:
+        text = sys.stdin.readline() if file == "-" else Path(file).read_text()
+    except OSError as failure:
+        end(plain, str(failure))
+    found = text.partition("\n")[0].strip()
     if len(found) < PASSPHRASE:
         end(plain, f"the passphrase needs at least {PASSPHRASE} characters")
     return found
@@ -206,13 +215,15 @@ def restore(file: Path, passphrase_file: str, secrets: Path | None, plain: bool)
         end(plain, f"{settings.home} isn't empty: restore into another KILO_HOME")
     passphrase = _passphrase(passphrase_file, plain)
     private_dir(settings.home)
+    counts = None
     try:
         with tempfile.TemporaryDirectory(prefix=".restore-", dir=settings.home) as scratch:
             counts = _restore(settings, file, Path(scratch), passphrase, secrets)
     except (ArchiveError, *FAULTS) as failure:
-        # Everything in it is ours: it was empty.
-        shutil.rmtree(settings.home)
         end(plain, str(failure))
+    finally:
+        if counts is None:  # everything in it is ours: it was empty
+            shutil.rmtree(settings.home)
     value = {"home": str(settings.home), **counts}
 
     def text() -> str:

@@ -81,8 +81,27 @@ class Settings(BaseSettings):
     password_login: bool = Field(
         default=True, description="Whether operators may log in with the password, too. Without it an issuer is needed."
     )
+    public_origin: str | None = Field(
+        default=None,
+        description="Origin under which providers reach the public port through a TLS proxy, such as https://hooks.kilo.example.",
+    )
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
+    broker_address: str | None = Field(
+        default=None,
+        description="A given broker: redis://host:6379/0 or rediss://host:6379/0, without its password (secrets/broker-password); unset: embedded.",
+    )
+    callback_address: str | None = Field(
+        default=None,
+        description="Base address of the public listener as hosts with agents see it. Default: KILO_HOST and KILO_PUBLIC_PORT.",
+    )
+    listeners: Literal["both", "public", "admin"] = Field(
+        default="both", description="Which listeners an ingress process serves: several public ones may stand beside one admin."
+    )
+    secrets_from: Path | None = Field(
+        default=None,
+        description="Directory into which an orchestrator mounts this process's secrets; `run` and `init` copy them to the home, mode 0600.",
+    )
     offline: bool = Field(default=True, description="Run against the offline twin.")
     agent: Literal["kilo", "scripted", "hosted"] = Field(
         default="kilo", description="Agent CLI that works in the sandbox, or `hosted`: reviews go to the hosted Cloud Agent."
@@ -221,7 +240,17 @@ class Settings(BaseSettings):
             raise ValueError("an https address without credentials, query or fragment is needed")
         return value.rstrip("/")
 
-    @field_validator("home", "run_dir", "api_key_file")
+    @field_validator("broker_address")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        """The password is a file: an address stands in process lists and in unit files."""
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.username or parts.password:
+                raise ValueError("redis://host:port/db or rediss://host:port/db without a password is needed")
+        return value
+
+    @field_validator("home", "run_dir", "api_key_file", "secrets_from")
     @classmethod
     def _from_anywhere(cls, value: Path | None) -> Path | None:
         return None if value is None else _absolute(value)
@@ -260,6 +289,25 @@ class Settings(BaseSettings):
     @property
     def logs_dir(self) -> Path:
         return self.home / "logs"
+
+    @property
+    def database_admin_file(self) -> Path:
+        """Where `init` finds the administrator's URL when KILO_DATABASE_URL isn't set."""
+        return self.secrets_dir / "database-admin-url"
+
+    def given_database(self) -> str | None:
+        """The administrator's URL of a given PostgreSQL, from environment or secret file; None: embedded."""
+        if self.database_url is not None:
+            return self.database_url
+        return self.database_admin_file.read_text().strip() if self.database_admin_file.exists() else None
+
+    def database_is_elsewhere(self) -> bool:
+        """Whether the database runs without this home's supervisor: a given one, or one that an orchestrator gave the logins of."""
+        return self.secrets_from is not None or self.given_database() is not None
+
+    @property
+    def broker_password_file(self) -> Path:
+        return self.secrets_dir / "broker-password"
 
     @property
     def repos_dir(self) -> Path:
@@ -340,6 +388,11 @@ class Settings(BaseSettings):
         return f"http://{self.host}:{self.public_port}"
 
     @property
+    def callback_url(self) -> str:
+        """Where sessions call back."""
+        return (self.callback_address or self.public_url).rstrip("/")
+
+    @property
     def admin_url(self) -> str:
         return f"http://{self.host}:{self.admin_port}"
 
@@ -382,7 +435,9 @@ class Settings(BaseSettings):
         """SQLAlchemy URLs by login (`migrator`, `app`, `system`, `dagster`); SettingsError before the first start."""
         path = self.secrets_dir / "database.json"
         if not path.exists():
-            raise SettingsError(f"{path} is missing: start the platform once with `kilo-pipelines up`")
+            raise SettingsError(
+                f"{path} is missing: start the platform once with `kilo-pipelines up`, or run `kilo-pipelines init`"
+            )
         logins: dict[str, str] = json.loads(path.read_text())
         return logins
 

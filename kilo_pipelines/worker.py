@@ -8,28 +8,38 @@ Started by the supervisor as `python -m kilo_pipelines.process celery -A kilo_pi
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import socket
 from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging, worker_init
+from celery.signals import setup_logging, worker_init, worker_ready, worker_shutdown
 from dagster import DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._utils.interrupts import capture_interrupts
 from kombu import Exchange, Queue
 
+from kilo_pipelines.resources.store import make_store
 from kilo_pipelines.settings import current
-from kilo_pipelines.tags import QUEUE_MAINTENANCE, QUEUES
+from kilo_pipelines.store import HOST_SEEN_SECONDS, DatabaseAwayError
+from kilo_pipelines.tags import QUEUE_AGENTS, QUEUE_MAINTENANCE, QUEUES
 from kilo_pipelines.telemetry import logs, traces
+
+log = logging.getLogger(__name__)
 
 DEFINITIONS_MODULE = "kilo_pipelines.definitions"
 EXECUTE_RUN = "kilo.execute_run"
 
 # Longer than any run may last (agent sessions are capped at hours): Redis hands an unacknowledged task out again after it.
 VISIBILITY_TIMEOUT_SECONDS = 43_200
+BROKER_CONNECT_SECONDS = 5
+BROKER_KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 2, socket.TCP_USER_TIMEOUT: 8_000}
+# Also how long an unanswered wait for a task may last, which none of ours does: the broker answers every second.
+BROKER_HEALTH_SECONDS = 10
 # A child that ran this many runs is replaced, against slow growth of memory.
 RUNS_PER_CHILD = 500
 
@@ -63,6 +73,11 @@ def make_app(broker_url: str) -> Celery:
             "interval_start": 0,
             "interval_step": 0.2,
             "interval_max": 0.5,
+            # A network that is gone says nothing: the connection is given up within seconds and made anew when it is back.
+            "socket_connect_timeout": BROKER_CONNECT_SECONDS,
+            "socket_keepalive": True,
+            "socket_keepalive_options": BROKER_KEEPALIVE,
+            "health_check_interval": BROKER_HEALTH_SECONDS,
         },
     )
     return app
@@ -127,3 +142,31 @@ def _log_in_one_format(**_signal: Any) -> None:
 def _load_definitions_before_fork(**_signal: Any) -> None:
     """Children share the parent's imported modules: their first run starts at once and their memory is shared."""
     import kilo_pipelines.definitions  # noqa: F401
+
+
+@worker_ready.connect
+def _host_is_there(sender: Any, **_signal: Any) -> None:
+    """A worker of agents says how many sessions its host takes, and goes on saying so: nothing is offered for a silent host.
+
+    In the worker's own loop, so that no child is forked meanwhile, and over connections that end with it.
+    """
+    if QUEUE_AGENTS in sender.app.amqp.queues.consume_from:
+        _say_places(sender.pool.limit)
+        sender.timer.call_repeatedly(HOST_SEEN_SECONDS, _say_places, (sender.pool.limit,))
+
+
+@worker_shutdown.connect
+def _host_leaves(sender: Any, **_signal: Any) -> None:
+    """Places that a session still holds stay until its lease is over."""
+    if QUEUE_AGENTS in sender.app.amqp.queues.consume_from:
+        _say_places(0)
+
+
+def _say_places(places: int) -> None:
+    store = make_store(current())
+    try:
+        store.sessions.ensure_capacity(places)
+    except DatabaseAwayError:
+        log.warning("the database doesn't hear that this host is there")
+    finally:
+        store.database.dispose()

@@ -38,7 +38,7 @@ def end(plain: bool, message: str, code: int = 1, *, reason: Reason | None = Non
 def open_store(plain: bool) -> tuple[Settings, Store]:
     """Settings and store of the platform that runs; ends the command when none does."""
     settings = Settings()
-    if not supervisor.is_running(settings) and settings.database_url is None:
+    if not supervisor.is_running(settings) and not settings.database_is_elsewhere():
         end(plain, f"the platform of {settings.home} isn't running: start it with `kilo-pipelines up`")
     try:
         return settings, setup.open_store(settings)

@@ -7,22 +7,28 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
+from sqlalchemy.exc import ProgrammingError
 
-from kilo_pipelines.cli import supervisor
+from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.cli.check import Check
 from kilo_pipelines.cli.doctor_oidc import login_checks
+from kilo_pipelines.cli.roles import SKEW_SHARE
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
 from kilo_pipelines.cloud_agent.hosted import CloudAgentError, client_of
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import Settings, SettingsError
+from kilo_pipelines.store import DatabaseAwayError
+from kilo_pipelines.store.crypto import CipherError
 from kilo_pipelines.store.embedded import EmbeddedPostgresError, binaries
+from kilo_pipelines.store.migrate import fit, refusal
 
 # One Kilo session, Postgres, Dagster's processes and workers: measured at about 3 GiB together.
 MEMORY_BYTES = 3 * 2**30
@@ -37,12 +43,13 @@ def run(settings: Settings) -> list[Check]:
         _python(),
         _git(),
         _postgres(settings),
-        _broker(),
+        _broker(settings),
         _sandbox(settings),
         _agent(settings),
         *(_hosted(settings) if settings.agent == "hosted" else []),
         *_github(settings),
         *_model(settings),
+        *_schema(settings),
         *_ports(settings),
         _listeners(settings),
         *login_checks(settings, SystemClock()),
@@ -68,8 +75,8 @@ def _git() -> Check:
 
 def _postgres(settings: Settings) -> Check:
     code = "postgres_missing"
-    if settings.database_url is not None:
-        return Check("postgres", code, True, "given by KILO_DATABASE_URL", "")
+    if settings.database_is_elsewhere():
+        return Check("postgres", code, True, "given", "")
     try:
         path = binaries() / "postgres"
     except EmbeddedPostgresError as failure:
@@ -77,8 +84,37 @@ def _postgres(settings: Settings) -> Check:
     return Check("postgres", code, path.exists(), "embedded" if path.exists() else f"{path} is missing", "run `make deps`")
 
 
-def _broker() -> Check:
+def _schema(settings: Settings) -> list[Check]:
+    """Whether database and program fit together, and this host's clock the database's; nothing before there is a database."""
+    if not (settings.secrets_dir / "database.json").exists() or not (
+        supervisor.is_running(settings) or settings.database_is_elsewhere()
+    ):
+        return []
+    try:
+        store = setup.open_store(settings)
+        revision, now = store.database.schema()
+        store.database.dispose()
+    except (DatabaseAwayError, ProgrammingError, CipherError, SettingsError) as failure:
+        return [
+            Check("schema", "schema_unreadable", False, type(failure).__name__, "is the database there? `kilo-pipelines init`")
+        ]
+    skew = abs((datetime.now(UTC) - now).total_seconds())
+    return [
+        Check("schema", f"schema_{fit(revision)}", fit(revision) == "equal", revision, refusal(revision) or ""),
+        Check(
+            "clock",
+            "clock_skew",
+            skew <= settings.lease_seconds * SKEW_SHARE,
+            f"{skew:.1f} s from the database's",
+            "leases are moments that hosts compare: synchronise the clocks (NTP)",
+        ),
+    ]
+
+
+def _broker(settings: Settings) -> Check:
     code = "broker_missing"
+    if settings.broker_address is not None:
+        return Check("broker", code, True, f"given: {settings.broker_address}", "")
     try:
         path = supervisor.redis_server()
     except supervisor.SupervisorError as failure:

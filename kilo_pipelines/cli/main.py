@@ -24,8 +24,11 @@ import psutil
 
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import (
+    backup,
     deliveries,
+    handover,
     people,
+    roles,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
     security_dismissal,  # noqa: F401
@@ -47,9 +50,10 @@ from kilo_pipelines.services.code_review import admission, launch
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem
 from kilo_pipelines.store.embedded import EmbeddedPostgresError
+from kilo_pipelines.store.migrate import SchemaError
 
 # What ends a start with one line instead of a traceback.
-FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, ValueError, OSError)
+FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, SchemaError, ValueError, OSError)
 
 
 @click.group()
@@ -425,7 +429,16 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*work.COMMANDS, *people.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS, *deliveries.COMMANDS):
+for command in (
+    *roles.COMMANDS,
+    *backup.COMMANDS,
+    *handover.COMMANDS,
+    *work.COMMANDS,
+    *people.COMMANDS,
+    *upkeep.COMMANDS,
+    *security.COMMANDS,
+    *deliveries.COMMANDS,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

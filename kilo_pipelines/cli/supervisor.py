@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import httpx
 import psutil
@@ -77,6 +78,8 @@ class Child:
     start_tries_used: int = 1
     # Whether it gets the platform's settings; the twin, a stranger, gets none.
     inherits: bool = True
+    # Its own socket, which an earlier life may have left behind: it is in the way of the next one.
+    socket: Path | None = None
     popen: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list)
     # In succession, each soon after its start.
@@ -254,14 +257,16 @@ class Platform:
         return path.read_bytes()[-1500:].decode(errors="replace") if path.exists() else ""
 
     def _spawn(self, child: Child) -> None:
+        if child.socket is not None:
+            child.socket.unlink(missing_ok=True)
         with self.log_file(child).open("ab") as log:
             child.popen = subprocess.Popen(
                 child.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_environment(self.settings, child) | child.env,
-                cwd=_root(),
+                env=environment(self.settings, child.inherits, child.name) | child.env,
+                cwd=checkout(),
                 start_new_session=True,
             )
         child.starts.append(time.monotonic())
@@ -457,23 +462,24 @@ def is_running(settings: Settings) -> bool:
     return False
 
 
-def _root() -> Path:
+def checkout() -> Path:
     """The checkout: workspace.yaml and dagster.yaml lie there."""
     return Path(__file__).resolve().parents[2]
 
 
-# A given database's administrator login serves provisioning in the supervisor; children use logins of their own.
-_NOT_PASSED_ON = {"KILO_DATABASE_URL"}
+# A given database's administrator login serves provisioning in the supervisor; children use logins of their own. The command line's key
+# is nobody else's.
+_NOT_PASSED_ON = {"KILO_DATABASE_URL", "KILO_API_KEY"}
 
 
-def _environment(settings: Settings, child: Child) -> dict[str, str]:
-    """What a child gets: little of the user's, and our own settings unless it is a stranger; no secret."""
+def environment(settings: Settings, inherits: bool, process: str | None = None) -> dict[str, str]:
+    """What a child gets: little of the user's, and our own settings unless it is a stranger; no secret. `process` names it in logs."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "SSL_CERT_FILE") if name in os.environ}
     base = {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **kept}
-    if not child.inherits:
+    if not inherits:
         return base
     own = {name: value for name, value in os.environ.items() if name.startswith("KILO_") and name not in _NOT_PASSED_ON}
-    return {**base, **own, "KILO_HOME": str(settings.home), "KILO_PROCESS": child.name}
+    return {**base, **own, "KILO_HOME": str(settings.home), **({"KILO_PROCESS": process} if process else {})}
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
@@ -504,21 +510,25 @@ def redis(settings: Settings) -> Child:
 
 def broker_password(settings: Settings) -> str:
     """The broker's password."""
-    return (settings.secrets_dir / "broker-password").read_text().strip()
+    return settings.broker_password_file.read_text().strip()
 
 
 def broker_url(settings: Settings) -> str:
     """The broker as Celery names it."""
+    if settings.broker_address is not None:
+        parts = urlsplit(settings.broker_address)
+        return parts._replace(netloc=f":{quote(broker_password(settings), safe='')}@{parts.netloc}").geturl()
     return f"redis+socket://:{broker_password(settings)}@{settings.sockets / 'broker.sock'}"
 
 
 def dagster_environment(settings: Settings) -> dict[str, str]:
     """What Dagster's processes and the workers need besides."""
     home = private_dir(settings.dagster_home)
-    shutil.copyfile(_root() / "dagster.yaml", home / "dagster.yaml")
+    shutil.copyfile(checkout() / "dagster.yaml", home / "dagster.yaml")
+    dagster_url = settings.database_logins()["dagster"]
     return {
         "DAGSTER_HOME": str(home),
-        "KILO_DAGSTER_DATABASE_URL": settings.database_logins()["dagster"] + "&plugin=kilo_pool",
+        "KILO_DAGSTER_DATABASE_URL": f"{dagster_url}{'&' if '?' in dagster_url else '?'}plugin=kilo_pool",
         "KILO_BROKER_URL": broker_url(settings),
         "KILO_CODE_SOCKET": str(settings.sockets / "code.sock"),
         # Long-polling shards each hold a thread of the code server.
@@ -530,13 +540,9 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
 def outer_processes(settings: Settings) -> list[Child]:
     """Ingress and model proxy."""
     python = sys.executable
+    address = settings.admin_url if settings.listeners == "admin" else settings.public_url
     return [
-        Child(
-            "ingress",
-            [python, "-m", "kilo_pipelines.ingress"],
-            ready=answers(f"{settings.public_url}/health"),
-            address=settings.public_url,
-        ),
+        Child("ingress", [python, "-m", "kilo_pipelines.ingress"], ready=answers(f"{address}/health"), address=address),
         Child(
             "model-proxy",
             [python, "-m", "kilo_pipelines.cloud_agent.model_proxy"],
@@ -556,9 +562,8 @@ def twin(settings: Settings) -> Child:
 def dagster_processes(settings: Settings) -> list[Child]:
     """Code server, daemon, webserver and one worker a queue."""
     env = dagster_environment(settings)
-    workspace = str(_root() / "workspace.yaml")
+    workspace = str(checkout() / "workspace.yaml")
     socket_path = Path(env["KILO_CODE_SOCKET"])
-    socket_path.unlink(missing_ok=True)
     children = [
         Child(
             "dagster-code",
@@ -581,6 +586,7 @@ def dagster_processes(settings: Settings) -> list[Child]:
             env,
             ready=_answers_on_socket(socket_path),
             address="unix socket",
+            socket=socket_path,
         ),
         Child(
             "dagster-ui",

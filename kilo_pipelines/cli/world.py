@@ -55,17 +55,18 @@ def start_platform(platform: Platform) -> Settings:
     settings = platform.settings
     setup.refuse_mixed_worlds(settings)
     platform.new_password = setup.prepare_secrets(settings)
-    first = [supervisor.redis(settings)]
+    first = [] if settings.broker_address is not None else [supervisor.redis(settings)]
     if settings.offline:
         first.append(supervisor.twin(settings))
-    if settings.database_url is None:
+    given = settings.given_database()
+    if given is None:
         server, child = supervisor.postgres(settings)
         platform.start([child, *first])
         server.wait_ready(20)
         admin_url = server.admin_url
     else:
         platform.start(first)
-        admin_url = settings.database_url
+        admin_url = given
     setup.prepare_database(settings, admin_url)
     app_id = settings.github_app_id
     if settings.offline:
@@ -75,7 +76,6 @@ def start_platform(platform: Platform) -> Settings:
     platform.settings = settings = decide(settings, app_id)
     store = setup.open_store(settings)
     store.database.check_roles()
-    store.sessions.ensure_capacity(supervisor.agents_max(settings))
     ensure_operator_key(store, settings.operator_key_file)
     platform.start([*supervisor.outer_processes(settings), *supervisor.dagster_processes(settings)])
     return settings

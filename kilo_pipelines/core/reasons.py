@@ -182,6 +182,7 @@ class Reason(StrEnum):
     SESSION_LOST = "session_lost"
     WORKER_LOST = "worker_lost"
     WORKER_STOPPING = "worker_stopping"
+    RESTORED = "restored"
     INTERRUPTED = "interrupted"
     RESULT_MISSING = "result_missing"
     RESULT_INVALID = "result_invalid"
@@ -613,6 +614,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.SESSION_TIMEOUT: ("The session ran into its hard cap.", "Split the pull request or raise the cap."),
     Reason.SESSION_LOST: ("The session's worker died three times.", "Look at memory and the worker's log."),
     Reason.WORKER_LOST: ("The session's worker died; it is started again.", "Nothing."),
+    Reason.RESTORED: (
+        "It was still to be sent when the backup was made that this database was restored from.",
+        "The lost platform may have sent it: ask the receiver, then `effects retry` or leave it.",
+    ),
     Reason.WORKER_STOPPING: ("The platform was stopped; the session is started again.", "Nothing."),
     Reason.INTERRUPTED: ("The session was interrupted.", "Re-execute to review after all."),
     Reason.RESULT_MISSING: ("The agent left no result.", "Re-execute; look at the model if it happens again."),

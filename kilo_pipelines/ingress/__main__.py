@@ -58,15 +58,18 @@ async def serve(settings: Settings) -> None:
     secret = settings.webhook_secret_file.read_text().strip() if settings.webhook_secret_file.exists() else None
     hosts = {"localhost", "127.0.0.1", settings.host}
     origins = {f"http://{host}:{settings.admin_port}" for host in hosts}
+    for address in (settings.admin_origin, settings.public_origin, settings.callback_address):
+        if address is not None:
+            hosts.add(str(urlsplit(address).hostname))
     if settings.admin_origin is not None:
-        hosts.add(str(urlsplit(settings.admin_origin).hostname))
         origins.add(settings.admin_origin)
     ingress = Ingress(store, secret, frozenset(hosts))
     door = make_door(settings, frozenset(origins), SystemClock())
-    servers = [
-        _server(Counted(public_application(ingress), "public"), settings.host, settings.public_port),
-        _server(Counted(admin_application(ingress, door.routes()), "admin"), settings.host, settings.admin_port),
-    ]
+    servers = []
+    if settings.listeners != "admin":
+        servers.append(_server(Counted(public_application(ingress), "public"), settings.host, settings.public_port))
+    if settings.listeners != "public":
+        servers.append(_server(Counted(admin_application(ingress, door.routes()), "admin"), settings.host, settings.admin_port))
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

@@ -39,7 +39,7 @@ from kilo_pipelines.ingress.control import (
     one_or_all,
 )
 from kilo_pipelines.store import ItemRow, Principal, ReviewRow, Store
-from kilo_pipelines.store.migrate import newest_revision
+from kilo_pipelines.store.migrate import head
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
 DISPATCH_LOOK_BACK = 1_000
@@ -440,7 +440,7 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     @router.get("/api/v1/health", responses=REFUSALS, **act("platform"))
     def show_health(who: Who) -> Health:
         """Database, schema, switches and what waits."""
-        schema = Schema(present=store.invariants.revision(), wanted=newest_revision())
+        schema = Schema(present=store.database.schema()[0], wanted=head())
         return Health(
             ok=schema.present == schema.wanted,
             version=__version__,

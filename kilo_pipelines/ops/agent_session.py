@@ -3,8 +3,9 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 from dagster import DagsterExecutionInterruptedError, Nothing, OpExecutionContext, Out, op
@@ -19,8 +20,10 @@ from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.security.brief import AnalysisTask
 from kilo_pipelines.services.security.remediation_brief import RemediationTask
-from kilo_pipelines.store import SessionClaim, Store
+from kilo_pipelines.store import DatabaseAwayError, SessionClaim, Store
 from kilo_pipelines.telemetry import traces
+
+T = TypeVar("T")
 
 # How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
 INTERRUPT_POLL_SECONDS = 1.0
@@ -36,8 +39,8 @@ TASKS: dict[str, Callable[[dict[str, Any]], SessionTask]] = {
 class LeasedControl:
     """The engine's half of a running session: lease, interrupt column, events.
 
-    A thread of its own beats while the runner is busy with something long (a diff of a large repository). A database that
-    doesn't answer ends nothing before the lease would be over.
+    A thread of its own speaks to the database, because a call over a network that is gone comes back late: the runner hears what is
+    known, and that the lease is over as soon as the clock says so. A database that doesn't answer ends nothing before.
     """
 
     def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim, *, lease_s: float, every_s: float) -> None:
@@ -46,11 +49,11 @@ class LeasedControl:
         self._context = context
         self._store = store
         self._claim = claim
-        self._lock = threading.Lock()
         self._kept_at = time.monotonic()
         self._next_beat = 0.0
         self._last = Heartbeat.OK
-        self._ended = threading.Event()
+        self._wanted = threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
@@ -58,39 +61,52 @@ class LeasedControl:
         return self
 
     def __exit__(self, *_failure: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        """A beat that still waits for its answer holds nobody up: it can't extend what has ended."""
+        self._ended = True
+        self._wanted.set()
 
     def _keep(self) -> None:
-        while not self._ended.wait(self._every_s):
-            self._beat()
-
-    def beat(self) -> Heartbeat:
-        """Extends the lease and reads the interrupt column, at most once in `INTERRUPT_POLL_SECONDS`."""
-        if time.monotonic() >= self._next_beat:
-            self._beat()
-        return self._last
-
-    def _beat(self) -> None:
-        with self._lock:
+        while not self._ended:
             asked = time.monotonic()
             self._next_beat = asked + INTERRUPT_POLL_SECONDS
             answer = self._store.sessions.beat(self._claim, self._lease_s)
-            if answer == "unreachable":
-                self._last = Heartbeat.LOST if asked - self._kept_at > self._lease_s else self._last
-                return
-            self._kept_at = asked
-            self._last = Heartbeat(answer)
+            if answer != "unreachable":
+                self._kept_at = asked
+                self._last = Heartbeat(answer)
+            self._wanted.wait(self._every_s)
+            self._wanted.clear()
+
+    def beat(self) -> Heartbeat:
+        """What is known of lease and interrupt column, at once; asks for a look where the last one is `INTERRUPT_POLL_SECONDS` old."""
+        if time.monotonic() >= self._next_beat:
+            self._wanted.set()
+        return Heartbeat.LOST if self.over() else self._last
+
+    def over(self) -> bool:
+        """Whether the lease has ended by this host's clock."""
+        return time.monotonic() - self._kept_at > self._lease_s
+
+    def insist(self, call: Callable[[], T]) -> T:
+        """The call's answer, asked again while the database is away and the lease still ours; DatabaseAwayError afterwards."""
+        while True:
+            try:
+                return call()
+            except DatabaseAwayError:
+                if self.over():
+                    raise
+                time.sleep(INTERRUPT_POLL_SECONDS)
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """Keeps the step and shows it in the run's log."""
-        self._store.sessions.event(self._claim, kind, data)
-        self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
+        self.insist(partial(self._store.sessions.event, self._claim, kind, data))
+        # A line of the log isn't worth a session: the step is kept.
+        with suppress(DatabaseAwayError):
+            self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
 
     def accepted(self, outcome: SessionOutcome) -> bool:
         """Keeps it with the session, under its fence."""
         told = outcome.model_dump(mode="json")
-        return self._store.sessions.accept(self._claim, result=told["result"], evidence=told["evidence"])
+        return self.insist(partial(self._store.sessions.accept, self._claim, result=told["result"], evidence=told["evidence"]))
 
 
 @op(out=Out(Nothing), description="Runs one agent session in the sandbox and reports how it ended.")
@@ -129,7 +145,7 @@ def _carry_out(
     spec = SessionSpec.model_validate(claim.spec)
     if not cloud_agent.agent_ready(spec.agent):
         unavailable = SessionOutcome(status=SessionStatus.FAILED, reason=Reason.AGENT_UNAVAILABLE)
-        _report(context, platform, cloud_agent, claim, unavailable)
+        _announce(context, cloud_agent, claim, unavailable, _store_outcome(platform, claim, unavailable))
         return
 
     def token(mint: Callable[[int, int], str]) -> str:
@@ -153,17 +169,22 @@ def _carry_out(
         except DagsterExecutionInterruptedError:
             _after_interrupt(context, platform, claim, lease_s)
             raise
-        lost = control.beat() is Heartbeat.LOST
-    span.set(service=spec.service, repository=spec.repository.external_id, outcome=outcome.status, reason=outcome.reason)
-    if outcome.evidence is not None:
-        seen = outcome.evidence
-        span.set(
-            turns=seen.turns, files=seen.changed_blobs, covered=seen.covered, tokens_in=seen.tokens_in, tokens_out=seen.tokens_out
-        )
-    if lost:
-        context.log.warning("the lease went to somebody else: this outcome is not reported")
-        return
-    _report(context, platform, cloud_agent, claim, outcome)
+        span.set(service=spec.service, repository=spec.repository.external_id, outcome=outcome.status, reason=outcome.reason)
+        if outcome.evidence is not None:
+            seen = outcome.evidence
+            span.set(
+                turns=seen.turns,
+                files=seen.changed_blobs,
+                covered=seen.covered,
+                tokens_in=seen.tokens_in,
+                tokens_out=seen.tokens_out,
+            )
+        if control.beat() is Heartbeat.LOST:
+            context.log.warning("the lease went to somebody else: this outcome is not reported")
+            return
+        # A cut that ends within the lease costs no session.
+        stored = control.insist(partial(_store_outcome, platform, claim, outcome))
+    _announce(context, cloud_agent, claim, outcome, stored)
 
 
 def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionClaim, lease_s: float) -> None:
@@ -176,11 +197,9 @@ def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionCl
         context.log.info("the worker stops: the session waits for another one")
 
 
-def _report(
-    context: OpExecutionContext, store: Store, cloud_agent: CloudAgentResource, claim: SessionClaim, outcome: SessionOutcome
-) -> None:
-    """Stores the outcome (guarded by the fence), then calls back; the stored row is the truth, the callback the news."""
-    stored = store.sessions.finish(
+def _store_outcome(store: Store, claim: SessionClaim, outcome: SessionOutcome) -> bool:
+    """Stores the outcome, guarded by the fence: False when a later claim owns the session."""
+    return store.sessions.finish(
         claim,
         status=outcome.status,
         reason=outcome.reason,
@@ -188,6 +207,12 @@ def _report(
         result=outcome.result,
         evidence=outcome.evidence.model_dump(mode="json") if outcome.evidence else None,
     )
+
+
+def _announce(
+    context: OpExecutionContext, cloud_agent: CloudAgentResource, claim: SessionClaim, outcome: SessionOutcome, stored: bool
+) -> None:
+    """Calls back; the stored row is the truth, the callback the news."""
     if not stored:
         context.log.warning("a later claim owns this session: the outcome was not stored")
         return

@@ -207,7 +207,7 @@ class CloudAgentResource(ConfigurableResource[None]):
         }
         try:
             answer = httpx.post(
-                f"{settings.public_url}/callbacks/sessions/{session_id}",
+                f"{settings.callback_url}/callbacks/sessions/{session_id}",
                 json=body,
                 headers={"x-callback-token": token},
                 timeout=CALLBACK_SECONDS,

@@ -14,9 +14,17 @@ from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.telemetry import traces
 
 
-@lru_cache(maxsize=4)
-def _open(app_url: str, system_url: str, key_file: str) -> Store:
+def _make(app_url: str, system_url: str, key_file: str) -> Store:
     return Store(app_url, system_url, Cipher.from_file(key_file), SystemClock())
+
+
+_open = lru_cache(maxsize=4)(_make)
+
+
+def make_store(settings: Settings) -> Store:
+    """A store with pools of its own, to be disposed of by the caller."""
+    logins = settings.database_logins()
+    return _make(logins["app"], logins["system"], str(settings.encryption_key_file))
 
 
 def open_store(settings: Settings) -> Store:

@@ -13,11 +13,12 @@ from kilo_pipelines.store.api_keys import ApiKeys, NewKey, prefix_of
 from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
-from kilo_pipelines.store.database import Database, Listener
+from kilo_pipelines.store.database import Database, DatabaseAwayError, Listener
 from kilo_pipelines.store.delivery_gaps import STALE, DeliveryGaps, DueGap, Position
 from kilo_pipelines.store.figures import BOUNDS, Ended, Figures, Now
 from kilo_pipelines.store.finding_lists import OUTCOMES, Wanted
 from kilo_pipelines.store.findings import DEADLINE_COLUMNS, Change, Findings, NotDisposedError, PageCount, noted
+from kilo_pipelines.store.handover import Handover
 from kilo_pipelines.store.hosted import Hosted, HostedClaim
 from kilo_pipelines.store.inbox import AdmissionTx, Inbox
 from kilo_pipelines.store.invariants import Invariants
@@ -26,7 +27,7 @@ from kilo_pipelines.store.notices import Notices
 from kilo_pipelines.store.outbox import Outbox
 from kilo_pipelines.store.owners import AmbiguousInstallationError, Owners, Reviews, StaleRevisionError
 from kilo_pipelines.store.people import People
-from kilo_pipelines.store.queue import Queue
+from kilo_pipelines.store.queue import HOST_SEEN_SECONDS, Queue
 from kilo_pipelines.store.recovery import RECONCILERS, Recovery
 from kilo_pipelines.store.remediations import Remediations, note_all
 from kilo_pipelines.store.reports import Limits, PeriodRead, PresentRead, Reports
@@ -69,6 +70,7 @@ from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 __all__ = [
     "BOUNDS",
     "DEADLINE_COLUMNS",
+    "HOST_SEEN_SECONDS",
     "INVARIANTS",
     "OUTCOMES",
     "RECONCILERS",
@@ -85,6 +87,7 @@ __all__ = [
     "Claimed",
     "ClaimedEffect",
     "Cost",
+    "DatabaseAwayError",
     "DeliveryRow",
     "DueGap",
     "Ended",
@@ -156,6 +159,7 @@ class Store:
         self.people = People(self.database, clock)
         self.api_keys = ApiKeys(self.database, clock)
         self.recovery = Recovery(self.database, clock)
+        self.handover = Handover(self.database, clock)
         self.owners = Owners(self.database, clock)
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)

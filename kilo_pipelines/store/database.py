@@ -7,18 +7,34 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import psycopg
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines import failpoints
 from kilo_pipelines.store import system_statements as system
 
+# A machine that is cut off from its database must notice before a lease (15 s) is over, or it would wait in a call while somebody else
+# does its work: unanswered bytes are given up after 8 s, a silent peer is asked after 5 s and given up after 9 s. Unix sockets
+# know none of this and take no notice.
+CONNECTION = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 8_000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+}
 POOL_SIZE = 5  # a process runs one op or a handful of requests at once
 MAX_OVERFLOW = 15
+
+
+# What every call raises while the database doesn't answer.
+DatabaseAwayError = OperationalError
 
 
 class RoleError(Exception):
@@ -78,7 +94,7 @@ class Database:
     def listener(self, *channels: str) -> Iterator[Listener]:
         """A connection that hears these channels; nothing that is sent after this call is missed."""
         url = self._system.url.set(drivername="postgresql").render_as_string(hide_password=False)
-        with psycopg.connect(url, autocommit=True) as connection:
+        with psycopg.connect(url, autocommit=True, **CONNECTION) as connection:  # type: ignore[arg-type]  # libpq's words
             for channel in channels:
                 connection.execute(f"listen {channel}")  # names of ours
             yield Listener(connection)
@@ -96,6 +112,13 @@ class Database:
             raise RoleError(
                 "the application's database login must be neither superuser nor BYPASSRLS nor a member of a table's owner"
             )
+
+    def schema(self) -> tuple[str, datetime]:
+        """The schema's revision, and what the database's clock says."""
+        with self.system() as connection:
+            row = one(connection, system.SCHEMA_REVISION.sql)
+        assert row is not None  # noqa: S101  # alembic keeps one row
+        return row["revision"], row["now"]
 
     def dispose(self) -> None:
         """Closes both pools."""
@@ -132,7 +155,14 @@ class Listener:
 
 
 def _engine(url: str) -> Engine:
-    return create_engine(url, pool_size=POOL_SIZE, max_overflow=MAX_OVERFLOW, pool_pre_ping=True, hide_parameters=True)
+    return create_engine(
+        url,
+        pool_size=POOL_SIZE,
+        max_overflow=MAX_OVERFLOW,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args=dict(CONNECTION),
+    )
 
 
 def one(connection: Connection, sql: str, **values: Any) -> Any | None:

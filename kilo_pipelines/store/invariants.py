@@ -11,7 +11,7 @@ from typing import Any
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store import system_statements as system
-from kilo_pipelines.store.database import Database, one, rows
+from kilo_pipelines.store.database import Database, rows
 
 # Leases last 15 s, recovery looks every 5 s, offers stand 20 s: what stands longer than this was left behind.
 GRACE = timedelta(minutes=2)
@@ -32,9 +32,3 @@ class Invariants:
         with self._database.system() as connection:
             found = rows(connection, system.INVARIANTS[name].sql, now=now, grace=now - GRACE, limit=SHOWN)
         return [dict(row) for row in found]
-
-    def revision(self) -> str | None:
-        """The revision of the schema that the database is at."""
-        with self._database.system() as connection:
-            row = one(connection, system.REVISION.sql)
-        return row["version_num"] if row else None

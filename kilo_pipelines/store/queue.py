@@ -34,6 +34,9 @@ EFFECT_GRACE_SECONDS = 15
 SINGLE_ITEM_RUNS = 8
 # Items of one run at most: at 50 ms each it still ends within a second or two, and a killed one leaves little to reap.
 ITEMS_A_RUN = 25
+# A host with agents says every half minute that it is there (worker.py); after three silent turns nothing is offered for it.
+HOST_SEEN_SECONDS = 30.0
+HOST_SILENT = timedelta(seconds=3 * HOST_SEEN_SECONDS)
 # Outstanding offers are capped near 4 x worker slots of the largest runs, so that the broker never holds the backlog.
 OUTSTANDING_CAP = 4 * 3 * ITEMS_A_RUN
 
@@ -360,7 +363,7 @@ class Queue:
             effects = rows(
                 connection, system.OFFER_EFFECTS.sql, now=now, until=until, overlooked=overlooked, limit=room["effects"]
             )
-            free = one(connection, system.FREE_CAPACITY.sql, now=now)
+            free = one(connection, system.FREE_CAPACITY.sql, now=now, seen=now - HOST_SILENT)
             capacity = free["free"] if free else 0
             sessions = (
                 rows(connection, system.OFFER_SESSIONS.sql, now=now, until=until, limit=limit, capacity=capacity)

@@ -28,6 +28,8 @@ from kilo_pipelines.telemetry import traces
 # A session waits for a free place on the host at most this long before its item is tried as failed: a host that has no
 # capacity for a working day has an operator's problem.
 QUEUE_SECONDS = 8 * 3600
+# A silent host's places are forgotten after a day: a restart would have brought it back.
+HOST_GONE = timedelta(days=1)
 # Callbacks may come late by their own retries (60+120+240+480 s, contract A9), never later than this.
 CALLBACK_GRACE_SECONDS = 3600
 # The agent whose sessions take no place on a host (store/hosted.py).
@@ -124,21 +126,15 @@ class Sessions:
         return True
 
     def ensure_capacity(self, places: int) -> None:
-        """This host's capacity rows; surplus ones are removed when they are free."""
-        host = socket.gethostname()
+        """Says that this host is there, with so many places; surplus ones are removed when they are free, and hosts long gone forgotten.
+
+        With 0 places the host takes leave.
+        """
+        host, now = socket.gethostname(), self._clock.now()
         with self._database.system() as connection:
-            changed(
-                connection,
-                system.ADD_CAPACITY.sql,
-                host=host,
-                places=places,
-            )
-            changed(
-                connection,
-                system.DROP_CAPACITY.sql,
-                host=host,
-                places=places,
-            )
+            changed(connection, system.ADD_CAPACITY.sql, host=host, places=places, now=now)
+            changed(connection, system.DROP_CAPACITY.sql, host=host, places=places)
+            changed(connection, system.FORGET_HOSTS.sql, gone=now - HOST_GONE, now=now)
 
     def claim(self, session_id: UUID, *, run_id: str, lease_s: float) -> SessionClaim | Refused:
         """Takes a queued session with a place on this host: higher fence, lease; one transaction."""

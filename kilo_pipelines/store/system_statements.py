@@ -36,6 +36,10 @@ SELECTED = (
 WATCHED = f"({WITHIN_REACH} and {SELECTED})"
 WATCHED_BY = f"left join service_configs c on c.owner_id = r.owner_id and c.service = 'security_agent' {REACHED_BY}"
 
+SCHEMA_REVISION = SystemStatement(
+    "select version_num as revision, clock_timestamp() as now from alembic_version", "the schema's revision belongs to no owner"
+)
+
 INTEGRATION_BY_INSTALLATION = SystemStatement(
     "select i.owner_id, i.id, i.provider, i.installation_id, i.account, (i.suspended_at is not null) as suspended,"
     " i.created_at as connected_at"
@@ -168,7 +172,7 @@ returning s.owner_id, s.id, s.item_id, h.offer_no, s.attempt, w.service, w.subje
 )
 
 FREE_CAPACITY = SystemStatement(
-    "select (select count(*) from agent_capacity where session_id is null or lease_until <= :now)"
+    "select (select count(*) from agent_capacity where seen_at > :seen and (session_id is null or lease_until <= :now))"
     " - (select count(*) from sessions where state = 'queued' and offer_until > :now) as free",
     "agent capacity belongs to the host, not to an owner",
 )
@@ -235,11 +239,17 @@ FREE_CAPACITY_OF = SystemStatement(
 )
 
 ADD_CAPACITY = SystemStatement(
-    "insert into agent_capacity (host, number) select :host, n from generate_series(1, :places) n on conflict do nothing",
+    "insert into agent_capacity (host, number, seen_at) select :host, n, :now from generate_series(1, :places) n"
+    " on conflict (host, number) do update set seen_at = excluded.seen_at",
     "agent capacity belongs to the host, not to an owner",
 )
 DROP_CAPACITY = SystemStatement(
     "delete from agent_capacity where host = :host and number > :places and session_id is null",
+    "agent capacity belongs to the host, not to an owner",
+)
+
+FORGET_HOSTS = SystemStatement(
+    "delete from agent_capacity where seen_at <= :gone and (session_id is null or lease_until <= :now)",
     "agent capacity belongs to the host, not to an owner",
 )
 
@@ -370,6 +380,34 @@ GIVEN_UP_DELIVERIES = SystemStatement(
     " join owners o on o.id = g.owner_id where g.state = 'gave_up' and g.ended_at >= :since order by g.ended_at desc limit :limit",
     "the operator is told of what any owner lost",
 )
+BUSY = SystemStatement(
+    """
+select (select count(*) from work_items where state = 'starting' and ended_at is null and lease_until > :now) as claims,
+    (select count(*) from sessions where state = 'running' and ended_at is null and lease_until > :now) as sessions,
+    (select count(*) from effects where state = 'applying' and lease_until > :now) as effects
+""",
+    "an upgrade waits for every owner's work",
+)
+RESTORED_ITEMS = SystemStatement(
+    "update work_items set fence = fence + :step, offer_until = null,"
+    " lease_until = case when lease_until is not null then cast(:now as timestamptz) end where ended_at is null",
+    "a restored database is older than the world for every owner",
+)
+RESTORED_SESSIONS = SystemStatement(
+    "update sessions set fence = fence + :step, offer_until = null,"
+    " lease_until = case when lease_until is not null then cast(:now as timestamptz) end where ended_at is null",
+    "a restored database is older than the world for every owner",
+)
+RESTORED_EFFECTS = SystemStatement(
+    "update effects set lease_no = lease_no + :step, offer_until = null,"
+    " lease_until = case when lease_until is not null then cast(:now as timestamptz) end where state in ('pending', 'applying')",
+    "a restored database is older than the world for every owner",
+)
+RESTORED_ONCE = SystemStatement(
+    "update effects set state = 'unknown', reason = :reason, ended_at = :now where state = 'pending' and kind = any(:once)",
+    "a restored database is older than the world for every owner",
+)
+NO_HOSTS = SystemStatement("delete from agent_capacity", "hosts of a lost platform are nobody's")
 
 UNSEALED_EVENTS = SystemStatement(
     "select owner_id, id, at, actor, action, subject, data from audit_events where seal is null order by id limit :limit for update",
@@ -752,7 +790,6 @@ EFFECT_OWNER = SystemStatement(
 CLEAR_SWITCH = SystemStatement(
     "delete from switches where scope = :scope and (set_by <> 'operator' or :actor = 'operator')", "the switch is the platform's"
 )
-REVISION = SystemStatement("select version_num from alembic_version", "the schema is the platform's")
 PAUSE = SystemStatement("select reason from switches where scope = 'all'", "the switch is the platform's")
 OWNERS = SystemStatement("select id, kind, name, plan, enabled from owners order by created_at, id", "the operator lists owners")
 NEW_OWNER = SystemStatement(

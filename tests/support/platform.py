@@ -37,9 +37,13 @@ class RunningPlatform:
         behaviour: str = "honest",
         lease_seconds: float = 4.0,
         prepare: Callable[[RunningPlatform], None] = lambda _: None,
+        instead_of: RunningPlatform | None = None,
         **settings: str,
     ) -> None:
-        """`prepare` is called before the first start; `settings` are more of the environment."""
+        """`prepare` is called before the first start; `settings` are more of the environment.
+
+        `instead_of` is a platform that has ended: this one has its home, restored elsewhere, and its addresses.
+        """
         self.home = Path(tempfile.mkdtemp(prefix="kilo-p-"))
         self.env = {
             **os.environ,
@@ -62,6 +66,9 @@ class RunningPlatform:
             "KILO_OIDC_OPERATORS": "ada@acme.test",
         }
         prepare(self)
+        if instead_of is not None:
+            self.env = instead_of.env
+            self.home = Path(self.env["KILO_HOME"])
         self.process: subprocess.Popen[bytes]
         self.settings: Settings
         self.store: Store

@@ -8,7 +8,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0019"
-down_revision = "0016"
+down_revision = "0018"
 
 TRACED = ("deliveries", "work_items", "sessions", "effects")
 # Rows that ended, by when: a scrape reads the newest few of them, however many there are.

@@ -35,6 +35,7 @@ from kilo_pipelines.core import origins
 from kilo_pipelines.core.changes import ABSENT, MAX_BYTES, MAX_FILES, PLAIN, Change, Refusal, commit_text, refusal_of
 from kilo_pipelines.core.diff import hunks_of
 from kilo_pipelines.core.evidence import Evidence, LedgerEntry
+from kilo_pipelines.core.limits import Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import Brief, BriefPart, SearchingTask, SessionTask, WorkspaceFacts, WriteTask
 from kilo_pipelines.core.text import one_line
@@ -144,6 +145,8 @@ class _Run:
         self._results: list[dict[str, Any]] = []
         self._turns: list[int] = []
         self._found: list[str] | None = None
+        # Meter and reading that the engine was told last.
+        self._told: tuple[str, Usage] | None = None
         # The merged, validated and bound result, once there is one; a refused change doesn't take it away.
         self.result: dict[str, Any] | None = None
 
@@ -180,10 +183,14 @@ class _Run:
             raise _EndedError(SessionStatus.FAILED, self._brief.refused)
         self._check_out(sandbox, bare)
         self._open_mirror()
+        # A launch that was killed told of its last seconds to nobody.
+        self._tell_spent(self._proxy.left_behind())
         socket = self._proxy.register(
             model=self._spec.model,
             turns=self._spec.limits.turns,
             tokens=self._spec.limits.tokens,
+            micro_usd=self._spec.limits.micro_usd,
+            price=self._spec.limits.price,
             mirror=self._mirror.socket if self._mirror else None,
         )
         for number, part in enumerate(self._brief.parts, 1):
@@ -514,7 +521,9 @@ class _Run:
             now = time.monotonic()
             if now - look >= SILENCE_LOOK_SECONDS:
                 look = now
-                seen = (output_file.stat().st_size, self._proxy.transcript().requests)
+                transcript = self._proxy.transcript()
+                self._tell_spent(transcript)
+                seen = (output_file.stat().st_size, transcript.requests)
                 if seen != signs:
                     signs, since = seen, now
                 elif now - since > self._spec.limits.silence_s:
@@ -523,6 +532,12 @@ class _Run:
                 process.popen.wait(WAIT_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
+
+    def _tell_spent(self, transcript: Transcript | None) -> None:
+        usage = transcript and Usage(transcript.tokens_in, transcript.tokens_out, transcript.cached)
+        if transcript is not None and usage and (transcript.meter, usage) != self._told:
+            self._control.spent(transcript.meter, usage)
+            self._told = (transcript.meter, usage)
 
     # -- evidence and the end ------------------------------------------------------------------------------------------
 
@@ -571,7 +586,8 @@ class _Run:
         if self._process is not None:
             self._process.kill()
         self._close_mirror()
-        with suppress(ProxyError):  # the proxy is gone and its sockets with it
+        with suppress(ProxyError):  # the proxy is gone, its sockets and what it saw since the last look with it
+            self._tell_spent(self._proxy.left_behind())
             self._proxy.close()
         self._workspace.remove()
 

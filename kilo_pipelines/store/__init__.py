@@ -55,6 +55,7 @@ from kilo_pipelines.store.rows import (
 )
 from kilo_pipelines.store.sessions import Sessions
 from kilo_pipelines.store.settle import Settlements, SettleTx
+from kilo_pipelines.store.spend import Spend
 from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
 __all__ = [
@@ -124,6 +125,7 @@ class Store:
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
         self.budgets = Budgets(self.database)
+        self.spend = Spend(self.database, clock)
         self.invariants = Invariants(self.database, clock)
         self.audit = Audit(self.database, clock)
         self.retention = Retention(self.database, clock)

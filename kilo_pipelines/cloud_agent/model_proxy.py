@@ -291,7 +291,9 @@ class ModelProxy:
                     await upstream.aclose()
         except (httpx.HTTPError, TimeoutError) as failure:
             log.warning("the model doesn't answer a question: %s", type(failure).__name__)
-            return JSONResponse({"reason": Reason.MODEL_UNREACHABLE})
+            # What timed out was sent, and will be on the bill.
+            sent = estimate(body) if isinstance(failure, TimeoutError | httpx.ReadError | httpx.ReadTimeout) else 0
+            return JSONResponse({"reason": Reason.MODEL_UNREACHABLE, "meter": secrets.token_hex(16), "tokens_in": sent})
         if upstream.status_code != 200:
             log.warning("the model answers a question with HTTP %s", upstream.status_code)
             return JSONResponse({"reason": _refusal(upstream.status_code)})

@@ -114,8 +114,8 @@ class SessionControl(Protocol):
         """A step worth keeping (session_events) and showing in the run's log; never a secret, prompt or diff."""
         ...
 
-    def spent(self, meter: str, usage: Usage) -> None:
-        """What a meter shows by now; told as often as it moved, and once more at the end."""
+    def spent(self, meter: str, usage: Usage) -> bool:
+        """What a meter shows by now, told as often as it moved and once more at the end; False when it could not be kept now."""
         ...
 
     def accepted(self, outcome: SessionOutcome) -> bool:

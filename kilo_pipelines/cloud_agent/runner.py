@@ -534,10 +534,11 @@ class _Run:
                 continue
 
     def _tell_spent(self, transcript: Transcript | None) -> None:
-        usage = transcript and Usage(transcript.tokens_in, transcript.tokens_out, transcript.cached)
-        if transcript is not None and usage and (transcript.meter, usage) != self._told:
-            self._control.spent(transcript.meter, usage)
-            self._told = (transcript.meter, usage)
+        if transcript is None:
+            return
+        reading = (transcript.meter, Usage(transcript.tokens_in, transcript.tokens_out, transcript.cached))
+        if reading[1].tokens and reading != self._told and self._control.spent(*reading):
+            self._told = reading
 
     # -- evidence and the end ------------------------------------------------------------------------------------------
 

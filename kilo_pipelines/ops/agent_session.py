@@ -10,6 +10,7 @@ from uuid import UUID
 from dagster import DagsterExecutionInterruptedError, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.core.limits import Amount, Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import SessionTask
 from kilo_pipelines.ops.ids import Ids
@@ -19,7 +20,7 @@ from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.services.security.brief import AnalysisTask
 from kilo_pipelines.services.security.remediation_brief import RemediationTask
-from kilo_pipelines.store import SessionClaim, Store
+from kilo_pipelines.store import OperationalError, SessionClaim, Store
 
 # How often the interrupt column is read: an interrupt must be obeyed within 5 s, and the read is one indexed row.
 INTERRUPT_POLL_SECONDS = 1.0
@@ -39,7 +40,17 @@ class LeasedControl:
     doesn't answer ends nothing before the lease would be over.
     """
 
-    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim, *, lease_s: float, every_s: float) -> None:
+    def __init__(
+        self,
+        context: OpExecutionContext,
+        store: Store,
+        claim: SessionClaim,
+        spec: SessionSpec,
+        *,
+        lease_s: float,
+        every_s: float,
+    ) -> None:
+        self._spec = spec
         self._lease_s = lease_s
         self._every_s = every_s
         self._context = context
@@ -86,6 +97,23 @@ class LeasedControl:
         self._store.sessions.event(self._claim, kind, data)
         self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
 
+    def spent(self, meter: str, usage: Usage) -> bool:
+        """Keeps it in the ledger; a database that doesn't answer is told with the next look: a meter only grows."""
+        try:
+            self._store.spend.record(
+                self._claim.owner_id,
+                meter,
+                item_id=self._claim.item_id,
+                session_id=self._claim.session_id,
+                service=self._spec.service,
+                model=self._spec.model,
+                usage=usage,
+                price=self._spec.limits.price,
+            )
+        except OperationalError:
+            return False
+        return True
+
     def accepted(self, outcome: SessionOutcome) -> bool:
         """Keeps it with the session, under its fence."""
         told = outcome.model_dump(mode="json")
@@ -116,7 +144,8 @@ def run_agent_session(
             raise ProviderError(Reason.OWNER_CHANGED, retryable=False)
         return mint(item.installation_id, item.repository_id)
 
-    with LeasedControl(context, platform, claim, lease_s=lease_s, every_s=cloud_agent.heartbeat_seconds()) as control:
+    spec = _bounded(spec, platform.spend.of_session(claim.owner_id, claim.session_id))
+    with LeasedControl(context, platform, claim, spec, lease_s=lease_s, every_s=cloud_agent.heartbeat_seconds()) as control:
         try:
             outcome = cloud_agent.runner(spec.agent).run(
                 spec,
@@ -135,7 +164,24 @@ def run_agent_session(
     if lost:
         context.log.warning("the lease went to somebody else: this outcome is not reported")
         return
-    _report(context, platform, cloud_agent, claim, outcome)
+    _report(context, platform, cloud_agent, claim, _by_budget(spec, outcome))
+
+
+def _bounded(spec: SessionSpec, spent: Amount) -> SessionSpec:
+    """A launch that follows another one of the same session has what that one left of the grant."""
+    limits = spec.limits
+    money = None if limits.micro_usd is None else limits.micro_usd - spent.micro_usd
+    return spec.model_copy(
+        update={"limits": limits.model_copy(update={"tokens": limits.tokens - spent.tokens, "micro_usd": money})}
+    )
+
+
+def _by_budget(spec: SessionSpec, outcome: SessionOutcome) -> SessionOutcome:
+    """A session that ended for want of tokens or money which only this day lacked is tried again on the next."""
+    turns = outcome.evidence.turns if outcome.evidence is not None else 0
+    if outcome.reason != Reason.BUDGET_EXCEEDED or not spec.limits.cut or turns >= spec.limits.turns:
+        return outcome
+    return outcome.model_copy(update={"reason": Reason.BUDGET_EXHAUSTED})
 
 
 def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionClaim, lease_s: float) -> None:

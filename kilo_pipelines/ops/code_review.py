@@ -64,6 +64,7 @@ def _launch(
         pools=review_pools,
         lease_s=cloud_agent.lease_seconds(),
         costs=github.launch_costs(),
+        ask=cloud_agent.needs(None),
     )
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
@@ -90,7 +91,7 @@ def _launch(
     launched = store.sessions.launch(
         claim,
         session_id=session_id,
-        spec=cloud_agent.spec(session_id, claim.owner_id, pull, task),
+        spec=cloud_agent.spec(session_id, claim.owner_id, pull, task, claim.granted),
         head=head,
         effects=outcome.start_effects(subject, marker, admitted_head=details["head_sha"]),
         cap_s=cloud_agent.cap_seconds(),

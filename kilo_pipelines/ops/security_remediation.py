@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 from dagster import Nothing, OpExecutionContext, Out, op
 from pydantic import ValidationError
 
-from kilo_pipelines.acts.common import Log
+from kilo_pipelines.acts.common import Log, enabled_config
 from kilo_pipelines.acts.remediation import cases, event_of, group_of
 from kilo_pipelines.cloud_agent.protocol import PUSHED
 from kilo_pipelines.core import retry
@@ -65,6 +65,7 @@ def _launch(
         pools=lambda _kind, _plan: remediation_pools(repository_id),
         lease_s=cloud_agent.lease_seconds(),
         costs=github.launch_costs(),
+        ask=cloud_agent.needs(_model(store, item.owner_id) if item is not None else None),
     )
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
@@ -101,6 +102,7 @@ def _launch(
             SERVICE,
             at,
             brief.task_of(group, fixes, at.full_name, case.config.remediation_registries),
+            claim.granted,
             model=case.config.remediation_model,
             writes=True,
             branch=branch,
@@ -119,6 +121,12 @@ def _launch(
     )
     say(context, item_id, "launched" if launched else Reason.MOVED_ON)
     context.log.info(f"session {session_id}, attempt {claim.attempt}, fence {claim.fence}: {len(group)} findings on {branch}")
+
+
+def _model(store: Store, owner_id: UUID) -> str | None:
+    """The model that the owner wants; what it costs is asked for at the claim."""
+    config = enabled_config(store, owner_id)
+    return config.remediation_model if config is not None else None
 
 
 def _stop(context: OpExecutionContext, store: Store, claim: Claimed, reason: Reason, **links: str | None) -> None:

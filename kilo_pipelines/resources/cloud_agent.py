@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +21,7 @@ from kilo_pipelines.cloud_agent.proxy_client import ProxyError, ask
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
 from kilo_pipelines.cloud_agent.tree import Ground, Read, read_tree
+from kilo_pipelines.core.limits import Ask, Grant, Price, Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers.github import BranchHead, ProviderError, PullState
 from kilo_pipelines.settings import Settings, current
@@ -34,6 +35,9 @@ class ModelAnswer:
 
     arguments: str | None
     reason: Reason | None
+    # What it cost; None when the proxy itself didn't answer.
+    meter: str | None = None
+    usage: Usage = Usage()  # noqa: RUF009  # frozen
 
 
 def sandbox_of(settings: Settings) -> Sandbox:
@@ -80,9 +84,26 @@ class CloudAgentResource(ConfigurableResource[None]):
         settings = current()
         return f"{settings.dagster_url}/runs/{run_id}" if settings.offline else None
 
-    def spec(self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any]) -> dict[str, Any]:
-        """What a session works on."""
+    def needs(self, *models: str | None) -> Ask:
+        """What work that asks these models (None: the platform's) would use: at the price of the dearest, unknown when one's is."""
+        settings = current()
+        names = [one or settings.model for one in models]
+        prices = [settings.model_prices[one] for one in names if one in settings.model_prices]
+        if len(prices) < len(names):
+            return Ask(names[0])
+        return Ask(names[0], price=Price(input=max(one.input for one in prices), output=max(one.output for one in prices)))
+
+    def price(self, model: str | None) -> Price | None:
+        """What a model (None: the platform's) costs; None when nobody knows."""
+        settings = current()
+        return settings.model_prices.get(model or settings.model)
+
+    def spec(
+        self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any], granted: Grant | None
+    ) -> dict[str, Any]:
+        """What a session works on, within what its claim was granted."""
         return self._spec(
+            granted,
             session_id=session_id,
             owner_id=owner_id,
             service="code_review",
@@ -108,12 +129,14 @@ class CloudAgentResource(ConfigurableResource[None]):
         service: str,
         at: BranchHead,
         task: dict[str, Any],
+        granted: Grant | None,
         *,
         model: str | None,
         **write: Any,
     ) -> dict[str, Any]:
         """What a session on a branch's head works on; `write` is what a write session may do (`SessionSpec`), none reads only."""
         return self._spec(
+            granted,
             session_id=session_id,
             owner_id=owner_id,
             service=service,
@@ -135,9 +158,15 @@ class CloudAgentResource(ConfigurableResource[None]):
         )
 
     @staticmethod
-    def _spec(**values: Any) -> dict[str, Any]:
+    def _spec(granted: Grant | None, **values: Any) -> dict[str, Any]:
         settings = current()
-        limits = SessionLimits(silence_s=settings.session_silence_seconds, hard_cap_s=settings.session_cap_seconds)
+        limits = SessionLimits(
+            silence_s=settings.session_silence_seconds,
+            hard_cap_s=settings.session_cap_seconds,
+            price=settings.model_prices.get(values.get("model", settings.model)),
+        )
+        if granted is not None:
+            limits = limits.model_copy(update=asdict(granted))
         return SessionSpec(**{"agent": settings.agent, "model": settings.model, "limits": limits, **values}).model_dump(
             mode="json"
         )
@@ -153,7 +182,10 @@ class CloudAgentResource(ConfigurableResource[None]):
             answer = ask(control_socket(settings), whole)
         except ProxyError:
             return ModelAnswer(None, Reason.MODEL_UNREACHABLE)
-        return ModelAnswer(answer.get("arguments"), Reason(answer["reason"]) if "reason" in answer else None)
+        used = Usage(answer.get("tokens_in", 0), answer.get("tokens_out", 0), answer.get("cached", 0))
+        return ModelAnswer(
+            answer.get("arguments"), Reason(answer["reason"]) if "reason" in answer else None, answer.get("meter"), used
+        )
 
     def runner(self, agent: str) -> SelfHostedRunner:
         """A runner for one agent program."""

@@ -5,7 +5,7 @@ Holds: every SQL statement. Does not belong here: rules that need no database (c
 
 from __future__ import annotations
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store.analyses import Analyses
@@ -87,6 +87,7 @@ __all__ = [
     "NewItem",
     "NotDisposedError",
     "Offer",
+    "OperationalError",
     "Owner",
     "PageCount",
     "PeriodRead",

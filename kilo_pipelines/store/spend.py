@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -9,10 +10,11 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.limits import Budget, LimitsConfig, Price, Usage, cost, day_of, is_near
+from kilo_pipelines.core.limits import Amount, Budget, Grant, LimitsConfig, Price, Usage, cost, day_of, is_near
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, one, rows
 from kilo_pipelines.store.queue import audit
+from kilo_pipelines.store.rows import Claimed
 from kilo_pipelines.store.standing import day_rows, mark, read_limits, standings
 
 
@@ -133,6 +135,36 @@ class Spend:
             if is_near(budget, standing.spent, config.warn_percent) and mark(connection, owner_id, scope, "warned", now):
                 told = {"percent": config.warn_percent, "tokens": standing.spent.tokens, "micro_usd": standing.spent.micro_usd}
                 audit(connection, owner_id, "platform", "budget.warning", scope or "all services", told, now)
+
+    def left(self, claim: Claimed) -> Grant | None:
+        """What a claimed item still holds of its grant after what it spent since; None where nothing was granted."""
+        if claim.granted is None:
+            return None
+        with self._database.owner(claim.owner_id) as connection:
+            row = one(
+                connection,
+                "select reserved_tokens, reserved_micro_usd from work_items where owner_id = :owner and id = :item and fence = :fence",
+                owner=claim.owner_id,
+                item=claim.item_id,
+                fence=claim.fence,
+            )
+        if row is None:
+            return claim.granted
+        money = row["reserved_micro_usd"] if claim.granted.micro_usd is not None else None
+        return replace(claim.granted, tokens=row["reserved_tokens"], micro_usd=money)
+
+    def of_session(self, owner_id: UUID, session_id: UUID) -> Amount:
+        """What all launches of a session cost so far."""
+        with self._database.owner(owner_id) as connection:
+            row = one(
+                connection,
+                "select coalesce(sum(tokens_in + tokens_out), 0) as tokens, coalesce(sum(micro_usd), 0) as micro_usd from spend_entries e"
+                " join sessions s on s.owner_id = e.owner_id and s.id = e.session_id"
+                " where s.owner_id = :owner and s.id = :session and e.item_id = s.item_id",
+                owner=owner_id,
+                session=session_id,
+            )
+        return Amount(int(row["tokens"]), int(row["micro_usd"])) if row else Amount()
 
     def of_owner(self, owner_id: UUID, days: int = 1) -> list[dict[str, Any]]:
         """The ledger of the last days (UTC, today among them), newest first: by day, service and model."""

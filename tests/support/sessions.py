@@ -53,8 +53,9 @@ class Control:
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.events.append((kind, data))
 
-    def spent(self, meter: str, usage: Usage) -> None:
+    def spent(self, meter: str, usage: Usage) -> bool:
         self.meters[meter] = usage
+        return True
 
     def accepted(self, outcome: SessionOutcome) -> bool:
         self.kept = outcome

@@ -25,6 +25,7 @@ import psutil
 from kilo_pipelines import __version__
 from kilo_pipelines.cli import doctor as doctor_checks
 from kilo_pipelines.cli import (
+    limits,
     security,
     security_analysis,  # noqa: F401  # registers on the group `security`, as the next ones do
     security_dismissal,  # noqa: F401
@@ -420,19 +421,22 @@ def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> No
         state = app.installation(installation, ids, {"metadata": "read", "pull_requests": "read"}).pull(repository, pull)
     except (ValueError, setup.ProviderError) as failure:
         end(plain, str(failure))
+    details, subject = launch.details_of(state, config.config), admission.subject(state.repository_id, pull)
     item = store.queue.open(
         owner,
         NewItem(
             service=admission.SERVICE,
-            subject_key=admission.subject(state.repository_id, pull),
+            subject_key=subject,
             repository_id=state.repository_id,
             priority=1,
-            details=launch.details_of(state, config.config),
+            details=details,
         ),
         actor=OPERATOR,
     )
     if item is None:
         end(plain, "this pull request has an active review already")
+    # Who asks for this head by hand approves it.
+    store.approvals.give(owner, details, subject, actor=OPERATOR)
     show(plain, {"review": str(item)}, lambda: str(item))
 
 
@@ -447,7 +451,8 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+reviews.add_command(limits.reviews_approve)
+for command in (*work.COMMANDS, *limits.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -23,38 +23,38 @@ _scope_options = [
 ]
 
 
-def _scoped(command: Any) -> Any:
+def scoped(command: Any) -> Any:
     for option in _scope_options:
         command = option(command)
     return command
 
 
-def _scope(owner: UUID | None, service: str | None, plain: bool) -> str:
+def scope_of(owner: UUID | None, service: str | None, plain: bool) -> str:
     if owner is not None and service is not None:
         end(plain, "give --owner or --service, not both", 2)
     return f"owner:{owner}" if owner else f"service:{service}" if service else "all"
 
 
 @click.command()
-@_scoped
+@scoped
 @click.option("--reason", default="paused by the operator", show_default=True)
 @as_json
 def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
     """Starts nothing new in the scope (everything, an owner, a service); what runs goes on to its end."""
     _, store = open_store(plain)
-    scope = _scope(owner, service, plain)
+    scope = scope_of(owner, service, plain)
     store.queue.switch(scope, "pause", reason, actor=OPERATOR)
     show(plain, {"scope": scope, "kind": "pause"}, lambda: f"paused: {scope}; `kilo-pipelines resume` goes on")
 
 
 @click.command()
-@_scoped
+@scoped
 @click.option("--reason", default="stopped by the operator", show_default=True)
 @as_json
 def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
     """The kill switch: cancels what runs in the scope and starts nothing until it is released."""
     _, store = open_store(plain)
-    scope = _scope(owner, service, plain)
+    scope = scope_of(owner, service, plain)
     stopped = store.queue.switch(scope, "kill", reason, actor=OPERATOR)
     show(
         plain,
@@ -64,12 +64,12 @@ def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> N
 
 
 @click.command()
-@_scoped
+@scoped
 @as_json
 def resume(owner: UUID | None, service: str | None, plain: bool) -> None:
     """Releases a pause or kill switch of the same scope."""
     _, store = open_store(plain)
-    scope = _scope(owner, service, plain)
+    scope = scope_of(owner, service, plain)
     if not store.queue.unswitch(scope):
         set_now = ", ".join(one["scope"] for one in store.queue.switches())
         end(plain, f"nothing is paused for {scope}" + (f"; switches that are set: {set_now}" if set_now else ""))
@@ -123,6 +123,7 @@ def items_show(item: UUID, plain: bool) -> None:
     attempts = store.queue.attempts(item)
     effects = store.outbox.of_item(item)
     session = store.sessions.get(row.session_id) if row.session_id else None
+    spent = store.spend.of_item(row.owner_id, item)
 
     def text() -> str:
         lines = [
@@ -136,9 +137,12 @@ def items_show(item: UUID, plain: bool) -> None:
             for one in attempts
         ]
         if session is not None:
+            lines += _told(session.receipt)
             lines.append(
                 f"session {session.id}: {session.state} {session.reason or ''}, launches {session.launches}, run {session.run_id or '-'}"
             )
+        tokens, micro = sum(one["tokens_in"] + one["tokens_out"] for one in spent), sum(one["micro_usd"] for one in spent)
+        lines += [f"spent {tokens} tokens, {micro / 1_000_000:.4f} USD"] if spent else []
         lines += [f"effect {one['kind']:<24} {one['state']:<8} {one['url'] or one['reason'] or ''}" for one in effects]
         return "\n".join(lines)
 
@@ -148,12 +152,37 @@ def items_show(item: UUID, plain: bool) -> None:
             for name in ("id", "owner_id", "service", "subject_key", "state", "reason", "attempt", "fence")
         },
         "attempts": attempts,
-        "session": {"id": session.id, "state": session.state, "reason": session.reason, "run": session.run_id}
+        "session": {
+            "id": session.id,
+            "state": session.state,
+            "reason": session.reason,
+            "run": session.run_id,
+            "receipt": session.receipt,
+        }
         if session
         else None,
+        "spend": spent,
         "effects": effects,
     }
     show(plain, value, text)
+
+
+def _told(receipt: dict[str, Any] | None) -> list[str]:
+    """A capability receipt for people."""
+    if receipt is None:
+        return []
+    does = [
+        word
+        for word, holds in (("secrets", receipt["holds_secrets"]), ("pushes", receipt["writes"]), ("effects", receipt["effects"]))
+        if holds
+    ]
+    money = "" if receipt["micro_usd"] is None else f", {receipt['micro_usd'] / 1_000_000:.2f} USD"
+    return [
+        f"receipt: text of {', '.join(receipt['text'])}; {', '.join(does) or 'no secrets, no effects'};"
+        f" approved by {receipt['approved_by'] or 'nobody'}; network {receipt['network']}; sandbox {receipt['sandbox']}",
+        f"         model {receipt['model']}, {receipt['turns']} turns, {receipt['tokens']} tokens{money}, {receipt['seconds']:.0f} s,"
+        f" evidence {receipt['evidence']}",
+    ]
 
 
 @items.command("cancel")

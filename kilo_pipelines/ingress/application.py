@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
 # Events that a service admits; everything else is stored as settled.
-_ADMITTED = {"pull_request", "dependabot_alert"}
+_ADMITTED = {"pull_request", "issue_comment", "dependabot_alert"}
 _LIFECYCLE = frozenset({"installation", "installation_repositories", "repository"})
 
 # A dispatch finds its pull request among this many newest reviews of an owner.
@@ -410,6 +410,14 @@ def _refresh_gauges(store: Store) -> None:
     metrics.live.clear()
     for (what, state), count in store.queue.gauges().items():
         metrics.live.labels(what, state).set(count)
+    for gauge in (metrics.waiting, metrics.spent_tokens, metrics.spent_usd):
+        gauge.clear()
+    for (service, reason), count in store.queue.waiting_reasons().items():
+        metrics.waiting.labels(service, reason).set(count)
+    for row in store.spend.gauges():
+        metrics.spent_tokens.labels(row["service"], row["model"], "in").set(row["tokens_in"])
+        metrics.spent_tokens.labels(row["service"], row["model"], "out").set(row["tokens_out"])
+        metrics.spent_usd.labels(row["service"], row["model"]).set(float(row["micro_usd"]) / 1_000_000)
     for name, value in store.queue.counters().items():
         metrics.counted.labels(name).set(value)
 

@@ -15,4 +15,17 @@ answer_seconds = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
 )
 live = Gauge("kilo_live", "Live rows by what and state.", ["what", "state"], registry=registry)
+waiting = Gauge("kilo_waiting", "Waiting work items by service and reason.", ["service", "reason"], registry=registry)
+spent_tokens = Gauge(
+    "kilo_spent_tokens",
+    "Tokens of this UTC day by service, model and direction.",
+    ["service", "model", "direction"],
+    registry=registry,
+)
+spent_usd = Gauge(
+    "kilo_spent_usd",
+    "USD of this UTC day by service and model, as far as prices are known.",
+    ["service", "model"],
+    registry=registry,
+)
 counted = Gauge("kilo_counted", "Counted oddities, such as late writes that changed nothing.", ["name"], registry=registry)

@@ -17,7 +17,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.items import may_start, provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -98,18 +98,24 @@ def _launch(
         provider_failed(context, store, claim, failure)
         return
     session_id = uuid4()
+    spec = cloud_agent.branch_spec(
+        session_id,
+        claim.owner_id,
+        SERVICE,
+        branch,
+        brief.task_of(finding, branch.full_name, found),
+        store.spend.left(claim),
+        model=config.analysis_model,
+    )
+    # Nothing is written outside because of an analysis by itself: what follows has rules, and an item, of its own.
+    receipt = cloud_agent.receipt(spec, text=["advisory", "member"], effects=False)
+    if not may_start(context, store, claim, receipt):
+        return
     launched = store.sessions.launch(
         claim,
         session_id=session_id,
-        spec=cloud_agent.branch_spec(
-            session_id,
-            claim.owner_id,
-            SERVICE,
-            branch,
-            brief.task_of(finding, branch.full_name, found),
-            store.spend.left(claim),
-            model=config.analysis_model,
-        ),
+        spec=spec,
+        receipt=receipt,
         head={"snapshot": snapshot_of(finding), "commit_sha": branch.head_sha},
         effects=[],
         cap_s=cloud_agent.cap_seconds(),

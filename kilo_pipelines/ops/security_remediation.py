@@ -19,7 +19,7 @@ from kilo_pipelines.core.text import clean
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.items import may_start, provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -93,22 +93,28 @@ def _launch(
     session_id = uuid4()
     branch = rules.branch_of(item_id, claim.attempt, finding)
     fixes = {key: one.deep["suggested_fix"] for key, one in analyses.items() if one.deep is not None}
+    spec = cloud_agent.branch_spec(
+        session_id,
+        claim.owner_id,
+        SERVICE,
+        at,
+        brief.task_of(group, fixes, at.full_name, case.config.remediation_registries),
+        claim.granted,
+        model=case.config.remediation_model,
+        writes=True,
+        branch=branch,
+        allow_protected=case.config.remediation_allow_protected,
+        registries=case.config.remediation_registries,
+    )
+    asked_by = claim.details["requested_by"] if claim.by_person else None
+    receipt = cloud_agent.receipt(spec, text=["advisory", "member"], effects=True, approved_by=asked_by)
+    if not may_start(context, store, claim, receipt):
+        return
     launched = store.sessions.launch(
         claim,
         session_id=session_id,
-        spec=cloud_agent.branch_spec(
-            session_id,
-            claim.owner_id,
-            SERVICE,
-            at,
-            brief.task_of(group, fixes, at.full_name, case.config.remediation_registries),
-            claim.granted,
-            model=case.config.remediation_model,
-            writes=True,
-            branch=branch,
-            allow_protected=case.config.remediation_allow_protected,
-            registries=case.config.remediation_registries,
-        ),
+        spec=spec,
+        receipt=receipt,
         head={
             "analysis_id": str(case.analysis.item_id),
             "fingerprint": rules.fingerprint(finding, case.analysis),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID
@@ -23,6 +23,7 @@ from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError,
 from kilo_pipelines.cloud_agent.tree import Ground, Read, read_tree
 from kilo_pipelines.core.limits import Ask, Grant, Price, Usage
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.receipt import Receipt, Source
 from kilo_pipelines.providers.github import BranchHead, ProviderError, PullState
 from kilo_pipelines.settings import Settings, current
 
@@ -97,6 +98,26 @@ class CloudAgentResource(ConfigurableResource[None]):
         """What a model (None: the platform's) costs; None when nobody knows."""
         settings = current()
         return settings.model_prices.get(model or settings.model)
+
+    def receipt(self, spec: Mapping[str, Any], *, text: list[Source], effects: bool, approved_by: str | None = None) -> Receipt:
+        """What the session of a spec may see and do; `text`, `effects` and `approved_by` are its service's to know."""
+        session = SessionSpec.model_validate(spec)
+        return Receipt(
+            text=text,
+            # Sessions have no profiles yet: the sandbox's environment is built from an allow-list without a secret.
+            holds_secrets=False,
+            effects=effects,
+            approved_by=approved_by,
+            writes=session.writes,
+            network="registries" if session.registries else "model",
+            model=session.model,
+            turns=session.limits.turns,
+            tokens=session.limits.tokens,
+            micro_usd=session.limits.micro_usd,
+            seconds=session.limits.hard_cap_s,
+            evidence="observed",
+            sandbox=current().sandbox,
+        )
 
     def spec(
         self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any], granted: Grant | None

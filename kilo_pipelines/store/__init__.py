@@ -9,6 +9,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store.analyses import Analyses
+from kilo_pipelines.store.approvals import Approval, Approvals
 from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
@@ -68,6 +69,7 @@ __all__ = [
     "Ages",
     "AmbiguousInstallationError",
     "AnalysisRow",
+    "Approval",
     "Budgets",
     "Change",
     "Cipher",
@@ -125,6 +127,7 @@ class Store:
         self.sessions = Sessions(self.database, clock, cipher)
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
+        self.approvals = Approvals(self.database, clock)
         self.budgets = Budgets(self.database)
         self.spend = Spend(self.database, clock)
         self.invariants = Invariants(self.database, clock)

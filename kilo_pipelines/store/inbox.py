@@ -15,12 +15,15 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.limits import LimitsConfig
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.approvals import note_approval
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.findings import Alert, Decide, Dispose, Findings, read_duplicates, write_alerts
 from kilo_pipelines.store.queue import end_item, intend, lock_subject, open_item, reopen_item
 from kilo_pipelines.store.rows import DeliveryRow, FindingRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
+from kilo_pipelines.store.standing import read_limits
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +278,25 @@ class AdmissionTx:
             raise RuntimeError(f"{new.subject_key} has a live item of {new.service}: admission has to end it first")
         self._settle("admitted", None, item_id)
         return item_id
+
+    def limits(self) -> LimitsConfig:
+        """The owner's limits; defaults where none can be read: its claims spend nothing then."""
+        return read_limits(self._connection, self.delivery.owner_id) or LimitsConfig()
+
+    def approve(self, repository_id: int, pull_number: int, *, head_sha: str, login: str, how: str, subject_key: str) -> None:
+        """Somebody approved a pull request's head, as far as the delivery tells; whether they may is asked at the claim."""
+        note_approval(
+            self._connection,
+            self.delivery.owner_id,
+            repository_id,
+            pull_number,
+            head_sha=head_sha,
+            login=login,
+            how=how,
+            subject_key=subject_key,
+            granted=None,
+            now=self._now,
+        )
 
     def intend(self, item_id: UUID, effects: list[EffectIntent]) -> None:
         """Effects of the admission itself, committed with it."""

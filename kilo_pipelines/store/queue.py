@@ -693,6 +693,35 @@ class Queue:
             notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
 
+    def hold(
+        self, claim: Claimed, *, until: datetime, reason: str, details: Mapping[str, Any], effects: list[EffectIntent]
+    ) -> bool:
+        """starting -> waiting for somebody: with what was read meanwhile and what is told outside. False for a late writer.
+
+        Unlike `release` it counts as no try: nothing failed, and it may be looked at for weeks.
+        """
+        now = self._clock.now()
+        with self._database.owner(claim.owner_id) as connection:
+            done = changed(
+                connection,
+                "update work_items set state = 'waiting', reason = :reason, lease_until = null, offer_until = null, not_before = :until,"
+                " updated_at = :now where owner_id = :owner and id = :item and state = 'starting' and fence = :fence and session_id is null",
+                owner=claim.owner_id,
+                item=claim.item_id,
+                fence=claim.fence,
+                reason=reason,
+                until=until,
+                now=now,
+            )
+            if not done:
+                count_late_write(connection, "hold")
+                return False
+            set_details(connection, claim.owner_id, claim.item_id, claim.service, details)
+            free_slots(connection, claim.owner_id, claim.item_id)
+            intend(connection, claim.owner_id, claim.item_id, effects, now)
+            notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
+        return True
+
     def block_service(self, owner_id: UUID, service: str, call: Call, reason: str, item_id: UUID) -> datetime | None:
         """Lets one of an owner's services wait, longer each time in a row that this kind of call to a model failed (`core.retry.block`).
 

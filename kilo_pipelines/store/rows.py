@@ -174,6 +174,7 @@ class SessionRow:
     spec: dict[str, Any]
     result: dict[str, Any] | None
     evidence: dict[str, Any] | None
+    receipt: dict[str, Any] | None
     run_id: str | None
     launches: int
     started_at: datetime | None

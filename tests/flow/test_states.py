@@ -27,7 +27,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, SESSION_TRANSITIONS, TRANSITIONS, WorkState
 from kilo_pipelines.store import AdmissionTx, Claimed, ClaimedEffect, NewDelivery, SessionClaim
 from tests.support.figures import Figures
-from tests.support.store import World, intent
+from tests.support.store import RECEIPT, World, intent
 
 
 @dataclass
@@ -121,7 +121,7 @@ def _launch(case: Case) -> None:
             details=row.details,
         )
     head = {name: case.claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
-    case.world.store.sessions.launch(case.claim, session_id=uuid4(), spec={}, head=head, effects=[], cap_s=60)
+    case.world.store.sessions.launch(case.claim, session_id=uuid4(), spec={}, head=head, effects=[], cap_s=60, receipt=RECEIPT)
 
 
 def _claimed(case: Case) -> Claimed:

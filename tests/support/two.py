@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 
+from kilo_pipelines.core.limits import SETTINGS, Budget, LimitsConfig, Usage
 from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -61,6 +62,7 @@ class Corner(World):
         self.live, self.session = self.launched(self.item(2))
         self.waiting = self.item(3)
         self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
+        self.spent()
         assert isinstance(self.claim(self.item(4)), Claimed)
         self.findings()
         # They wait for ever: what their claims do is another test's.
@@ -72,6 +74,26 @@ class Corner(World):
             "insert into people (owner_id, id, login, role) values (%s, %s, %s, 'owner')",
             (self.owner.id, uuid4(), f"{self.canary}-login"),
         )
+
+    def spent(self) -> None:
+        """A meter that reached a budget, and an approval."""
+        limits = LimitsConfig(daily=Budget(tokens=10**12), services={"security_analysis": Budget(tokens=1)}).model_dump(
+            mode="json"
+        )
+        self.store.owners.put_config(
+            self.owner.id, SETTINGS, limits, enabled=True, expected_revision=0, actor=f"{self.canary}-actor"
+        )
+        self.store.spend.record(
+            self.owner.id,
+            "meter",
+            item_id=self.live.item_id,
+            session_id=self.session,
+            service="security_analysis",
+            model=f"{self.canary}-model",
+            usage=Usage(10, 1),
+            price=None,
+        )
+        self.store.approvals.give(self.owner.id, self.details(2), "s", actor=f"{self.canary}-actor")
 
     def findings(self) -> None:
         """Alerts of the same numbers, one of them set aside, after a sync that stopped at a page."""

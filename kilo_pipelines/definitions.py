@@ -17,8 +17,8 @@ from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.schedules import (
-    default_schedules,
     check_budgets,
+    default_schedules,
     recompute_sla,
     reconcile,
     refresh_outcomes,

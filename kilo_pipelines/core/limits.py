@@ -125,9 +125,9 @@ class LimitsConfig(BaseModel):
         default=[], max_length=50, description="Bots whose pull requests are reviewed although bots are left alone."
     )
     author_starts_per_hour: float = Field(
-        default=30, gt=0, le=10_000, description="Automatic starts of one author in one repository, on the long run."
+        default=60, gt=0, le=10_000, description="Automatic starts of one author in one repository, on the long run."
     )
-    author_burst: int = Field(default=10, ge=1, le=10_000, description="Automatic starts of one author at once.")
+    author_burst: int = Field(default=100, ge=1, le=10_000, description="Automatic starts of one author at once.")
     push_debounce_seconds: float = Field(
         default=5, ge=0, le=600, description="A push onto work under way waits so long for the next one."
     )

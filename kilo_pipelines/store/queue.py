@@ -566,7 +566,7 @@ class Queue:
         """An automatic start of a pull request's author; an item that was claimed before has paid."""
         if item["service"] != "code_review" or item["by_person"] or item["fence"] > 0:
             return None
-        author = details_of(connection, item["owner_id"], item["id"], item["service"])["author"]
+        author = details_of(connection, item["owner_id"], item["id"], item["service"]).get("author", "")
         rate = Rate(limits.author_starts_per_hour, limits.author_burst)
         return take_author(connection, item["owner_id"], item["repository_id"], author, rate, now)
 

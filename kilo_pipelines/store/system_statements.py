@@ -522,7 +522,8 @@ order by overdue desc, open desc, o.name
 WORK_GAUGES = SystemStatement(
     "select 'items' as what, state, count(*) as n from work_items where ended_at is null group by state"
     " union all select 'effects', state, count(*) from effects where state in ('pending', 'applying') group by state"
-    " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown', 'held') group by state"
+    " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown') group by state"
+    " union all select 'effects', state, count(*) from effects where state = 'held' group by state"
     " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state",
     "metrics are the operator's, over all owners",
 )

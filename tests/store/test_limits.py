@@ -15,7 +15,7 @@ from kilo_pipelines.core.limits import SETTINGS, Ask, LimitsConfig, Price, Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Claimed, Refused, StaleRevisionError
 from tests.conftest import Database
-from tests.support.store import World
+from tests.support.store import World, intent
 
 PRICE = Price(input=Decimal(1), output=Decimal(4))
 MODEL = "m"
@@ -224,3 +224,85 @@ def test_an_owner_over_its_budget_that_still_spends_is_told(day: World) -> None:
     assert [one for one in day.store.spend.over_budget() if one["owner"] == day.owner.name] == []
     _spend(day, claim, Usage(1_100, 0), session, "meter")
     assert {one["scope"] for one in day.store.spend.over_budget() if one["owner"] == day.owner.name} == {"", "code_review"}
+
+
+def _effects(world: World, item: UUID) -> list[tuple[str, str | None]]:
+    return [(one["state"], one["reason"]) for one in world.store.outbox.of_item(item)]
+
+
+def _settled(world: World, subject: str, *keys: str) -> UUID:
+    """A review that ended with these intents."""
+    claim, held = world.running()
+    world.store.sessions.finish(held, status="completed", reason=None, result={})
+    with world.store.settlements.open(claim.item_id) as tx:
+        assert tx is not None
+        effects = [intent(key, subject) for key in keys]
+        tx.conclude(state="completed", reason="reviewed", verdict={}, evidence=None, effects=effects)
+    return claim.item_id
+
+
+def test_what_only_suggests_writes_nothing_and_one_effect_is_released_as_it_was_shown(day: World) -> None:
+    outbox = day.store.outbox
+    _limit(day, suggest_only=["code_review"])
+    item = _settled(day, "s", "first")
+    assert _effects(day, item) == [("held", Reason.SUGGEST_ONLY)]
+    assert day.state(item) == "completed", "the slot is free with the verdict"
+    assert outbox.claim_next(item) is None
+    (listed,) = outbox.listed(item_id=item)
+    shown = outbox.get(listed["id"])
+    assert shown is not None
+    assert outbox.release(listed["id"], "0" * 64, actor="p") is None, "another content was shown"
+    with day.store.database.owner(day.owner.id) as connection:
+        connection.execute(text('update effects set payload = \'{"content": "+1"}\' where id = :id'), {"id": listed["id"]})
+    assert outbox.release(listed["id"], shown["sha256"], actor="p") is None, "its content isn't what was shown any more"
+    shown = outbox.get(listed["id"])
+    assert shown is not None and outbox.release(listed["id"], shown["sha256"], actor="p") == "pending"
+    assert outbox.release(listed["id"], shown["sha256"], actor="p") is None
+    assert outbox.claim_next(item) is not None
+    assert [one["data"]["state"] for one in _audited(day, "effect.approve")] == ["pending"]
+
+
+def test_a_newer_suggestion_takes_an_older_ones_place_and_old_ones_expire(day: World) -> None:
+    scope = "service:code_review"
+    day.store.queue.suggest_only(scope, True, "test")
+    try:
+        old, new = _settled(day, "t", "old"), _settled(day, "t", "new")
+    finally:
+        assert day.store.queue.suggest_only(scope, False, "")
+    assert _effects(day, old) == [("dropped", Reason.SUPERSEDED)]
+    assert _effects(day, new) == [("held", Reason.SUGGEST_ONLY)]
+    # What was written since is newer than the suggestion: releasing that would turn it back.
+    later = _settled(day, "t", "later")
+    assert _effects(day, later) == [("pending", None)]
+    (listed,) = day.store.outbox.listed(item_id=new)
+    shown = day.store.outbox.get(listed["id"])
+    assert shown is not None and day.store.outbox.release(listed["id"], shown["sha256"], actor="p") == "dropped"
+    _limit(day, suggest_only=["all"])
+    kept = _settled(day, "u", "kept")
+    day.clock.advance(timedelta(days=14))
+    assert day.store.recovery.reap()["effect_held"] >= 1
+    assert _effects(day, kept) == [("dropped", Reason.SUGGESTION_EXPIRED)]
+
+
+@pytest.mark.parametrize(
+    ("service", "origin", "state"), [("remediation", "manual", "cancelled"), ("dismissal", "automatic", "cancelled")]
+)
+def test_what_would_write_before_anybody_looked_is_not_started(day: World, service: str, origin: str, state: str) -> None:
+    with day.store.database.owner(day.owner.id) as connection:
+        item = uuid4()
+        connection.execute(
+            text(
+                "insert into work_items (owner_id, id, service, subject_key, repository_id, by_person, not_before, created_at, updated_at)"
+                " values (:owner, :id, :service, 's', :repository, :person, now(), now(), now())"
+            ),
+            {
+                "owner": day.owner.id,
+                "id": item,
+                "service": service,
+                "repository": day.repository,
+                "person": origin == "manual",
+            },
+        )
+    _limit(day, suggest_only=["all"])
+    found = day.store.queue.claim(item, service, run_id="r", pools=lambda _k, _p: {service: 1}, lease_s=60)
+    assert _refused(found) == (Reason.SUGGEST_ONLY, state)

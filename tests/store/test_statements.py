@@ -105,6 +105,8 @@ def _use_everything(database: Database) -> None:
     store.queue.gauges()
     assert {name: store.invariants.offenders(name) for name in INVARIANTS}
     store.queue.counters()
+    assert store.queue.waiting_reasons() is not None and store.spend.owners_today() == [] and store.spend.gauges() == []
+    assert store.spend.over_budget() == []
     assert store.findings.posture() == [] and store.findings.owners() == [] and store.findings.owner_of(uuid4()) is None
     assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)

@@ -49,7 +49,7 @@ create table budget_marks (
     owner_id uuid not null references owners (id),
     day date not null,
     scope text not null,
-    level text not null check (level in ('warned', 'exhausted')),
+    level text not null,
     at timestamptz not null,
     primary key (owner_id, day, scope, level)
 );

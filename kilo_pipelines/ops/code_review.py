@@ -112,7 +112,7 @@ def _launch(
         text=["outsider", "member"] if guest is not None else ["member"],
         effects=True,
         # A member's own pull request is that member's wish to have it reviewed.
-        approved_by=guest.approved_by if guest is not None else pull.author,
+        approved_by=guest.approved_by if guest is not None else f"github:{pull.author}",
     )
     if not may_start(context, store, claim, receipt):
         return
@@ -152,7 +152,7 @@ def _guest(store: Store, reader: GitHubInstallation, claim: Claimed, pull: PullS
             approvals.append(replace(one, granted=granted))
         else:
             approvals.append(one)
-    approved = next((one.login for one in approvals if one.granted and one.head_sha == pull.head_sha), None)
+    approved = next((one.by for one in approvals if one.granted and one.head_sha == pull.head_sha), None)
     # Bots that come so far are let in by the owner's settings; nobody has to approve each of their heads.
     policy = "review" if is_bot and inside else claim.limits.outsiders
     return _Guest(refusal(policy, pull.head_sha, approvals), approved)

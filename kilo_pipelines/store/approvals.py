@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,12 +11,16 @@ from sqlalchemy import Connection
 
 from kilo_pipelines.core.approval import WAITING_FOR_APPROVAL
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.store.database import Database, changed, notify, rows
+from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.queue import audit
 from kilo_pipelines.store.standing import wake
 
 # The newest ones decide; a pull request that is commented on without end isn't read without end.
 LOOKED_AT = 20
+
+
+# Whoever was given the right to write meanwhile says so again.
+ASKED_AGAIN_AFTER = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Approval:
     granted: bool | None
     reason: str | None
     asked_at: datetime
+
+    @property
+    def by(self) -> str:
+        """Who gave it: a person of the provider, by its name, or one of the platform."""
+        return self.login if self.how == "platform" else f"github:{self.login}"
 
 
 def note_approval(
@@ -43,8 +52,25 @@ def note_approval(
     granted: bool | None,
     now: datetime,
 ) -> UUID:
-    """Keeps an approval and wakes what waits for one; `granted` is None for an event's, which the next claim asks the provider about."""
+    """Keeps an approval and wakes what waits for one; `granted` is None for an event's, which the next claim asks the provider about.
+
+    The same person's word on the same head is asked about once an hour: comments cost nothing, questions and runs do. The audit calls
+    people of the provider by its name, so that nobody there can be called as one of ours.
+    """
     approval_id = uuid4()
+    known = granted is None and one(
+        connection,
+        "select id from approvals where owner_id = :owner and repository_id = :repository and pull_number = :pull and head_sha = :head"
+        " and login = :login and how <> 'platform' and (granted is null or asked_at > :since) limit 1",
+        owner=owner_id,
+        repository=repository_id,
+        pull=pull_number,
+        head=head_sha,
+        login=login,
+        since=now - ASKED_AGAIN_AFTER,
+    )
+    if known:
+        return UUID(str(known["id"]))
     changed(
         connection,
         "insert into approvals (owner_id, id, repository_id, pull_number, head_sha, login, how, granted, asked_at, decided_at)"
@@ -61,7 +87,8 @@ def note_approval(
         decided=None if granted is None else now,
     )
     told = {"head": head_sha, "how": how, "granted": granted}
-    audit(connection, owner_id, login, "review.approve", subject_key, told, now)
+    actor = login if how == "platform" else f"github:{login}"
+    audit(connection, owner_id, actor, "review.approve", subject_key, told, now)
     if wake(connection, owner_id, WAITING_FOR_APPROVAL, now, subject_key):
         notify(connection, f"approval:{approval_id}")
     return approval_id

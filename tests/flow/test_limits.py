@@ -122,7 +122,7 @@ def test_a_first_timers_fork_waits_until_somebody_who_may_write_approves_its_hea
     started = desk.launch(pull)
     assert started.state == "running"
     receipt = desk.receipt(started)
-    assert (receipt["text"], receipt["approved_by"], receipt["holds_secrets"]) == (["outsider", "member"], "grace", False)
+    assert (receipt["text"], receipt["approved_by"], receipt["holds_secrets"]) == (["outsider", "member"], "github:grace", False)
 
 
 def test_another_head_than_the_approved_one_asks_again(desk: Desk) -> None:

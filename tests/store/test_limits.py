@@ -14,6 +14,7 @@ from sqlalchemy import text
 from kilo_pipelines.core.limits import SETTINGS, Ask, LimitsConfig, Price, Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Claimed, Refused, StaleRevisionError
+from kilo_pipelines.store.queue import SERVICE_TABLES
 from tests.conftest import Database
 from tests.support.store import World, intent
 
@@ -170,6 +171,16 @@ def test_money_without_a_price_and_limits_that_cannot_be_read_spend_nothing(day:
     assert _refused(_claim(day, day.item())) == (Reason.LIMITS_INVALID, "waiting")
 
 
+@pytest.mark.parametrize("service", sorted(SERVICE_TABLES))
+def test_the_kill_switch_and_a_pause_stop_the_claims_of_every_service(day: World, service: str) -> None:
+    item = _raw(day, service)
+    for kind, reason in (("kill", Reason.KILL_SWITCH), ("pause", Reason.PAUSED)):
+        day.store.queue.switch(f"owner:{day.owner.id}", kind, "test", actor="test")
+        found = day.store.queue.claim(item, service, run_id="r", pools=lambda _k, _p: {service: 1}, lease_s=60)
+        assert _refused(found) == (reason, "waiting")
+    day.store.queue.unswitch(f"owner:{day.owner.id}")
+
+
 def test_the_kill_switch_speaks_before_a_pause_and_both_before_a_budget(day: World) -> None:
     _limit(day, daily={"tokens": 0})
     item, queue = day.item(), day.store.queue
@@ -224,6 +235,20 @@ def test_an_owner_over_its_budget_that_still_spends_is_told(day: World) -> None:
     assert [one for one in day.store.spend.over_budget() if one["owner"] == day.owner.name] == []
     _spend(day, claim, Usage(1_100, 0), session, "meter")
     assert {one["scope"] for one in day.store.spend.over_budget() if one["owner"] == day.owner.name} == {"", "code_review"}
+
+
+def _raw(world: World, service: str, *, by_person: bool = False) -> UUID:
+    """A waiting item of any service, without its service's row."""
+    item = uuid4()
+    with world.store.database.owner(world.owner.id) as connection:
+        connection.execute(
+            text(
+                "insert into work_items (owner_id, id, service, subject_key, repository_id, by_person, not_before, created_at, updated_at)"
+                " values (:owner, :id, :service, 's', :repository, :person, now(), now(), now())"
+            ),
+            {"owner": world.owner.id, "id": item, "service": service, "repository": world.repository, "person": by_person},
+        )
+    return item
 
 
 def _effects(world: World, item: UUID) -> list[tuple[str, str | None]]:
@@ -288,21 +313,7 @@ def test_a_newer_suggestion_takes_an_older_ones_place_and_old_ones_expire(day: W
     ("service", "origin", "state"), [("remediation", "manual", "cancelled"), ("dismissal", "automatic", "cancelled")]
 )
 def test_what_would_write_before_anybody_looked_is_not_started(day: World, service: str, origin: str, state: str) -> None:
-    with day.store.database.owner(day.owner.id) as connection:
-        item = uuid4()
-        connection.execute(
-            text(
-                "insert into work_items (owner_id, id, service, subject_key, repository_id, by_person, not_before, created_at, updated_at)"
-                " values (:owner, :id, :service, 's', :repository, :person, now(), now(), now())"
-            ),
-            {
-                "owner": day.owner.id,
-                "id": item,
-                "service": service,
-                "repository": day.repository,
-                "person": origin == "manual",
-            },
-        )
+    item = _raw(day, service, by_person=origin == "manual")
     _limit(day, suggest_only=["all"])
     found = day.store.queue.claim(item, service, run_id="r", pools=lambda _k, _p: {service: 1}, lease_s=60)
     assert _refused(found) == (Reason.SUGGEST_ONLY, state)

@@ -23,6 +23,8 @@ from kilo_pipelines.resources.store import StoreResource
 # What a person looks back on; a longer history is the plot over materializations.
 DAYS = 14
 MICRO = 1_000_000
+# A run's metadata is loaded whole by the UI.
+SHOWN = 50
 
 
 @asset(
@@ -52,8 +54,9 @@ def spend(context: AssetExecutionContext, store: StoreResource) -> MaterializeRe
             "budgets exhausted": MetadataValue.float(float(sum("exhausted" in row["told"] for row in budgets))),
             "tokens by day": bars(dict(sorted(by_day.items()))),
             "tokens by service and model": bars(dict(by_service.most_common(10))),
-            "budgets": table_of([{**row, "told": ", ".join(row["told"])} for row in budgets]),
-            "days": table_of(days[:50]),
+            # A table without rows is none to Dagster.
+            **({"budgets": table_of([{**row, "told": ", ".join(row["told"])} for row in budgets])} if budgets else {}),
+            **({"days": table_of(days[:SHOWN])} if days else {}),
         }
     )
 

@@ -373,6 +373,13 @@ class AdmissionTx:
         )
         if interrupted:
             reopen_item(self._connection, owner_id=owner, item_id=item_id, states="('cancelled')", now=self._now)
+            # An event starts it anew, whoever asked for it first: events may come for ever.
+            changed(
+                self._connection,
+                "update work_items set by_person = false where owner_id = :owner and id = :id",
+                owner=owner,
+                id=item_id,
+            )
 
     def _settle(self, state: str, reason: str | None, item_id: UUID | None) -> None:
         if self._decided:

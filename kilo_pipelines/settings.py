@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from kilo_pipelines.core.limits import Price
+
 # The longest name below the socket directory (a session's door to the model proxy) has 30 bytes, and Linux takes 107 in all.
 SOCKETS_BYTES = 75
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -135,6 +137,10 @@ class Settings(BaseSettings):
     )
     model_base_url: str | None = Field(default=None, description="OpenAI-compatible base address of the model.")
     model: str = Field(default="default", description="Model that sessions are allowed to use.")
+    model_prices: dict[str, Price] = Field(
+        default={},
+        description="JSON of model and its price in USD per million tokens: input, output, and cached where it differs.",
+    )
     # With recovery's 5 s and a new run's start, what a killed process held is at work again within 30 s.
     lease_seconds: float = Field(default=15.0, ge=2, description="A lease not extended for this long is over.")
     heartbeat_seconds: float = Field(default=5.0, ge=0.5, description="How often a session extends its lease.")

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kilo_twin.dependabot import AlertError, Dependabot
-from kilo_twin.shapes import Shapes, bot
+from kilo_twin.shapes import Shapes, account, bot
 from kilo_twin.state import Twin, git, now
 from kilo_twin.webhooks import Webhooks
 
@@ -153,6 +153,7 @@ class Rest:
             ("POST", "/app/installations/{installation:int}/access_tokens", self.create_token),
             ("GET", "/installation/repositories", self.installation_repositories),
             ("GET", repo, self.get_repository),
+            ("GET", repo + "/collaborators/{login}/permission", self.get_permission),
             ("GET", repo + "/pulls", self.list_pulls),
             ("POST", repo + "/pulls", self.create_pull),
             ("GET", repo + "/pulls/{number:int}", self.get_pull),
@@ -470,6 +471,15 @@ class Rest:
         return self._page(
             request, [self.shapes.review_comment(repository, pull["number"], one) for one in pull["review_comments"]]
         )
+
+    def get_permission(self, request: Request, _body: dict[str, Any]) -> Response:
+        """What a person may do: everybody writes, but for bots and those whom the twin was told of (`set-outsiders`)."""
+        self._repository(request, "metadata")
+        login = request.path_params["login"]
+        outside = login.endswith("[bot]") or login in self.twin.data.get("outsiders", [])
+        level = "read" if outside else "write"
+        user = account(login) | {"role_name": level}
+        return JSONResponse({"permission": level, "role_name": level, "user": user})
 
     def list_comments(self, request: Request, _body: dict[str, Any]) -> Response:
         repository, pull = self._pull(request, "pull_requests")

@@ -223,8 +223,34 @@ class Control:
 
     # -- pull requests ----------------------------------------------------------------------------------------------
 
-    def open_pull(self, kind: str, **changes: Any) -> dict[str, Any]:
-        """Opens a pull request of a kind, with other texts, branch, author or files where `changes` names them; sends `opened`."""
+    def set_outsiders(self, logins: list[str]) -> dict[str, Any]:
+        """Who may only read; everybody else writes."""
+        self.twin.data["outsiders"] = logins
+        self.twin.save()
+        return {"outsiders": logins}
+
+    def comment(self, repository: str, number: int, by: str, body: str, action: str = "created") -> dict[str, Any]:
+        """Somebody comments on a pull request, or edits a comment: sends `issue_comment`."""
+        known, pull = self._known(repository, number)
+        comment = {"id": self.twin.new_id(), "user": account(by), "body": body, "created_at": now(), "updated_at": now()}
+        with self.twin.lock:
+            pull["comments"].append(comment)
+            self.twin.save()
+        shapes = self.webhooks.shapes
+        whole = shapes.pull(known, pull)
+        told = ("id", "node_id", "number", "title", "user", "labels", "state", "created_at", "updated_at", "closed_at", "body")
+        issue = {name: whole[name] for name in told} | {"pull_request": {"url": whole["url"], "html_url": whole["html_url"]}}
+        payload = self.webhooks.in_repository(
+            known, account(by), action=action, issue=issue, comment=shapes.comment(known, number, comment)
+        )
+        delivery = self.webhooks.send("issue_comment", action, payload, known["id"])
+        return {"comment": comment["id"], "delivery": {name: delivery[name] for name in ("id", "guid", "status_code")}}
+
+    def open_pull(self, kind: str, fork: bool = False, **changes: Any) -> dict[str, Any]:
+        """Opens a pull request of a kind, with other texts, branch, author or files where `changes` names them; sends `opened`.
+
+        With `fork` its head lies in its author's fork, as far as anybody is told.
+        """
         repository = self.seed()
         full_name = repository["full_name"]
         seed = replace(world.pull(kind, repository["next_number"]), **changes)
@@ -241,6 +267,8 @@ class Control:
             head_ref=seed.head_ref,
             base_ref=repository["default_branch"],
         )
+        pull["fork"] = fork
+        self.twin.save()
         return self._sent(repository, pull, "opened")
 
     def push(self, full_name: str, number: int, files: dict[str, str | None] | None = None) -> dict[str, Any]:
@@ -310,7 +338,7 @@ class Control:
             event = "converted_to_draft" if action == "draft" else "ready_for_review"
         elif action == "label":
             pull["labels"].append(change["label"])
-            event, more = "labeled", {"label": {"name": change["label"]}}
+            event, more = "labeled", {"label": {"name": change["label"]}, "sender": account(change.get("by", "grace"))}
         elif action == "edit-base":
             before, pull["base_ref"] = pull["base_ref"], change["base"]
             if self.twin.resolve(full_name, change["base"]) is None:
@@ -376,6 +404,8 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "push": control.push,
             "import-repository": control.import_repository,
             "act": control.act,
+            "comment": control.comment,
+            "set-outsiders": control.set_outsiders,
             "redeliver": control.webhooks.redeliver,
             "outage": control.webhooks.outage,
             "set-installation": control.set_installation,

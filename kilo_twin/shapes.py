@@ -9,7 +9,7 @@ from kilo_twin.state import APP_SLUG, Twin, git
 
 # When everything that has no history of its own was made.
 MADE = "2026-01-01T00:00:00Z"
-EVENTS = ["pull_request", "dependabot_alert", "repository"]
+EVENTS = ["pull_request", "issue_comment", "dependabot_alert", "repository"]
 
 
 def account(login: str, kind: str = "User", number: int | None = None) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Shapes:
             "assignees": [],
             "requested_reviewers": [],
             "requested_teams": [],
-            "head": self._side(owner, pull["head_ref"], head, whole),
+            "head": self._side(owner, pull["head_ref"], head, self.fork(whole, pull) if pull.get("fork") else whole),
             "base": self._side(owner, pull["base_ref"], base, whole),
             "_links": {
                 name: {"href": href}
@@ -231,6 +231,13 @@ class Shapes:
             "deletions": 0,
             "changed_files": 1,
         }
+
+    @staticmethod
+    def fork(repository: dict[str, Any], pull: dict[str, Any]) -> dict[str, Any]:
+        """The author's fork of a repository: another repository by its id."""
+        full_name = f"{pull['author']}/{repository['name']}"
+        own = {"full_name": full_name, "fork": True, "owner": account(pull["author"], "User", pull["author_id"])}
+        return repository | own | {"id": repository["id"] + 1_000_000}
 
     @staticmethod
     def _side(owner: str, ref: str, sha: str, repository: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Webhooks:
     def pull_payload(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
         """The body of a pull_request event."""
         told = {"action": action, "number": pull["number"], "pull_request": self.shapes.pull(repository, pull), **more}
-        return self.in_repository(repository, account(pull["author"], pull["author_type"]), **told)
+        sender = told.pop("sender", None) or account(pull["author"], pull["author_type"])
+        return self.in_repository(repository, sender, **told)
 
     def in_repository(self, repository: dict[str, Any], sender: dict[str, Any], **told: Any) -> dict[str, Any]:
         """What happened, with what every event of a repository carries."""

@@ -18,6 +18,7 @@ from dagster import (
 from kilo_pipelines import tags
 from kilo_pipelines.assets.deliveries import delivery_gaps
 from kilo_pipelines.assets.engine import reconciliation
+from kilo_pipelines.assets.limits import spend
 from kilo_pipelines.assets.security import finding_sla, security_findings, security_posture, sla_compliance
 from kilo_pipelines.partitions import OWNERS
 from kilo_pipelines.resources.store import StoreResource
@@ -83,4 +84,13 @@ def review_outcomes(context: AssetExecutionContext, store: StoreResource) -> Mat
 
 def default_assets() -> list[AssetsDefinition]:
     """Every asset of the platform."""
-    return [reconciliation, review_outcomes, security_findings, finding_sla, sla_compliance, security_posture, delivery_gaps]
+    return [
+        reconciliation,
+        review_outcomes,
+        security_findings,
+        finding_sla,
+        sla_compliance,
+        security_posture,
+        delivery_gaps,
+        spend,
+    ]

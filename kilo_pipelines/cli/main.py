@@ -27,6 +27,7 @@ from kilo_pipelines.cli import (
     backup,
     deliveries,
     handover,
+    limits,
     people,
     roles,
     security,
@@ -404,19 +405,22 @@ def reviews_dispatch(owner: UUID, repository: str, pull: int, plain: bool) -> No
         state = app.installation(installation, ids, {"metadata": "read", "pull_requests": "read"}).pull(repository, pull)
     except (ValueError, setup.ProviderError) as failure:
         end(plain, str(failure))
+    details, subject = launch.details_of(state, config.config), admission.subject(state.repository_id, pull)
     item = store.queue.open(
         owner,
         NewItem(
             service=admission.SERVICE,
-            subject_key=admission.subject(state.repository_id, pull),
+            subject_key=subject,
             repository_id=state.repository_id,
             priority=1,
-            details=launch.details_of(state, config.config),
+            details=details,
         ),
         actor=OPERATOR,
     )
     if item is None:
         end(plain, "this pull request has an active review already")
+    # Who asks for this head by hand approves it.
+    store.approvals.give(owner, details, subject, actor=OPERATOR)
     show(plain, {"review": str(item)}, lambda: str(item))
 
 
@@ -429,8 +433,10 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
+reviews.add_command(limits.reviews_approve)
 for command in (
     *roles.COMMANDS,
+    *limits.COMMANDS,
     *backup.COMMANDS,
     *handover.COMMANDS,
     *work.COMMANDS,

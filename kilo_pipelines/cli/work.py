@@ -27,7 +27,7 @@ _scope_options = [
 ]
 
 
-def _scoped(command: Any) -> Any:
+def scoped(command: Any) -> Any:
     for option in _scope_options:
         command = option(command)
     return command
@@ -43,7 +43,7 @@ def _scope(owner: UUID | None, service: str | None, plain: bool) -> dict[str, st
 
 
 @click.command()
-@_scoped
+@scoped
 @click.option("--reason", default="paused by the operator", show_default=True)
 @as_json
 def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
@@ -53,7 +53,7 @@ def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> 
 
 
 @click.command()
-@_scoped
+@scoped
 @click.option("--reason", default="stopped by the operator", show_default=True)
 @as_json
 def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
@@ -67,7 +67,7 @@ def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> N
 
 
 @click.command()
-@_scoped
+@scoped
 @as_json
 def resume(owner: UUID | None, service: str | None, plain: bool) -> None:
     """Releases a pause or kill switch of the same scope."""
@@ -130,9 +130,13 @@ def items_show(item: UUID, plain: bool) -> None:
         ]
         session = found["session"]
         if session is not None:
+            lines += _told(session["receipt"])
             lines.append(
                 f"session {session['id']}: {session['state']} {session['reason'] or ''}, launches {session['launches']}, run {session['run'] or '-'}"
             )
+        spent = found["spend"]
+        tokens, micro = sum(one["tokens_in"] + one["tokens_out"] for one in spent), sum(one["micro_usd"] for one in spent)
+        lines += [f"spent {tokens} tokens, {micro / 1_000_000:.4f} USD"] if spent else []
         return "\n".join([*lines, *map(effect_line, found["effects"])])
 
     show(plain, found, text)
@@ -141,6 +145,24 @@ def items_show(item: UUID, plain: bool) -> None:
 def effect_line(one: dict[str, Any]) -> str:
     """One effect of an item."""
     return f"effect {one['kind']:<24} {one['state']:<8} {one['url'] or one['reason'] or ''}"
+
+
+def _told(receipt: dict[str, Any] | None) -> list[str]:
+    """A capability receipt for people."""
+    if receipt is None:
+        return []
+    does = [
+        word
+        for word, holds in (("secrets", receipt["holds_secrets"]), ("pushes", receipt["writes"]), ("effects", receipt["effects"]))
+        if holds
+    ]
+    money = "" if receipt["micro_usd"] is None else f", {receipt['micro_usd'] / 1_000_000:.2f} USD"
+    return [
+        f"receipt: text of {', '.join(receipt['text'])}; {', '.join(does) or 'no secrets, no effects'};"
+        f" approved by {receipt['approved_by'] or 'nobody'}; network {receipt['network']}; sandbox {receipt['sandbox']}",
+        f"         model {receipt['model']}, {receipt['turns']} turns, {receipt['tokens']} tokens{money}, {receipt['seconds']:.0f} s,"
+        f" evidence {receipt['evidence']}",
+    ]
 
 
 @items.command("cancel")

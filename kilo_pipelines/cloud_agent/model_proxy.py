@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -29,6 +30,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from kilo_pipelines.cloud_agent.transcript import Transcript, Turn
+from kilo_pipelines.core.limits import Price, Usage, cost
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.settings import Settings, private_dir
 from kilo_pipelines.telemetry import logs, traces
@@ -40,6 +42,8 @@ BODY_BYTES = 16 * 2**20
 ANSWER_BYTES = 2**20
 # Longer answers are no review; the owner's budget ends them anyway.
 MAX_TOKENS = 32_000
+# A text of so many bytes has about a token (English prose and code: 3 to 4); where nobody tells the usage, rather too many are counted.
+BYTES_A_TOKEN = 3
 CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 2.0
 READ_SECONDS = 300  # a model may think for minutes before its first word
@@ -67,6 +71,8 @@ class Registration(BaseModel):
     model: str
     turns: int
     tokens: int
+    micro_usd: int | None = Field(default=None, description="what the session may cost, at `price`; None: money isn't counted")
+    price: Price | None = None
     mirror: Path | None = Field(default=None, description="socket of the session's registry mirror")
     trace: str | None = Field(default=None, pattern=TRACE_PATTERN, description="below which the model's calls are told")
 
@@ -105,6 +111,12 @@ class Session:
     mirror: httpx.AsyncClient | None = None
     part: Part | None = None
     chain: Any = field(default_factory=hashlib.sha256)
+    # What requests under way may still use: others see it, so that many at once don't each take the same rest.
+    held: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.transcript.tokens_in, self.transcript.tokens_out, self.transcript.cached)
 
 
 class RefusedError(Exception):
@@ -171,6 +183,7 @@ class Answer:
     finish: str | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    cached: int = 0
 
     def take(self, event: dict[str, Any]) -> None:
         """One chunk (or the whole) of a completion."""
@@ -184,6 +197,20 @@ class Answer:
         usage = event.get("usage") or {}
         self.tokens_in = usage.get("prompt_tokens") or self.tokens_in
         self.tokens_out = usage.get("completion_tokens") or self.tokens_out
+        self.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or self.cached
+
+    def settle(self, body: dict[str, Any]) -> None:
+        """Where the provider told no usage (a cut stream, a server that counts none), what was sent and came counts by its size."""
+        if not self.tokens_in:
+            self.tokens_in = estimate(body)
+        if not self.tokens_out:
+            self.tokens_out = -(-len((self.text + "".join(self.arguments.values())).encode()) // BYTES_A_TOKEN)
+
+
+def estimate(body: dict[str, Any]) -> int:
+    """About how many tokens a request sends, rather too many."""
+    sent = json.dumps([body.get("messages"), body.get("tools")], ensure_ascii=False)
+    return -(-len(sent.encode()) // BYTES_A_TOKEN)
 
 
 class ModelProxy:
@@ -251,7 +278,8 @@ class ModelProxy:
             if task.done():
                 return JSONResponse({"error": "the session's socket can't be opened"}, 500)
             await asyncio.sleep(0.01)
-        self._sessions[registration.session_id] = Session(registration, path, server, task, mirror=mirror)
+        transcript = Transcript(meter=secrets.token_hex(16))
+        self._sessions[registration.session_id] = Session(registration, path, server, task, transcript, mirror=mirror)
         return JSONResponse({"socket": str(path)})
 
     async def _question(self, request: Request) -> Response:
@@ -278,7 +306,9 @@ class ModelProxy:
         except (httpx.HTTPError, TimeoutError) as failure:
             span.set(reason=Reason.MODEL_UNREACHABLE)
             log.warning("the model doesn't answer a question: %s", type(failure).__name__)
-            return JSONResponse({"reason": Reason.MODEL_UNREACHABLE})
+            # What timed out was sent, and will be on the bill.
+            sent = estimate(body) if isinstance(failure, TimeoutError | httpx.ReadError | httpx.ReadTimeout) else 0
+            return JSONResponse({"reason": Reason.MODEL_UNREACHABLE, "meter": secrets.token_hex(16), "tokens_in": sent})
         span.set(status=upstream.status_code)
         if upstream.status_code != 200:
             log.warning("the model answers a question with HTTP %s", upstream.status_code)
@@ -286,10 +316,10 @@ class ModelProxy:
         answer = Answer()
         with suppress(ValueError):
             answer.take(json.loads(content))
+        answer.settle(body)
+        usage = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "cached": answer.cached}
         span.set(tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
-        return JSONResponse(
-            {"arguments": answer.arguments.get(0), "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
-        )
+        return JSONResponse({"arguments": answer.arguments.get(0), "meter": secrets.token_hex(16), **usage})
 
     async def _next_part(self, request: Request) -> Response:
         session = self._sessions.get(request.path_params["session"])
@@ -329,26 +359,40 @@ class ModelProxy:
             session.transcript.requests += 1
             try:
                 body = rebuild(await _json(request), session.registration.model)
-                self._check_budget(session)
-                return await self._forward(session, body)
+                held = self._check_budget(session, body)
+                session.held += held
+                try:
+                    return await self._forward(session, body, held)
+                except BaseException:
+                    session.held -= held
+                    raise
             except RefusedError as refusal:
                 return JSONResponse({"error": {"message": refusal.code, "type": "proxy", "code": refusal.code}}, refusal.status)
 
         return endpoint
 
     @staticmethod
-    def _check_budget(session: Session) -> None:
-        """402 ends the agent at once; with 429 it would go on asking."""
+    def _check_budget(session: Session, body: dict[str, Any]) -> int:
+        """What this request may use, which bounds its answer; 402 ends the agent at once, with 429 it would go on asking.
+
+        What others under way may use is gone already: the cap is passed by no more than the estimate of one request's size is wrong.
+        """
         transcript, limits = session.transcript, session.registration
-        if (
-            transcript.requests > 2 * limits.turns
-            or len(transcript.turns) >= limits.turns
-            or transcript.tokens_in + transcript.tokens_out >= limits.tokens
-        ):
+        left = limits.tokens - transcript.tokens_in - transcript.tokens_out - session.held
+        sent = estimate(body)
+        broke = False
+        if limits.micro_usd is not None and limits.price is not None:
+            rest = limits.micro_usd - cost(limits.price, session.usage) - limits.price.worst(session.held)
+            broke = rest <= cost(limits.price, Usage(sent, 0))
+            dearest = max(limits.price.input, limits.price.output)
+            left = min(left, int(rest / dearest)) if dearest else left
+        if transcript.requests > 2 * limits.turns or len(transcript.turns) >= limits.turns or broke or left <= sent:
             transcript.last_failure = Reason.BUDGET_EXCEEDED
             raise RefusedError(402, "budget_exceeded")
+        body["max_tokens"] = min(body["max_tokens"], left - sent)
+        return sent + int(body["max_tokens"])
 
-    async def _forward(self, session: Session, body: dict[str, Any]) -> Response:
+    async def _forward(self, session: Session, body: dict[str, Any], held: int) -> Response:
         begun = time.time_ns()
         try:
             upstream = await self._client.send(self._client.build_request("POST", self._url, json=body), stream=True)
@@ -365,21 +409,25 @@ class ModelProxy:
             passing = session.transcript.last_failure is Reason.MODEL_UNREACHABLE
             raise RefusedError(upstream.status_code if passing else 402, "model_refused")
         if body.get("stream"):
-            return StreamingResponse(self._pass_on(session, body, upstream, begun), media_type="text/event-stream")
-        content = await upstream.aread()
-        await upstream.aclose()
+            return StreamingResponse(self._pass_on(session, body, upstream, begun, held), media_type="text/event-stream")
         answer = Answer()
-        with suppress(ValueError):
-            answer.take(json.loads(content))
+        try:
+            content = await upstream.aread()
+            with suppress(ValueError):
+                answer.take(json.loads(content))
+        finally:
+            await upstream.aclose()
+            self._count(session, body, answer)
         self._record(session, body, answer)
         _tell(session, begun, status=200, tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
+        session.held -= held
         return Response(content, media_type="application/json")
 
     async def _pass_on(
-        self, session: Session, body: dict[str, Any], upstream: httpx.Response, begun: int
+        self, session: Session, body: dict[str, Any], upstream: httpx.Response, begun: int, held: int
     ) -> AsyncIterator[bytes]:
-        """Passes the stream on and reads it; only one that ended cleanly counts."""
-        answer, pending, ended = Answer(), b"", False
+        """Passes the stream on and reads it; only one that ended cleanly is a turn, and each is paid for."""
+        answer, pending, ended, counted = Answer(), b"", False, False
         try:
             async for chunk in upstream.aiter_bytes():
                 pending += chunk
@@ -392,21 +440,34 @@ class ModelProxy:
                             answer.take(json.loads(data))
                 if ended:
                     # Before the agent sees the end: it may be gone, with its result, the moment it does.
-                    self._record(session, body, answer)
+                    if not counted:
+                        counted = True
+                        self._count(session, body, answer)
+                        self._record(session, body, answer)
                     ended = False
                 yield chunk
         except httpx.HTTPError:
             session.transcript.last_failure = Reason.MODEL_UNREACHABLE
         finally:
+            session.held -= held
+            if not counted:  # cut, by the provider or by an agent that left: it was answered so far all the same
+                self._count(session, body, answer)
             _tell(session, begun, status=200, tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
             await upstream.aclose()
 
     @staticmethod
-    def _record(session: Session, body: dict[str, Any], answer: Answer) -> None:
-        """Counts a turn when it is one: tools offered, the nonce in the request, a clean end."""
+    def _count(session: Session, body: dict[str, Any], answer: Answer) -> None:
+        """What a request cost, however it ended."""
+        answer.settle(body)
         transcript = session.transcript
         transcript.tokens_in += answer.tokens_in
         transcript.tokens_out += answer.tokens_out
+        transcript.cached += answer.cached
+
+    @staticmethod
+    def _record(session: Session, body: dict[str, Any], answer: Answer) -> None:
+        """Notes a turn when it is one: tools offered, the nonce in the request, a clean end."""
+        transcript = session.transcript
         session.chain.update(json.dumps([body, answer.text, answer.arguments], sort_keys=True).encode())
         part = session.part
         if part is None or not body.get("tools") or answer.finish not in _COUNTED_ENDS:

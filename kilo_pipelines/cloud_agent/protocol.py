@@ -13,6 +13,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.limits import SESSION_TOKENS, Price, Usage
 from kilo_pipelines.core.text import clean
 
 # Which services' sessions may write (design, section 7); all others read.
@@ -41,7 +42,10 @@ class SessionLimits(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     turns: int = Field(default=60, description="completed turns of a session; a review that needs more is lost in a loop")
-    tokens: int = Field(default=2_000_000, description="tokens in plus out over the whole session")
+    tokens: int = Field(default=SESSION_TOKENS, description="tokens in plus out over the whole session")
+    micro_usd: int | None = Field(default=None, description="micro-USD over the whole session; None: money isn't counted")
+    price: Price | None = Field(default=None, description="what the model costs, as known at the claim")
+    cut: bool = Field(default=False, description="the day's budget left less than a session has on other days")
     silence_s: float = Field(default=420.0, description="no event from the agent and no model call: contract C7")
     hard_cap_s: float = Field(default=1_800.0, description="whole session, all parts")
     result_bytes: int = Field(default=1_000_000)
@@ -108,6 +112,10 @@ class SessionControl(Protocol):
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         """A step worth keeping (session_events) and showing in the run's log; never a secret, prompt or diff."""
+        ...
+
+    def spent(self, meter: str, usage: Usage) -> bool:
+        """What a meter shows by now, told as often as it moved and once more at the end; False when it could not be kept now."""
         ...
 
     def accepted(self, outcome: SessionOutcome) -> bool:

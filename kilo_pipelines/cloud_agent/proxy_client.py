@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from kilo_pipelines.cloud_agent.transcript import Transcript
+from kilo_pipelines.core.limits import Price
 from kilo_pipelines.telemetry import traces
 
 TIMEOUT_SECONDS = 10
@@ -50,13 +51,17 @@ class ProxyClient:
         decoded: dict[str, Any] = answer.json()
         return decoded
 
-    def register(self, *, model: str, turns: int, tokens: int, mirror: Path | None) -> Path:
+    def register(
+        self, *, model: str, turns: int, tokens: int, micro_usd: int | None, price: Price | None, mirror: Path | None
+    ) -> Path:
         """Opens the session; the path of its one socket. `mirror` is the socket of its registry mirror."""
         body = {
             "session_id": self._session_id,
             "model": model,
             "turns": turns,
             "tokens": tokens,
+            "micro_usd": micro_usd,
+            "price": price.model_dump(mode="json") if price is not None else None,
             "mirror": str(mirror) if mirror else None,
             "trace": traces.here(),
         }
@@ -69,6 +74,14 @@ class ProxyClient:
     def transcript(self) -> Transcript:
         """What the proxy saw so far."""
         return Transcript.model_validate(self._ask("GET", f"/sessions/{self._session_id}"))
+
+    def left_behind(self) -> Transcript | None:
+        """What the proxy saw of an earlier launch of this session that never closed it; None when it knows of none."""
+        try:
+            answer = self._client.get(f"/sessions/{self._session_id}")
+            return None if answer.status_code == 404 else Transcript.model_validate(answer.raise_for_status().json())
+        except httpx.HTTPError as failure:
+            raise ProxyError(f"the model proxy doesn't answer: {type(failure).__name__}") from None
 
     def close(self) -> None:
         """Closes the session's socket and forgets the session."""

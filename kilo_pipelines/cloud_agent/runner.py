@@ -33,6 +33,7 @@ from kilo_pipelines.cloud_agent.workspace import CHECKOUT_SCRIPT, PACK_NAME, Res
 from kilo_pipelines.core import origins
 from kilo_pipelines.core.changes import ABSENT, MAX_BYTES, MAX_FILES, PLAIN, Change, Refusal, commit_text, refusal_of
 from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.limits import Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import Brief, BriefPart, SearchingTask, SessionTask, WorkspaceFacts, WriteTask
 from kilo_pipelines.core.text import one_line
@@ -143,6 +144,8 @@ class _Run:
         self._results: list[dict[str, Any]] = []
         self._turns: list[int] = []
         self._found: list[str] | None = None
+        # Meter and reading that the engine was told last.
+        self._told: tuple[str, Usage] | None = None
         # The merged, validated and bound result, once there is one; a refused change doesn't take it away.
         self.result: dict[str, Any] | None = None
 
@@ -179,10 +182,14 @@ class _Run:
         with traces.span("check_out"):
             self._check_out(sandbox, bare)
         self._open_mirror()
+        # A launch that was killed told of its last seconds to nobody.
+        self._tell_spent(self._proxy.left_behind())
         socket = self._proxy.register(
             model=self._spec.model,
             turns=self._spec.limits.turns,
             tokens=self._spec.limits.tokens,
+            micro_usd=self._spec.limits.micro_usd,
+            price=self._spec.limits.price,
             mirror=self._mirror.socket if self._mirror else None,
         )
         for number, part in enumerate(self._brief.parts, 1):
@@ -473,7 +480,9 @@ class _Run:
             now = time.monotonic()
             if now - look >= SILENCE_LOOK_SECONDS:
                 look = now
-                seen = (output_file.stat().st_size, self._proxy.transcript().requests)
+                transcript = self._proxy.transcript()
+                self._tell_spent(transcript)
+                seen = (output_file.stat().st_size, transcript.requests)
                 if seen != signs:
                     signs, since = seen, now
                 elif now - since > self._spec.limits.silence_s:
@@ -482,6 +491,13 @@ class _Run:
                 process.popen.wait(WAIT_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
+
+    def _tell_spent(self, transcript: Transcript | None) -> None:
+        if transcript is None:
+            return
+        reading = (transcript.meter, Usage(transcript.tokens_in, transcript.tokens_out, transcript.cached))
+        if reading[1].tokens and reading != self._told and self._control.spent(*reading):
+            self._told = reading
 
     # -- evidence and the end ------------------------------------------------------------------------------------------
 
@@ -520,7 +536,8 @@ class _Run:
         if self._process is not None:
             self._process.kill()
         self._close_mirror()
-        with suppress(ProxyError):  # the proxy is gone and its sockets with it
+        with suppress(ProxyError):  # the proxy is gone, its sockets and what it saw since the last look with it
+            self._tell_spent(self._proxy.left_behind())
             self._proxy.close()
         self._workspace.remove()
 

@@ -34,6 +34,8 @@ class Transcript(BaseModel):
     covered: dict[str, int] = Field(default={}, description="entry id -> first completed turn whose request held its text")
     tokens_in: int = 0
     tokens_out: int = 0
+    cached: int = Field(default=0, description="of tokens_in, what the model's provider had kept")
+    meter: str = Field(default="", description="names this count of tokens: one registration at the proxy, never another")
     sha256: str = ""
     last_failure: str | None = Field(default=None, description="reason code of the last request that could not be served")
     requests: int = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -46,6 +49,9 @@ DELIVERY: dict[EffectKind, Delivery] = {
 }
 
 
+# A suggestion that nobody took up within two weeks speaks of code that has moved on.
+HELD_FOR = timedelta(days=14)
+
 # Each undoes the other at the same alert.
 ALERT_EFFECTS = frozenset({EffectKind.GITHUB_DISMISS_ALERT, EffectKind.GITHUB_REOPEN_ALERT})
 
@@ -57,6 +63,7 @@ class EffectState(StrEnum):
     """States of an effect in the outbox."""
 
     PENDING = "pending"
+    HELD = "held"  # suggest-only mode: a person releases it, or it expires
     APPLYING = "applying"
     APPLIED = "applied"
     DROPPED = "dropped"  # no longer wanted: superseded intent, owner changed
@@ -78,6 +85,12 @@ class EffectIntent(BaseModel):
     intent_key: str
     subject_key: str
     payload: dict[str, Any] = Field(default_factory=dict)
+
+
+def content_hash(kind: str, subject_key: str, payload: dict[str, Any]) -> str:
+    """SHA-256 of exactly what would be written, and where: what a person's approval is bound to."""
+    told = json.dumps([kind, subject_key, payload], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 class EffectReceipt(BaseModel):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 # Events that a service admits.
-ADMITTED = frozenset({"pull_request", "dependabot_alert"})
+ADMITTED = frozenset({"pull_request", "issue_comment", "dependabot_alert"})
 # Events of an installation and of its repositories: they change the integration itself.
 LIFECYCLE = frozenset({"installation", "installation_repositories", "repository"})

@@ -164,6 +164,24 @@ class Reason(StrEnum):
     RETRIES_EXHAUSTED = "retries_exhausted"
     DEADLINE_PASSED = "deadline_passed"
     USER_CANCELLED = "user_cancelled"
+    # limits, decided at the claim
+    BUDGET_ZERO = "budget_zero"
+    BUDGET_RESERVED = "budget_reserved"
+    BUDGET_EXHAUSTED = "budget_exhausted"
+    PRICE_UNKNOWN = "price_unknown"
+    LIMITS_INVALID = "limits_invalid"
+    AUTHOR_RATE_LIMITED = "author_rate_limited"
+    LOOP_GUARDED = "loop_guarded"
+    APPROVAL_NEEDED = "approval_needed"
+    APPROVAL_STALE = "approval_stale"
+    APPROVAL_REFUSED = "approval_refused"
+    APPROVAL_NOTED = "approval_noted"
+    OUTSIDER_SKIPPED = "outsider_skipped"
+    SUGGEST_ONLY = "suggest_only"
+    SUGGESTION_EXPIRED = "suggestion_expired"
+    RULE_OF_TWO = "rule_of_two"
+    SECRETS_MEET_OUTSIDERS = "secrets_meet_outsiders"
+    WRITE_UNAPPROVED = "write_unapproved"
     # sessions
     FETCH_FAILED = "fetch_failed"
     HEAD_MOVED = "head_moved"
@@ -598,6 +616,74 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.RETRIES_EXHAUSTED: ("Every try of the launch failed.", "Look at the runs' logs, then re-execute."),
     Reason.DEADLINE_PASSED: ("The item was not finished before its deadline.", "Look at the session, then re-execute."),
     Reason.USER_CANCELLED: ("A person cancelled it.", "Re-execute to review after all."),
+    Reason.BUDGET_ZERO: (
+        "A daily budget of the owner or of this service is zero: nothing that asks a model runs.",
+        "Raise it or unset it: `kilo-pipelines budgets set`.",
+    ),
+    Reason.BUDGET_RESERVED: (
+        "What is left of the day's budget is reserved by running sessions.",
+        "Nothing: it starts when one of them ends. Smaller sessions (`session_tokens`) run beside each other.",
+    ),
+    Reason.BUDGET_EXHAUSTED: (
+        "The day's budget of the owner or of this service is spent.",
+        "Wait for the next UTC day, or raise it: `kilo-pipelines budgets set`; waiting work is looked at again at once.",
+    ),
+    Reason.PRICE_UNKNOWN: (
+        "Money is bounded, and nobody knows what this model costs.",
+        "Name its price in KILO_MODEL_PRICES, or bound tokens instead.",
+    ),
+    Reason.LIMITS_INVALID: (
+        "The owner's stored limits can't be read, so nothing is spent.",
+        "Set them anew: `kilo-pipelines budgets set`.",
+    ),
+    Reason.AUTHOR_RATE_LIMITED: (
+        "This author started more in this repository than the owner's settings allow.",
+        "Nothing: it starts by itself a little later. A person's own request isn't counted.",
+    ),
+    Reason.LOOP_GUARDED: (
+        "Automation would start the same thing over and over, or answer itself.",
+        "Look at what causes the events; a person may start it at any time.",
+    ),
+    Reason.APPROVAL_NEEDED: (
+        "The pull request comes from a fork, or its author may not write here.",
+        "Somebody who may write comments `/ok-to-test`, or `kilo-pipelines reviews approve`.",
+    ),
+    Reason.APPROVAL_STALE: (
+        "What was approved was another head than the present one.",
+        "Look at the new commits and approve again.",
+    ),
+    Reason.APPROVAL_REFUSED: (
+        "Whoever approved may not write to the repository.",
+        "Somebody who may write has to approve.",
+    ),
+    Reason.APPROVAL_NOTED: (
+        "The comment approves a pull request's head; whether its author may is asked at the claim.",
+        "Nothing.",
+    ),
+    Reason.OUTSIDER_SKIPPED: (
+        "The owner leaves pull requests of outsiders alone.",
+        "Set `outsiders` to `approve` or `review` to have them looked at; a person may ask for one by hand.",
+    ),
+    Reason.SUGGEST_ONLY: (
+        "In suggest-only mode nothing is written outside by itself.",
+        "`kilo-pipelines effects show`, then `effects approve`; or end the mode.",
+    ),
+    Reason.SUGGESTION_EXPIRED: (
+        "Nobody approved what was held within two weeks, and what it speaks of has moved on.",
+        "Ask for the work again.",
+    ),
+    Reason.RULE_OF_TWO: (
+        "The session would see outsiders' text, hold secrets and have effects that nobody approved.",
+        "Take one of the three away.",
+    ),
+    Reason.SECRETS_MEET_OUTSIDERS: (
+        "The session would hold secrets beside text of somebody without write access.",
+        "Take the secrets out of its profile, or have a member ask.",
+    ),
+    Reason.WRITE_UNAPPROVED: (
+        "A session that writes would follow the text of somebody without write access.",
+        "Somebody who may write approves the text first.",
+    ),
     Reason.FETCH_FAILED: ("The repository could not be fetched.", "Check the App's access to contents and the network."),
     Reason.HEAD_MOVED: ("The head moved while it was fetched.", "Nothing; the newer push has its own turn."),
     Reason.REPOSITORY_TOO_LARGE: ("The tree is larger than a checkout may be.", "Raise the caps if this is a real repository."),

@@ -22,6 +22,7 @@ class FailureClass(StrEnum):
     OPERATOR = "operator"  # the operator has to change a key or the machine; the owner's service stays on
     INPUT = "input"  # what was asked can't be done, or was done and did not count
     STOPPED = "stopped"  # a person, a push or the platform ended it
+    BUDGET = "budget"  # the day's budget ran out in the middle: the next day has another one
     LIMIT = "limit"  # a cap of ours: the same work would meet it again
 
 
@@ -43,6 +44,8 @@ POLICY: dict[FailureClass, Policy] = {
     FailureClass.OPERATOR: Policy(attempts=1),
     FailureClass.INPUT: Policy(attempts=1),
     FailureClass.STOPPED: Policy(attempts=1),
+    # The claim lets it wait for the day; who runs out of two days' rests will run out of the third.
+    FailureClass.BUDGET: Policy(attempts=2),
     FailureClass.LIMIT: Policy(attempts=1),
 }
 
@@ -102,12 +105,17 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.BRANCH_TAKEN: FailureClass.INPUT,
     Reason.REGISTRY_UNKNOWN: FailureClass.OPERATOR,
     Reason.REGISTRY_MIRROR_FAILED: FailureClass.INFRASTRUCTURE,
+    Reason.BUDGET_EXHAUSTED: FailureClass.BUDGET,
     Reason.BUDGET_EXCEEDED: FailureClass.LIMIT,
     Reason.SESSION_SILENT: FailureClass.LIMIT,
     Reason.SESSION_TIMEOUT: FailureClass.LIMIT,
     Reason.DEADLINE_PASSED: FailureClass.LIMIT,
     Reason.NO_CAPACITY: FailureClass.LIMIT,
     Reason.RETRIES_EXHAUSTED: FailureClass.LIMIT,
+    **dict.fromkeys((Reason.RULE_OF_TWO, Reason.SECRETS_MEET_OUTSIDERS, Reason.WRITE_UNAPPROVED), FailureClass.INPUT),
+    Reason.LOOP_GUARDED: FailureClass.STOPPED,
+    Reason.OUTSIDER_SKIPPED: FailureClass.STOPPED,
+    Reason.SUGGEST_ONLY: FailureClass.STOPPED,
     Reason.HEAD_MOVED: FailureClass.STOPPED,
     Reason.INTERRUPTED: FailureClass.STOPPED,
     Reason.SUPERSEDED: FailureClass.STOPPED,

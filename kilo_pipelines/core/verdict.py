@@ -47,6 +47,12 @@ _OF_REASON = {
     Reason.KILL_SWITCH: Conclusion.CANCELLED,
     Reason.CLOUD_AGENT_REFUSED: Conclusion.ACTION_REQUIRED,
     Reason.CLOUD_AGENT_ADDRESS_REFUSED: Conclusion.ACTION_REQUIRED,
+    Reason.BUDGET_EXHAUSTED: Conclusion.ACTION_REQUIRED,
+    Reason.LOOP_GUARDED: Conclusion.ACTION_REQUIRED,
+    Reason.OUTSIDER_SKIPPED: Conclusion.ACTION_REQUIRED,
+    Reason.RULE_OF_TWO: Conclusion.ACTION_REQUIRED,
+    Reason.SECRETS_MEET_OUTSIDERS: Conclusion.ACTION_REQUIRED,
+    Reason.WRITE_UNAPPROVED: Conclusion.ACTION_REQUIRED,
 }
 
 SEVERITIES = ("critical", "warning", "suggestion")

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kilo_pipelines import __version__
+from kilo_pipelines.core.limits import MICRO
 from kilo_pipelines.store import BOUNDS, Ended, Now, Store
 
 # Several scrapers, or an impatient one, cost the database one look in this time.
@@ -44,6 +45,18 @@ for _listener in ("public", "admin"):
     for _status in ("500", "503"):
         responses.labels(_listener, _status)
 live = Gauge("kilo_live", "Live rows by what and state.", ["what", "state"], registry=registry)
+spent_tokens = Gauge(
+    "kilo_spent_tokens",
+    "Tokens of this UTC day by service, model and direction.",
+    ["service", "model", "direction"],
+    registry=registry,
+)
+spent_usd = Gauge(
+    "kilo_spent_usd",
+    "USD of this UTC day by service and model, as far as prices are known.",
+    ["service", "model"],
+    registry=registry,
+)
 counted = Gauge("kilo_counted", "Counted oddities, such as late writes that changed nothing.", ["name"], registry=registry)
 
 
@@ -150,7 +163,7 @@ class Platform(Collector):
             if self._looked_at is not None and timedelta(0) <= at - self._looked_at < FRESH:
                 return
             present, ended = store.figures.now(), store.figures.ended(self._seen_until)
-            gauges, counters = store.queue.gauges(), store.queue.counters()
+            gauges, counters, spent = store.queue.gauges(), store.queue.counters(), store.spend.gauges()
             self._now, self._seen_until, self._looked_at = present, ended.until, at
             self._add(ended)
             live.clear()
@@ -158,6 +171,12 @@ class Platform(Collector):
                 live.labels(what, state).set(number)
             for name, value in counters.items():
                 counted.labels(name).set(value)
+            spent_tokens.clear()
+            spent_usd.clear()
+            for row in spent:
+                spent_tokens.labels(row["service"], row["model"], "in").set(row["tokens_in"])
+                spent_tokens.labels(row["service"], row["model"], "out").set(row["tokens_out"])
+                spent_usd.labels(row["service"], row["model"]).set(float(row["micro_usd"]) / MICRO)
 
     def _add(self, ended: Ended) -> None:
         times = (self._session_times, self._launch_times, self._settle_times, self._effect_times)

@@ -189,6 +189,21 @@ class SessionOfItem(Strict):
     reason: str | None
     launches: int
     run: str | None
+    receipt: dict[str, Any] | None = Field(description="What it may see and do; docs/limits.md.")
+
+
+class SpendOfItem(Strict):
+    """What one meter of an item counted; `micro_usd` is millionths of a dollar."""
+
+    meter: str
+    session_id: UUID | None
+    model: str
+    tokens_in: int
+    tokens_out: int
+    tokens_cached: int
+    micro_usd: int
+    first_at: datetime
+    last_at: datetime
 
 
 class ItemShown(Strict):
@@ -205,6 +220,7 @@ class ItemShown(Strict):
     fence: int
     attempts: list[Attempt]
     session: SessionOfItem | None
+    spend: list[SpendOfItem]
     effects: list[EffectOfItem]
 
 
@@ -368,15 +384,21 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
         """One item: why it is where it is."""
         found = _item(store, who, item)
         session = store.sessions.get(found.session_id) if found.session_id else None
-        own = (name for name in ItemShown.model_fields if name not in ("attempts", "session", "effects"))
+        own = (name for name in ItemShown.model_fields if name not in ("attempts", "session", "spend", "effects"))
         return ItemShown(
             **{name: getattr(found, name) for name in own},
             attempts=[Attempt(**one) for one in store.queue.attempts(item)],
             session=None
             if session is None
             else SessionOfItem(
-                id=session.id, state=session.state, reason=session.reason, launches=session.launches, run=session.run_id
+                id=session.id,
+                state=session.state,
+                reason=session.reason,
+                launches=session.launches,
+                run=session.run_id,
+                receipt=session.receipt,
             ),
+            spend=[SpendOfItem(**one) for one in store.spend.of_item(found.owner_id, item)],
             effects=[EffectOfItem(**one) for one in store.outbox.of_item(item)],
         )
 

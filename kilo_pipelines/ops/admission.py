@@ -4,11 +4,13 @@ from pydantic import ValidationError
 
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.text import clean
+from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, settle_duplicates
 from kilo_pipelines.services.code_review import admission as code_review
 from kilo_pipelines.services.code_review import outcome
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
-from kilo_pipelines.services.code_review.events import PullRequestEvent
+from kilo_pipelines.services.code_review.events import IssueCommentEvent, PullRequestEvent
 from kilo_pipelines.services.security import admission as security
 from kilo_pipelines.services.security.alerts import BadAlert
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
@@ -22,6 +24,8 @@ def admit(tx: AdmissionTx, marker: Marker) -> None:
     """Decides one delivery inside its transaction: skip with a reason, or take what it brings."""
     if tx.delivery.event == "pull_request":
         _pull_request(tx, marker)
+    elif tx.delivery.event == "issue_comment":
+        _comment(tx)
     elif tx.delivery.event == "dependabot_alert":
         _alert(tx)
     else:
@@ -55,6 +59,31 @@ def _alert(tx: AdmissionTx) -> None:
             settle_duplicates(tx.duplicates(repository_id, facts.ghsa_id), tx.dispose, owner_id, repository_id, in_force)
 
 
+def _comment(tx: AdmissionTx) -> None:
+    """`/ok-to-test`: approves the head that the last signed event of the pull request told, for what is live of it."""
+    try:
+        event = IssueCommentEvent.model_validate(tx.delivery.payload)
+    except ValidationError:
+        tx.skip(Reason.PAYLOAD_SHAPE_MISMATCH)
+        return
+    named = code_review.command(event)
+    if isinstance(named, Reason):
+        tx.skip(named)
+        return
+    subject = code_review.subject(event.repository.id, event.issue.number)
+    live = next((one for one in tx.items(SERVICE, subject) if WorkState(one.state) not in FINAL), None)
+    if live is None or tx.repository(event.repository.id) is None:
+        tx.skip(Reason.ACTION_IGNORED)
+    elif not live.head_sha.startswith(named):
+        tx.skip(Reason.APPROVAL_STALE, item_id=live.id)
+    else:
+        login = clean(event.comment.user.login)
+        tx.approve(
+            event.repository.id, event.issue.number, head_sha=live.head_sha, login=login, how="comment", subject_key=subject
+        )
+        tx.skip(Reason.APPROVAL_NOTED, item_id=live.id)
+
+
 def _pull_request(tx: AdmissionTx, marker: Marker) -> None:
     """Opens a review and supersedes older ones, or says why not."""
     try:
@@ -63,11 +92,22 @@ def _pull_request(tx: AdmissionTx, marker: Marker) -> None:
         tx.skip(Reason.PAYLOAD_SHAPE_MISMATCH)
         return
     subject = code_review.subject_key(event)
+    approver = code_review.approval_of(event)
+    if approver is not None and tx.repository(event.repository.id) is not None:
+        tx.approve(
+            event.repository.id,
+            event.pull_request.number,
+            head_sha=event.pull_request.head.sha,
+            login=approver,
+            how="label",
+            subject_key=subject,
+        )
     decision = code_review.decide(
         event,
         setting=tx.config(SERVICE),
         repository_known=tx.repository(event.repository.id) is not None,
         items=tx.items(SERVICE, subject),
+        limits=tx.limits(),
     )
     for item_id in decision.supersede:
         tx.cancel(item_id, Reason.SUPERSEDED)
@@ -83,6 +123,7 @@ def _pull_request(tx: AdmissionTx, marker: Marker) -> None:
             repository_id=event.repository.id,
             priority=0,
             details=decision.details,
+            wait_s=decision.wait_s,
         )
     )
     review = outcome.ReviewSubject(

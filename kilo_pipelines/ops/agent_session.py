@@ -11,6 +11,7 @@ from uuid import UUID
 from dagster import DagsterExecutionInterruptedError, Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionOutcome, SessionSpec, SessionStatus
+from kilo_pipelines.core.limits import Amount, Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.session import SessionTask
 from kilo_pipelines.ops.ids import Ids
@@ -43,7 +44,17 @@ class LeasedControl:
     known, and that the lease is over as soon as the clock says so. A database that doesn't answer ends nothing before.
     """
 
-    def __init__(self, context: OpExecutionContext, store: Store, claim: SessionClaim, *, lease_s: float, every_s: float) -> None:
+    def __init__(
+        self,
+        context: OpExecutionContext,
+        store: Store,
+        claim: SessionClaim,
+        spec: SessionSpec,
+        *,
+        lease_s: float,
+        every_s: float,
+    ) -> None:
+        self._spec = spec
         self._lease_s = lease_s
         self._every_s = every_s
         self._context = context
@@ -103,6 +114,23 @@ class LeasedControl:
         with suppress(DatabaseAwayError):
             self._context.log.info(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in data.items()) if data else kind)
 
+    def spent(self, meter: str, usage: Usage) -> bool:
+        """Keeps it in the ledger; a database that doesn't answer is told with the next look: a meter only grows."""
+        try:
+            self._store.spend.record(
+                self._claim.owner_id,
+                meter,
+                item_id=self._claim.item_id,
+                session_id=self._claim.session_id,
+                service=self._spec.service,
+                model=self._spec.model,
+                usage=usage,
+                price=self._spec.limits.price,
+            )
+        except DatabaseAwayError:
+            return False
+        return True
+
     def accepted(self, outcome: SessionOutcome) -> bool:
         """Keeps it with the session, under its fence."""
         told = outcome.model_dump(mode="json")
@@ -154,7 +182,8 @@ def _carry_out(
             raise ProviderError(Reason.OWNER_CHANGED, retryable=False)
         return mint(item.installation_id, item.repository_id)
 
-    with LeasedControl(context, platform, claim, lease_s=lease_s, every_s=cloud_agent.heartbeat_seconds()) as control:
+    spec = _bounded(spec, platform.spend.of_session(claim.owner_id, claim.session_id))
+    with LeasedControl(context, platform, claim, spec, lease_s=lease_s, every_s=cloud_agent.heartbeat_seconds()) as control:
         try:
             outcome = cloud_agent.runner(spec.agent).run(
                 spec,
@@ -182,9 +211,27 @@ def _carry_out(
         if control.beat() is Heartbeat.LOST:
             context.log.warning("the lease went to somebody else: this outcome is not reported")
             return
+        outcome = _by_budget(spec, outcome)
         # A cut that ends within the lease costs no session.
         stored = control.insist(partial(_store_outcome, platform, claim, outcome))
     _announce(context, cloud_agent, claim, outcome, stored)
+
+
+def _bounded(spec: SessionSpec, spent: Amount) -> SessionSpec:
+    """A launch that follows another one of the same session has what that one left of the grant."""
+    limits = spec.limits
+    money = None if limits.micro_usd is None else limits.micro_usd - spent.micro_usd
+    return spec.model_copy(
+        update={"limits": limits.model_copy(update={"tokens": limits.tokens - spent.tokens, "micro_usd": money})}
+    )
+
+
+def _by_budget(spec: SessionSpec, outcome: SessionOutcome) -> SessionOutcome:
+    """A session that ended for want of tokens or money which only this day lacked is tried again on the next."""
+    turns = outcome.evidence.turns if outcome.evidence is not None else 0
+    if outcome.reason != Reason.BUDGET_EXCEEDED or not spec.limits.cut or turns >= spec.limits.turns:
+        return outcome
+    return outcome.model_copy(update={"reason": Reason.BUDGET_EXHAUSTED})
 
 
 def _after_interrupt(context: OpExecutionContext, store: Store, claim: SessionClaim, lease_s: float) -> None:

@@ -1,5 +1,6 @@
 """Ops of Code Review: launch (claim, re-read, session) and settle (verdict, effects, slot)."""
 
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -7,21 +8,25 @@ from uuid import UUID, uuid4
 from dagster import Nothing, OpExecutionContext, Out, op
 
 from kilo_pipelines.core import retry
+from kilo_pipelines.core.approval import is_outside, refusal
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.owners import review_pools
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.items import may_start, provider_failed, reopened_by_person, say
 from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
-from kilo_pipelines.resources.github import GitHubResource, ProviderError
+from kilo_pipelines.resources.github import GitHubInstallation, GitHubResource, ProviderError, PullState
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review import launch, outcome
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.store import Claimed, ItemRow, SessionRow, Store
+
+# What waits for a person is looked at once a day: its pull request may be closed by now. An approval wakes it at once.
+APPROVAL_WAIT = timedelta(days=1)
 
 
 def subject_of(
@@ -65,6 +70,7 @@ def _launch(
         pools=review_pools,
         lease_s=cloud_agent.lease_seconds(),
         costs=github.launch_costs(),
+        ask=cloud_agent.needs(None),
     )
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
@@ -75,6 +81,7 @@ def _launch(
         reader = github.reader(claim.installation_id, claim.repository_id)
         pull = reader.pull(details["full_name"], details["pull_number"])
         summary = reader.summary_comment(details["full_name"], details["pull_number"], marker.make("summary", claim.subject_key))
+        guest = _guest(store, reader, claim, pull)
     except ProviderError as failure:
         provider_failed(context, store, claim, failure)
         return
@@ -84,20 +91,71 @@ def _launch(
         store.queue.conclude(claim, *stop)
         say(context, item_id, stop[1], pull_request=pull.url)
         return
+    if guest is not None and guest.refusal is Reason.OUTSIDER_SKIPPED:
+        store.queue.conclude(claim, WorkState.CANCELLED, guest.refusal)
+        say(context, item_id, guest.refusal, pull_request=pull.url)
+        return
+    if guest is not None and guest.refusal is not None:
+        subject = subject_of(claim, claim.attempt, claim.subject_key, cloud_agent.details_url(context.run_id), **head)
+        told = outcome.approval_effects(subject, marker, guest.refusal)
+        until = datetime.now(UTC) + APPROVAL_WAIT
+        store.queue.hold(claim, until=until, reason=guest.refusal, details=head, effects=told)
+        say(context, item_id, guest.refusal, pull_request=pull.url)
+        return
     previous = store.reviews.previous_head(claim.owner_id, claim.repository_id, pull.number, pull.head_sha)
     task = launch.task_of(pull, details, previous_summary=summary, previous_head=previous)
     session_id = uuid4()
     subject = subject_of(claim, claim.attempt, claim.subject_key, cloud_agent.details_url(context.run_id), **head)
+    spec = cloud_agent.spec(session_id, claim.owner_id, pull, task, claim.granted)
+    receipt = cloud_agent.receipt(
+        spec,
+        text=["outsider", "member"] if guest is not None else ["member"],
+        effects=True,
+        # A member's own pull request is that member's wish to have it reviewed.
+        approved_by=guest.approved_by if guest is not None else f"github:{pull.author}",
+    )
+    if not may_start(context, store, claim, receipt):
+        return
     launched = store.sessions.launch(
         claim,
         session_id=session_id,
-        spec=cloud_agent.spec(session_id, claim.owner_id, pull, task),
+        spec=spec,
+        receipt=receipt,
         head=head,
         effects=outcome.start_effects(subject, marker, admitted_head=details["head_sha"]),
         cap_s=cloud_agent.cap_seconds(),
     )
     say(context, item_id, "launched" if launched else "late_writer", pull_request=pull.url)
     context.log.info(f"session {session_id}, attempt {claim.attempt}, fence {claim.fence}")
+
+
+@dataclass(frozen=True)
+class _Guest:
+    """A pull request of an outsider: why it isn't reviewed now, or who approved its head."""
+
+    refusal: Reason | None
+    approved_by: str | None
+
+
+def _guest(store: Store, reader: GitHubInstallation, claim: Claimed, pull: PullState) -> _Guest | None:
+    """Whose pull request it is, by the provider's word of now; None for a member's. Raises ProviderError."""
+    is_bot = pull.author_type == "Bot"
+    inside = pull.head_repository_id == claim.repository_id
+    may_write = inside and not is_bot and reader.may_write(pull.full_name, pull.author)
+    if not is_outside(head_repository_id=pull.head_repository_id, repository_id=claim.repository_id, author_may_write=may_write):
+        return None
+    approvals = []
+    for one in store.approvals.of_pull(claim.owner_id, claim.repository_id, pull.number):
+        if one.granted is None:
+            granted = reader.may_write(pull.full_name, one.login)
+            store.approvals.decide(claim.owner_id, one.id, granted=granted, reason=None if granted else Reason.APPROVAL_REFUSED)
+            approvals.append(replace(one, granted=granted))
+        else:
+            approvals.append(one)
+    approved = next((one.by for one in approvals if one.granted and one.head_sha == pull.head_sha), None)
+    # Bots that come so far are let in by the owner's settings; nobody has to approve each of their heads.
+    policy = "review" if is_bot and inside else claim.limits.outsiders
+    return _Guest(refusal(policy, pull.head_sha, approvals), approved)
 
 
 @op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Turns ended sessions into verdicts, effects and free slots.")

@@ -94,7 +94,9 @@ class _Step:
     def run(self) -> None:
         """The step under its lease, with every way in which it may end."""
         lease_s, every_s = self._cloud_agent.lease_seconds(), self._cloud_agent.heartbeat_seconds()
-        with LeasedControl(self._context, self._store, self._claim.session, lease_s=lease_s, every_s=every_s) as self.control:
+        with LeasedControl(
+            self._context, self._store, self._claim.session, self._spec, lease_s=lease_s, every_s=every_s
+        ) as self.control:
             try:
                 self.take()
             except _LateError:

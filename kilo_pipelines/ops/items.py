@@ -8,6 +8,7 @@ from dagster import MetadataValue, Nothing, OpExecutionContext, Out, op
 from kilo_pipelines import tags
 from kilo_pipelines.core import retry
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.receipt import Receipt, violation
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
@@ -52,6 +53,16 @@ def provider_failed(context: OpExecutionContext, store: Store, claim: Claimed, f
     else:
         store.queue.conclude(claim, WorkState.FAILED, failure.reason)
     say(context, claim.item_id, failure.reason)
+
+
+def may_start(context: OpExecutionContext, store: Store, claim: Claimed, receipt: Receipt) -> bool:
+    """Whether a session may have these capabilities (threats, rule 7); else the item has ended with the reason."""
+    broken = violation(receipt)
+    if broken is None:
+        return True
+    store.queue.conclude(claim, WorkState.FAILED, broken)
+    say(context, claim.item_id, broken)
+    return False
 
 
 @op(out=Out(Nothing), retry_policy=TRANSPORT_RETRY, description="Notes the ends of items that nobody outside has to be told of.")

@@ -10,14 +10,14 @@ from pydantic import ValidationError
 
 from kilo_pipelines.acts import dismissal, remediation
 from kilo_pipelines.acts.analysis import queue_analyses
-from kilo_pipelines.acts.common import Log
+from kilo_pipelines.acts.common import Log, enabled_config
 from kilo_pipelines.core import retry
 from kilo_pipelines.core.owners import analysis_pools
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.items import may_start, provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -59,6 +59,7 @@ def _launch(
         return
     item = store.queue.get(item_id)
     automatic = item is not None and item.details["origin"] != "manual"
+    wanted = (enabled_config(store, item.owner_id) if item is not None else None) or SecurityConfig()
     claim = store.queue.claim(
         item_id,
         SERVICE,
@@ -66,6 +67,7 @@ def _launch(
         pools=lambda _kind, _plan: analysis_pools(automatic=automatic),
         lease_s=cloud_agent.lease_seconds() + triage.SECONDS,
         costs=github.launch_costs(),
+        ask=cloud_agent.needs(wanted.analysis_model, wanted.triage_model),
     )
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
@@ -96,17 +98,24 @@ def _launch(
         provider_failed(context, store, claim, failure)
         return
     session_id = uuid4()
+    spec = cloud_agent.branch_spec(
+        session_id,
+        claim.owner_id,
+        SERVICE,
+        branch,
+        brief.task_of(finding, branch.full_name, found),
+        store.spend.left(claim),
+        model=config.analysis_model,
+    )
+    # Nothing is written outside because of an analysis by itself: what follows has rules, and an item, of its own.
+    receipt = cloud_agent.receipt(spec, text=["advisory", "member"], effects=False)
+    if not may_start(context, store, claim, receipt):
+        return
     launched = store.sessions.launch(
         claim,
         session_id=session_id,
-        spec=cloud_agent.branch_spec(
-            session_id,
-            claim.owner_id,
-            SERVICE,
-            branch,
-            brief.task_of(finding, branch.full_name, found),
-            model=config.analysis_model,
-        ),
+        spec=spec,
+        receipt=receipt,
         head={"snapshot": snapshot_of(finding), "commit_sha": branch.head_sha},
         effects=[],
         cap_s=cloud_agent.cap_seconds(),
@@ -143,6 +152,17 @@ def _triage(
         seconds=triage.SECONDS,
         max_tokens=triage.MAX_TOKENS,
     )
+    if answer.meter is not None:
+        store.spend.record(
+            claim.owner_id,
+            answer.meter,
+            item_id=claim.item_id,
+            session_id=None,
+            service=SERVICE,
+            model=cloud_agent.needs(config.triage_model).model,
+            usage=answer.usage,
+            price=cloud_agent.price(config.triage_model),
+        )
     if answer.reason is not None:
         raise _RefusedError(answer.reason)
     found = triage.answer_of(answer.arguments)

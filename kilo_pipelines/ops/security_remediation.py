@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 from dagster import Nothing, OpExecutionContext, Out, op
 from pydantic import ValidationError
 
-from kilo_pipelines.acts.common import Log
+from kilo_pipelines.acts.common import Log, enabled_config
 from kilo_pipelines.acts.remediation import cases, event_of, group_of
 from kilo_pipelines.cloud_agent.protocol import PUSHED
 from kilo_pipelines.core import retry
@@ -19,7 +19,7 @@ from kilo_pipelines.core.text import clean
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.effects import TRANSPORT_RETRY
 from kilo_pipelines.ops.ids import Ids, each
-from kilo_pipelines.ops.items import provider_failed, reopened_by_person, say
+from kilo_pipelines.ops.items import may_start, provider_failed, reopened_by_person, say
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
@@ -65,6 +65,7 @@ def _launch(
         pools=lambda _kind, _plan: remediation_pools(repository_id),
         lease_s=cloud_agent.lease_seconds(),
         costs=github.launch_costs(),
+        ask=cloud_agent.needs(_model(store, item.owner_id) if item is not None else None),
     )
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
@@ -92,21 +93,28 @@ def _launch(
     session_id = uuid4()
     branch = rules.branch_of(item_id, claim.attempt, finding)
     fixes = {key: one.deep["suggested_fix"] for key, one in analyses.items() if one.deep is not None}
+    spec = cloud_agent.branch_spec(
+        session_id,
+        claim.owner_id,
+        SERVICE,
+        at,
+        brief.task_of(group, fixes, at.full_name, case.config.remediation_registries),
+        claim.granted,
+        model=case.config.remediation_model,
+        writes=True,
+        branch=branch,
+        allow_protected=case.config.remediation_allow_protected,
+        registries=case.config.remediation_registries,
+    )
+    asked_by = claim.details["requested_by"] if claim.by_person else None
+    receipt = cloud_agent.receipt(spec, text=["advisory", "member"], effects=True, approved_by=asked_by)
+    if not may_start(context, store, claim, receipt):
+        return
     launched = store.sessions.launch(
         claim,
         session_id=session_id,
-        spec=cloud_agent.branch_spec(
-            session_id,
-            claim.owner_id,
-            SERVICE,
-            at,
-            brief.task_of(group, fixes, at.full_name, case.config.remediation_registries),
-            model=case.config.remediation_model,
-            writes=True,
-            branch=branch,
-            allow_protected=case.config.remediation_allow_protected,
-            registries=case.config.remediation_registries,
-        ),
+        spec=spec,
+        receipt=receipt,
         head={
             "analysis_id": str(case.analysis.item_id),
             "fingerprint": rules.fingerprint(finding, case.analysis),
@@ -119,6 +127,12 @@ def _launch(
     )
     say(context, item_id, "launched" if launched else Reason.MOVED_ON)
     context.log.info(f"session {session_id}, attempt {claim.attempt}, fence {claim.fence}: {len(group)} findings on {branch}")
+
+
+def _model(store: Store, owner_id: UUID) -> str | None:
+    """The model that the owner wants; what it costs is asked for at the claim."""
+    config = enabled_config(store, owner_id)
+    return config.remediation_model if config is not None else None
 
 
 def _stop(context: OpExecutionContext, store: Store, claim: Claimed, reason: Reason, **links: str | None) -> None:

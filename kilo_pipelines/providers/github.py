@@ -431,6 +431,21 @@ class GitHubInstallation:
                 made = repository.create_pull(base, head, title=title, body=body, draft=False)
             return _pull_state(repository, made)
 
+    def may_write(self, full_name: str, login: str) -> bool:
+        """Whether a person may write to the repository now, as its own list says; needs metadata:read. False for whom nobody knows.
+
+        Raises ProviderError.
+        """
+        repository = self.repository(full_name)
+        try:
+            with self.errors():
+                # `maintain` and custom roles that may push are told as `write` here (REST API, "Get repository permissions for a user").
+                return repository.get_collaborator_permission(login) in ("admin", "write")
+        except ProviderError as failure:
+            if failure.reason is Reason.PROVIDER_NOT_FOUND:
+                return False
+            raise
+
     def close_pull(self, full_name: str, number: int) -> None:
         """Closes a pull request; needs pull_requests:write. Raises ProviderError."""
         pull = self.pull_object(full_name, number)

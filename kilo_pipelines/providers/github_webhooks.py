@@ -122,6 +122,28 @@ class PullRequestShape(_Shape):
     label: _Label | None = None
 
 
+class _Comment(_Shape):
+    id: ProviderId
+    body: Text = ""
+    user: _Author
+
+
+class _Issue(_Shape):
+    number: PullNumber
+    state: Literal["open", "closed"]
+
+
+class IssueCommentShape(_Shape):
+    """`issue_comment`: who wrote what under which issue or pull request."""
+
+    action: Action
+    comment: _Comment
+    issue: _Issue
+    repository: RepositoryLabel
+    installation: _InstallationId
+    sender: _Author
+
+
 class DependabotAlertShape(_Shape):
     """`dependabot_alert`: whose alert it is; the alert itself is checked field by field by the Security Agent."""
 
@@ -165,6 +187,7 @@ class PingShape(_Shape):
 
 SHAPES: dict[str, type[_Shape]] = {
     "pull_request": PullRequestShape,
+    "issue_comment": IssueCommentShape,
     "dependabot_alert": DependabotAlertShape,
     "installation": InstallationShape,
     "installation_repositories": InstallationRepositoriesShape,
@@ -186,6 +209,8 @@ def event_of_shape(payload: Mapping[str, Any]) -> str | None:
     """Which of our events a body is by its own look, None for any other (the event header is outside the signature)."""
     if "pull_request" in payload and "number" in payload and not any(name in payload for name in _NOT_PULL_REQUEST):
         return "pull_request"
+    if isinstance(payload.get("issue"), dict) and isinstance(payload.get("comment"), dict):
+        return "issue_comment"
     alert = payload.get("alert")
     # Alerts of code and secret scanning have neither.
     if isinstance(alert, dict) and "security_advisory" in alert and "dependency" in alert:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from kilo_pipelines.cloud_agent.proxy_client import ProxyError, ask
 from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError, Unsandboxed
 from kilo_pipelines.cloud_agent.tree import Ground, Read, read_tree
+from kilo_pipelines.core.limits import Ask, Grant, Price, Usage
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.receipt import Receipt, Source
 from kilo_pipelines.providers.github import BranchHead, ProviderError, PullState
 from kilo_pipelines.settings import Settings, current
 
@@ -37,6 +39,9 @@ class ModelAnswer:
 
     arguments: str | None
     reason: Reason | None
+    # What it cost; None when the proxy itself didn't answer.
+    meter: str | None = None
+    usage: Usage = Usage()  # noqa: RUF009  # frozen
 
 
 def sandbox_of(settings: Settings) -> Sandbox:
@@ -83,9 +88,48 @@ class CloudAgentResource(ConfigurableResource[None]):
         settings = current()
         return f"{settings.dagster_url}/runs/{run_id}" if settings.offline else None
 
-    def spec(self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any]) -> dict[str, Any]:
-        """What a session works on."""
+    def needs(self, *models: str | None) -> Ask:
+        """What work that asks these models (None: the platform's) would use: at the price of the dearest, unknown when one's is."""
+        settings = current()
+        names = [one or settings.model for one in models]
+        prices = [settings.model_prices[one] for one in names if one in settings.model_prices]
+        if len(prices) < len(names):
+            return Ask(names[0])
+        return Ask(names[0], price=Price(input=max(one.input for one in prices), output=max(one.output for one in prices)))
+
+    def price(self, model: str | None) -> Price | None:
+        """What a model (None: the platform's) costs; None when nobody knows."""
+        settings = current()
+        return settings.model_prices.get(model or settings.model)
+
+    def receipt(self, spec: Mapping[str, Any], *, text: list[Source], effects: bool, approved_by: str | None = None) -> Receipt:
+        """What the session of a spec may see and do; `text`, `effects` and `approved_by` are its service's to know."""
+        session = SessionSpec.model_validate(spec)
+        # Of a hosted agent's surroundings nothing is known but that its service gives it a network.
+        hosted = session.agent == "hosted"
+        return Receipt(
+            text=text,
+            # Sessions have no profiles yet: the sandbox's environment is built from an allow-list without a secret.
+            holds_secrets=False,
+            effects=effects,
+            approved_by=approved_by,
+            writes=session.writes,
+            network="open" if hosted else "registries" if session.registries else "model",
+            model=session.model,
+            turns=session.limits.turns,
+            tokens=session.limits.tokens,
+            micro_usd=session.limits.micro_usd,
+            seconds=session.limits.hard_cap_s,
+            evidence="reported" if hosted else "observed",
+            sandbox="hosted" if hosted else current().sandbox,
+        )
+
+    def spec(
+        self, session_id: UUID, owner_id: UUID, pull: PullState, task: dict[str, Any], granted: Grant | None
+    ) -> dict[str, Any]:
+        """What a session works on, within what its claim was granted."""
         return self._spec(
+            granted,
             session_id=session_id,
             owner_id=owner_id,
             service="code_review",
@@ -111,12 +155,14 @@ class CloudAgentResource(ConfigurableResource[None]):
         service: str,
         at: BranchHead,
         task: dict[str, Any],
+        granted: Grant | None,
         *,
         model: str | None,
         **write: Any,
     ) -> dict[str, Any]:
         """What a session on a branch's head works on; `write` is what a write session may do (`SessionSpec`), none reads only."""
         return self._spec(
+            granted,
             session_id=session_id,
             owner_id=owner_id,
             service=service,
@@ -138,9 +184,15 @@ class CloudAgentResource(ConfigurableResource[None]):
         )
 
     @staticmethod
-    def _spec(**values: Any) -> dict[str, Any]:
+    def _spec(granted: Grant | None, **values: Any) -> dict[str, Any]:
         settings = current()
-        limits = SessionLimits(silence_s=settings.session_silence_seconds, hard_cap_s=settings.session_cap_seconds)
+        limits = SessionLimits(
+            silence_s=settings.session_silence_seconds,
+            hard_cap_s=settings.session_cap_seconds,
+            price=settings.model_prices.get(values.get("model", settings.model)),
+        )
+        if granted is not None:
+            limits = limits.model_copy(update=asdict(granted))
         return SessionSpec(**{"agent": settings.agent, "model": settings.model, "limits": limits, **values}).model_dump(
             mode="json"
         )
@@ -156,7 +208,10 @@ class CloudAgentResource(ConfigurableResource[None]):
             answer = ask(control_socket(settings), whole)
         except ProxyError:
             return ModelAnswer(None, Reason.MODEL_UNREACHABLE)
-        return ModelAnswer(answer.get("arguments"), Reason(answer["reason"]) if "reason" in answer else None)
+        used = Usage(answer.get("tokens_in", 0), answer.get("tokens_out", 0), answer.get("cached", 0))
+        return ModelAnswer(
+            answer.get("arguments"), Reason(answer["reason"]) if "reason" in answer else None, answer.get("meter"), used
+        )
 
     def runner(self, agent: str) -> SelfHostedRunner:
         """A runner for one agent program."""

@@ -13,7 +13,7 @@ from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_alerts, github_deliveries, github_effects
-from kilo_pipelines.providers.github import BranchHead, GitHubApp, GitHubInstallation, InstallationNow, ProviderError
+from kilo_pipelines.providers.github import BranchHead, GitHubApp, GitHubInstallation, InstallationNow, ProviderError, PullState
 from kilo_pipelines.providers.github_alerts import AlertPage
 from kilo_pipelines.providers.github_deliveries import LoggedDelivery, LogPage
 from kilo_pipelines.providers.github_effects import LostLeaseError
@@ -23,12 +23,14 @@ from kilo_pipelines.store import Cost
 __all__ = [
     "AlertPage",
     "BranchHead",
+    "GitHubInstallation",
     "GitHubResource",
     "InstallationNow",
     "LogPage",
     "LoggedDelivery",
     "LostLeaseError",
     "ProviderError",
+    "PullState",
 ]
 
 # What each use of a token may do at GitHub; minted per repository, least privilege (threats, rules 1 and 7).
@@ -41,9 +43,9 @@ PERMISSIONS = {
     EffectKind.GITHUB_REOPEN_ALERT: github_alerts.DISMISS_ALERTS,
 }
 
-# What a launch and an effect ask of GitHub (pull request, its comments; repository, installation, read-back), counted in tests; a new
+# What a launch and an effect ask of GitHub (pull request, its author's permission, its comments; repository, installation, read-back), counted in tests; a new
 # pull request asks once more, which its rarity makes up for.
-LAUNCH_READS = 8
+LAUNCH_READS = 9
 EFFECT_READS = 5
 # GitHub allows 900 points a minute, a read is one (REST API, secondary rate limits); half is left to others. Twenty launches and
 # the effects of their admission are 260.

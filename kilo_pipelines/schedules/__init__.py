@@ -175,6 +175,47 @@ posture = ScheduleDefinition(
     description="Compares all owners and runs the security checks.",
 )
 
+# Budgets are decided at the claim; this only shows them, soon enough for whoever wonders why nothing starts.
+SPEND_CRON = "*/15 * * * *"
+
+refresh_spend = define_asset_job(
+    "refresh_spend",
+    selection=["spend"],
+    partitions_def=OWNERS,
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
+    description="What an owner spent, against its budgets.",
+)
+check_budgets = define_asset_job(
+    "check_budgets",
+    selection=AssetSelection.checks_for_assets(AssetKey("spend")),
+    tags={tags.QUEUE: tags.QUEUE_MAINTENANCE},
+    description="Looks for owners past a budget that still spend.",
+)
+
+
+@schedule(
+    cron_schedule=SPEND_CRON,
+    job=refresh_spend,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Refreshes the spend of owners that spent anything today or yesterday.",
+)
+def spends(context: ScheduleEvaluationContext, store: StoreResource) -> list[RunRequest] | SkipReason:
+    owners = [str(owner) for owner in store.get().spend.owners_today()]
+    if not owners:
+        return SkipReason("no owner spent anything")
+    context.instance.add_dynamic_partitions(OWNERS_NAME, owners)
+    moment = context.scheduled_execution_time.isoformat()
+    return [RunRequest(run_key=f"spend:{owner}:{moment}", partition_key=owner, tags={tags.OWNER: owner}) for owner in owners]
+
+
+budget_checks = ScheduleDefinition(
+    name="budget_checks",
+    job=check_budgets,
+    cron_schedule=SPEND_CRON,
+    default_status=DefaultScheduleStatus.RUNNING,
+    description="Whether a budget is passed and spent from all the same.",
+)
+
 recompute_sla = define_asset_job(
     "recompute_sla",
     selection=["finding_sla", "sla_compliance"],
@@ -203,4 +244,16 @@ def delivery_repairs(context: ScheduleEvaluationContext, github: GitHubResource)
 
 def default_schedules() -> list[ScheduleDefinition]:
     """Every schedule of the platform."""
-    return [outcomes, reconcilers, seals, sweeps, security_syncs, security_sweeps, notices, posture, delivery_repairs]
+    return [
+        outcomes,
+        reconcilers,
+        seals,
+        sweeps,
+        security_syncs,
+        security_sweeps,
+        notices,
+        posture,
+        delivery_repairs,
+        spends,
+        budget_checks,
+    ]

@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.store.analyses import Analyses
 from kilo_pipelines.store.api_keys import ApiKeys, NewKey, prefix_of
+from kilo_pipelines.store.approvals import Approval, Approvals
 from kilo_pipelines.store.audit import Audit, Seal
 from kilo_pipelines.store.budget import Budgets, Cost
 from kilo_pipelines.store.crypto import Cipher
@@ -65,6 +66,7 @@ from kilo_pipelines.store.rows import (
 )
 from kilo_pipelines.store.sessions import Sessions
 from kilo_pipelines.store.settle import Settlements, SettleTx
+from kilo_pipelines.store.spend import Spend
 from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "AmbiguousInstallationError",
     "AnalysisRow",
     "ApiKey",
+    "Approval",
     "Budgets",
     "Change",
     "Cipher",
@@ -151,7 +154,9 @@ class Store:
         self.hosted = Hosted(self.database, clock, cipher)
         self.settlements = Settlements(self.database, clock)
         self.outbox = Outbox(self.database, clock)
+        self.approvals = Approvals(self.database, clock)
         self.budgets = Budgets(self.database)
+        self.spend = Spend(self.database, clock)
         self.invariants = Invariants(self.database, clock)
         self.audit = Audit(self.database, clock)
         self.retention = Retention(self.database, clock)

@@ -15,12 +15,15 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.limits import LimitsConfig
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
+from kilo_pipelines.store.approvals import note_approval
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.findings import Alert, Decide, Dispose, Findings, read_duplicates, write_alerts
 from kilo_pipelines.store.queue import end_item, intend, lock_subject, open_item, reopen_item
 from kilo_pipelines.store.rows import DeliveryRow, FindingRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
+from kilo_pipelines.store.standing import read_limits
 from kilo_pipelines.telemetry import traces
 
 log = logging.getLogger(__name__)
@@ -286,6 +289,25 @@ class AdmissionTx:
         self._settle("admitted", None, item_id)
         return item_id
 
+    def limits(self) -> LimitsConfig:
+        """The owner's limits; defaults where none can be read: its claims spend nothing then."""
+        return read_limits(self._connection, self.delivery.owner_id) or LimitsConfig()
+
+    def approve(self, repository_id: int, pull_number: int, *, head_sha: str, login: str, how: str, subject_key: str) -> None:
+        """Somebody approved a pull request's head, as far as the delivery tells; whether they may is asked at the claim."""
+        note_approval(
+            self._connection,
+            self.delivery.owner_id,
+            repository_id,
+            pull_number,
+            head_sha=head_sha,
+            login=login,
+            how=how,
+            subject_key=subject_key,
+            granted=None,
+            now=self._now,
+        )
+
     def intend(self, item_id: UUID, effects: list[EffectIntent]) -> None:
         """Effects of the admission itself, committed with it."""
         intend(self._connection, self.delivery.owner_id, item_id, effects, self._now)
@@ -361,6 +383,13 @@ class AdmissionTx:
         )
         if interrupted:
             reopen_item(self._connection, owner_id=owner, item_id=item_id, states="('cancelled')", now=self._now)
+            # An event starts it anew, whoever asked for it first: events may come for ever.
+            changed(
+                self._connection,
+                "update work_items set by_person = false where owner_id = :owner and id = :id",
+                owner=owner,
+                id=item_id,
+            )
 
     def _settle(self, state: str, reason: str | None, item_id: UUID | None) -> None:
         if self._decided:

@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.effects import ALERT_EFFECTS, NOTICES, EffectIntent, EffectReceipt
+from kilo_pipelines.core.effects import ALERT_EFFECTS, NOTICES, EffectIntent, EffectReceipt, content_hash
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.budget import Cost, take_budget
@@ -248,14 +248,75 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
             alerts=sorted(ALERT_EFFECTS),
         )
 
+    def release(self, effect_id: UUID, sha256: str, *, actor: str) -> str | None:
+        """A person lets a held effect go, exactly as it was shown (`core.effects.content_hash`): its new state; None when nothing like it is held.
+
+        What is newer of its kind and subject stands already, or waits to be written: then the held one is dropped instead.
+        """
+        with self._database.system() as connection:
+            owner = one(connection, system.EFFECT_OWNER.sql, id=effect_id)
+        if owner is None:
+            return None
+        now = self._clock.now()
+        with self._database.owner(owner["owner_id"]) as connection:
+            held = one(
+                connection,
+                "select kind, subject_key, payload from effects where owner_id = :owner and id = :id and state = 'held' for update",
+                owner=owner["owner_id"],
+                id=effect_id,
+            )
+            if held is None or content_hash(held["kind"], held["subject_key"], held["payload"]) != sha256:
+                return None
+            row = one(
+                connection,
+                "update effects e set state = case when newer then 'dropped' else 'pending' end, held_until = null, not_before = :now,"
+                " reason = case when newer then :superseded end, ended_at = case when newer then cast(:now as timestamptz) end"
+                " from (select exists (select 1 from effects n join effects o on o.owner_id = n.owner_id and o.id = :id"
+                "   where n.owner_id = :owner and n.subject_key = o.subject_key and n.kind = o.kind and n.seq > o.seq"
+                "   and n.state in ('pending', 'applying', 'applied')) as newer) seen"
+                " where e.owner_id = :owner and e.id = :id and e.state = 'held' returning e.state",
+                owner=owner["owner_id"],
+                id=effect_id,
+                now=now,
+                superseded=Reason.SUPERSEDED,
+            )
+            assert row is not None  # noqa: S101  # it is locked
+            audit(
+                connection,
+                owner["owner_id"],
+                actor,
+                "effect.approve",
+                str(effect_id),
+                {"state": row["state"], "sha256": sha256},
+                now,
+            )
+            notify(connection, f"effect:{effect_id}")
+        return str(row["state"])
+
+    def get(self, effect_id: UUID) -> dict[str, Any] | None:
+        """One effect with what it would write and the hash that an approval names; None for an unknown one."""
+        with self._database.system() as connection:
+            owner = one(connection, system.EFFECT_OWNER.sql, id=effect_id)
+        if owner is None:
+            return None
+        with self._database.owner(owner["owner_id"]) as connection:
+            row = one(
+                connection,
+                "select owner_id, id, item_id, kind, subject_key, payload, state, reason, tries, held_until, url, created_at, ended_at"
+                " from effects where owner_id = :owner and id = :id",
+                owner=owner["owner_id"],
+                id=effect_id,
+            )
+        return {**row, "sha256": content_hash(row["kind"], row["subject_key"], row["payload"])} if row else None
+
     def abandon(self, effect_id: UUID, *, actor: str) -> str | None:
         """A person gives an effect up that isn't being applied: `dropped`, None when it is over or under way."""
         return self._by_person(
             effect_id,
             actor,
             "effect.drop",
-            "update effects set state = 'dropped', reason = :reason, ended_at = :now where owner_id = :owner and id = :id"
-            " and state in ('pending', 'dead', 'unknown') returning state",
+            "update effects set state = 'dropped', reason = :reason, held_until = null, ended_at = :now where owner_id = :owner and id = :id"
+            " and state in ('pending', 'held', 'dead', 'unknown') returning state",
             reason=Reason.USER_CANCELLED,
         )
 

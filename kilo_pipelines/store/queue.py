@@ -12,7 +12,9 @@ from sqlalchemy import Connection, text
 
 from kilo_pipelines.core import retry
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.effects import HELD_FOR, NOTICES, EffectIntent, EffectKind
+from kilo_pipelines.core.limits import SPENDING, Ask, Grant, LimitsConfig, grant, next_day
+from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, SETTINGS_OF, WorkState
 from kilo_pipelines.store import system_statements as system
@@ -20,6 +22,16 @@ from kilo_pipelines.store.budget import Cost, take_budget
 from kilo_pipelines.store.database import Database, changed, count_late_write, notify, one, rows
 from kilo_pipelines.store.figures import told_of_claims
 from kilo_pipelines.store.rows import Claimed, ItemRow, NewItem, Offer, Refused
+from kilo_pipelines.store.standing import (
+    automatic_starts,
+    lock_budget,
+    mark,
+    put_off_service,
+    read_limits,
+    standings,
+    suggests_only,
+    take_author,
+)
 from kilo_pipelines.telemetry import traces
 
 # How long an offer stands before the item may be offered again (docs/decisions/0008): a lost offer costs at most this.
@@ -97,8 +109,8 @@ def open_item(connection: Connection, owner_id: UUID, new: NewItem, now: datetim
     item_id = uuid4()
     opened = changed(
         connection,
-        "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, not_before, created_at, updated_at, trace)"
-        " select :owner, :id, :service, :subject, :repository, :priority, :now, :now, :now, :trace where not exists ("
+        "insert into work_items (owner_id, id, service, subject_key, repository_id, priority, by_person, not_before, created_at, updated_at, trace)"
+        " select :owner, :id, :service, :subject, :repository, :priority, :by_person, :after, :now, :now, :trace where not exists ("
         " select 1 from work_items where owner_id = :owner and service = :service and subject_key = :subject and ended_at is null)",
         owner=owner_id,
         id=item_id,
@@ -106,6 +118,8 @@ def open_item(connection: Connection, owner_id: UUID, new: NewItem, now: datetim
         subject=new.subject_key,
         repository=new.repository_id,
         priority=new.priority,
+        by_person=new.by_person,
+        after=now + timedelta(seconds=new.wait_s),
         now=now,
         trace=traces.here(),
     )
@@ -136,12 +150,36 @@ def free_slots(connection: Connection, owner_id: UUID, item_id: UUID) -> None:
 
 
 def intend(connection: Connection, owner_id: UUID, item_id: UUID, effects: list[EffectIntent], now: datetime) -> None:
-    """Commits intended effects with the state that wants them; the same intent twice is one effect."""
+    """Commits intended effects with the state that wants them; the same intent twice is one effect.
+
+    In suggest-only mode what goes to others than the owner's own people is held, and a newer word takes the place of an older one.
+    """
+    if not effects:
+        return
+    item = one(
+        connection, "select service, by_person from work_items where owner_id = :owner and id = :id", owner=owner_id, id=item_id
+    )
+    assert item is not None  # noqa: S101  # effects are intended with their item
+    suggested = suggests_only(connection, owner_id, item["service"])
     for effect in effects:
+        decided = item["by_person"] and effect.kind is EffectKind.GITHUB_DISMISS_ALERT
+        held = suggested and not decided and effect.kind not in NOTICES
+        if held:
+            changed(
+                connection,
+                "update effects set state = 'dropped', reason = :reason, held_until = null, ended_at = :now where owner_id = :owner"
+                " and subject_key = :subject and kind = :kind and state = 'held' and intent_key <> :key",
+                owner=owner_id,
+                subject=effect.subject_key,
+                kind=effect.kind,
+                key=effect.intent_key,
+                reason=Reason.SUPERSEDED,
+                now=now,
+            )
         changed(
             connection,
-            "insert into effects (owner_id, id, item_id, kind, intent_key, subject_key, payload, not_before, created_at, trace)"
-            " values (:owner, :id, :item, :kind, :key, :subject, cast(:payload as jsonb), :now, :now, :trace)"
+            "insert into effects (owner_id, id, item_id, kind, intent_key, subject_key, payload, state, reason, held_until, not_before, created_at, trace)"
+            " values (:owner, :id, :item, :kind, :key, :subject, cast(:payload as jsonb), :state, :reason, :held_until, :now, :now, :trace)"
             " on conflict (owner_id, intent_key) do nothing",
             owner=owner_id,
             id=uuid4(),
@@ -150,6 +188,9 @@ def intend(connection: Connection, owner_id: UUID, item_id: UUID, effects: list[
             key=effect.intent_key,
             subject=effect.subject_key,
             payload=json.dumps(effect.payload),
+            state="held" if held else "pending",
+            reason=Reason.SUGGEST_ONLY if held else None,
+            held_until=now + HELD_FOR if held else None,
             now=now,
             trace=traces.here(),
         )
@@ -325,6 +366,15 @@ class Queue:
         self._audit_switch(scope, f"switch.{kind}", actor, {"reason": reason})
         return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
 
+    def suggest_only(self, scope: str, on: bool, reason: str, *, actor: str) -> bool:
+        """Sets or ends suggest-only mode for a scope as in `switch`; False when it wasn't set. What is held stays held."""
+        key = f"suggest:{scope}"
+        if not on:
+            return self.unswitch(key, actor=actor)
+        with self._database.system() as connection:
+            changed(connection, system.SET_SWITCH.sql, scope=key, kind="suggest", reason=reason, actor=actor)
+        return True
+
     def switches(self) -> list[dict[str, Any]]:
         """Every switch that is set."""
         with self._database.system() as connection:
@@ -390,11 +440,14 @@ class Queue:
         pools: Callable[[str, str], dict[str, int]],
         lease_s: float,
         costs: Sequence[Cost] = (),
+        ask: Ask = Ask(),  # noqa: B008  # frozen
     ) -> Claimed | Refused:
         """Takes a waiting item with a slot of every pool that its service names, a lease and a higher fence, in one transaction.
 
         `pools(owner kind, plan)` says how many slots the owner may hold in each pool (contract A7.1); they are taken in the order
-        of their names, all or none. `costs` is what the launch will ask of the provider, taken from the integration's budget.
+        of their names, all or none. `costs` is what the launch will ask of the provider, taken from the integration's budget. `ask`
+        is what a session would use of a model: services that spend are granted a part of the day's budget with the claim, or wait.
+        The refusals stand in a fixed order (docs/limits.md).
         """
         owner_id = owner_of_item(self._database, item_id)
         if owner_id is None:
@@ -424,7 +477,8 @@ class Queue:
                 return Refused(Reason.MOVED_ON, item["state"], item["session_id"])
             blocked = one(
                 connection,
-                "select kind from switches where scope in ('all', :service, :owner) limit 1",
+                # The kill switch speaks before a pause, whichever of their scopes is the wider one.
+                "select kind from switches where scope in ('all', :service, :owner) order by kind limit 1",
                 service=f"service:{service}",
                 owner=f"owner:{owner_id}",
             )
@@ -452,6 +506,10 @@ class Queue:
                 # Credit is no fault of the item: it starts once there is some, whoever opened it.
                 self._put_back(connection, owner_id, item_id, Reason.ACTION_REQUIRED, now + PERSON_WAIT)
                 return Refused(Reason.ACTION_REQUIRED, "waiting")
+            allowed = self._within_limits(connection, item, ask, now)
+            if isinstance(allowed, Refused):
+                return allowed
+            limits, granted = allowed
             fence = item["fence"] + 1
             # What waits holds nothing; a slot that it seems to hold (a defect, a hand in the database) must not stop its every claim.
             free_slots(connection, owner_id, item_id)
@@ -462,26 +520,100 @@ class Queue:
                 wait = 0 if missing == service else BLOCKED_SECONDS
                 self._put_back(connection, owner_id, item_id, Reason.NO_SLOT, now + timedelta(seconds=wait))
                 return Refused(Reason.NO_SLOT, "waiting")
-            # Last, so that a budget is spent only by who starts, and its row is locked for as short as may be.
-            wait_until = take_budget(connection, owner_id, item["integration_id"], costs, now)
+            # Last, so that buckets are spent only by who starts, and their rows are locked for as short as may be.
+            savepoint = connection.begin_nested()
+            why, wait_until = Reason.AUTHOR_RATE_LIMITED, self._take_author(connection, item, limits, now)
+            if wait_until is None:
+                why, wait_until = (
+                    Reason.PROVIDER_RATE_LIMITED,
+                    take_budget(connection, owner_id, item["integration_id"], costs, now),
+                )
             if wait_until is not None:
+                savepoint.rollback()
                 free_slots(connection, owner_id, item_id)
-                self._put_back(connection, owner_id, item_id, Reason.PROVIDER_RATE_LIMITED, wait_until)
-                return Refused(Reason.PROVIDER_RATE_LIMITED, "waiting")
-            return self._start(connection, item, fence, run_id, now, lease_s)
+                self._put_back(connection, owner_id, item_id, why, wait_until)
+                return Refused(why, "waiting")
+            savepoint.commit()
+            return self._start(connection, item, fence, run_id, now, lease_s, granted, limits)
+
+    def _within_limits(
+        self, connection: Connection, item: Any, ask: Ask, now: datetime
+    ) -> tuple[LimitsConfig, Grant | None] | Refused:
+        """The owner's limits and what a session of it is granted, or the refusal: suggest-only, repetition, budgets, in this order."""
+        owner_id, item_id, service = item["owner_id"], item["id"], item["service"]
+
+        def ended(reason: Reason) -> Refused:
+            end_item(connection, owner_id=owner_id, item_id=item_id, state="cancelled", reason=reason, now=now, announced=False)
+            return Refused(reason, "cancelled")
+
+        def waits(reason: Reason, until: datetime) -> Refused:
+            self._put_back(connection, owner_id, item_id, reason, until)
+            return Refused(reason, "waiting")
+
+        # A person's own dismissal is the decision itself; a remediation pushes before anybody could look at what.
+        acts_by_itself = service == "remediation" or (service == "dismissal" and not item["by_person"])
+        if acts_by_itself and suggests_only(connection, owner_id, service):
+            return ended(Reason.SUGGEST_ONLY)
+        limits = read_limits(connection, owner_id)
+        if service not in SPENDING:
+            return limits or LimitsConfig(), None
+        if limits is None:
+            return waits(Reason.LIMITS_INVALID, now + PERSON_WAIT)
+        if not item["by_person"]:
+            starts = automatic_starts(connection, owner_id, service, item["subject_key"], now)
+            if starts >= limits.automation_starts:
+                return ended(Reason.LOOP_GUARDED)
+        scopes = limits.scopes(service)
+        if scopes:
+            lock_budget(connection, owner_id)
+        found = standings(connection, owner_id, scopes, now)
+        granted = grant(found, ask, limits)
+        if isinstance(granted, Grant):
+            return limits, granted
+        if granted is Reason.BUDGET_RESERVED:
+            return waits(granted, now + timedelta(seconds=BLOCKED_SECONDS))
+        if granted is Reason.PRICE_UNKNOWN:
+            return waits(granted, now + PERSON_WAIT)
+        for (scope, _), standing in zip(scopes, found, strict=True):
+            if grant([standing], ask, limits) is Reason.BUDGET_EXHAUSTED and mark(connection, owner_id, scope, "exhausted", now):
+                told = {"tokens": standing.spent.tokens, "micro_usd": standing.spent.micro_usd}
+                audit(connection, owner_id, "platform", "budget.exhausted", scope or "all services", told, now)
+        put_off_service(connection, owner_id, service, granted, next_day(now))
+        return waits(granted, next_day(now))
 
     @staticmethod
-    def _start(connection: Connection, item: Any, fence: int, run_id: str, now: datetime, lease_s: float) -> Claimed:
+    def _take_author(connection: Connection, item: Any, limits: LimitsConfig, now: datetime) -> datetime | None:
+        """An automatic start of a pull request's author; an item that was claimed before has paid."""
+        if item["service"] != "code_review" or item["by_person"] or item["fence"] > 0:
+            return None
+        author = details_of(connection, item["owner_id"], item["id"], item["service"]).get("author", "")
+        rate = Rate(limits.author_starts_per_hour, limits.author_burst)
+        return take_author(connection, item["owner_id"], item["repository_id"], author, rate, now)
+
+    @staticmethod
+    def _start(
+        connection: Connection,
+        item: Any,
+        fence: int,
+        run_id: str,
+        now: datetime,
+        lease_s: float,
+        granted: Grant | None,
+        limits: LimitsConfig,
+    ) -> Claimed:
         attempt = item["attempt"] or 1
         owner_id, item_id = item["owner_id"], item["id"]
         changed(
             connection,
             "update work_items set state = 'starting', reason = null, fence = :fence, attempt = :attempt, run_id = :run, offer_until = null,"
-            " lease_until = :lease, session_id = null, updated_at = :now where owner_id = :owner and id = :item and state = 'waiting'",
+            " lease_until = :lease, session_id = null, reserved_tokens = :tokens, reserved_micro_usd = :micro, updated_at = :now"
+            " where owner_id = :owner and id = :item and state = 'waiting'",
             owner=owner_id,
             item=item_id,
             fence=fence,
             attempt=attempt,
+            tokens=granted.tokens if granted else 0,
+            micro=(granted.micro_usd or 0) if granted else 0,
             run=run_id,
             lease=now + timedelta(seconds=lease_s),
             now=now,
@@ -509,6 +641,9 @@ class Queue:
             details=details_of(connection, owner_id, item_id, item["service"]),
             since=item["updated_at"],
             trace=item["trace"],
+            by_person=item["by_person"],
+            granted=granted,
+            limits=limits,
         )
 
     @staticmethod
@@ -579,6 +714,35 @@ class Queue:
             free_slots(connection, claim.owner_id, claim.item_id)
             notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
             return True
+
+    def hold(
+        self, claim: Claimed, *, until: datetime, reason: str, details: Mapping[str, Any], effects: list[EffectIntent]
+    ) -> bool:
+        """starting -> waiting for somebody: with what was read meanwhile and what is told outside. False for a late writer.
+
+        Unlike `release` it counts as no try: nothing failed, and it may be looked at for weeks.
+        """
+        now = self._clock.now()
+        with self._database.owner(claim.owner_id) as connection:
+            done = changed(
+                connection,
+                "update work_items set state = 'waiting', reason = :reason, lease_until = null, offer_until = null, not_before = :until,"
+                " updated_at = :now where owner_id = :owner and id = :item and state = 'starting' and fence = :fence and session_id is null",
+                owner=claim.owner_id,
+                item=claim.item_id,
+                fence=claim.fence,
+                reason=reason,
+                until=until,
+                now=now,
+            )
+            if not done:
+                count_late_write(connection, "hold")
+                return False
+            set_details(connection, claim.owner_id, claim.item_id, claim.service, details)
+            free_slots(connection, claim.owner_id, claim.item_id)
+            intend(connection, claim.owner_id, claim.item_id, effects, now)
+            notify(connection, f"item:{claim.item_id}")  # its slot is another item's now
+        return True
 
     def block_service(self, owner_id: UUID, service: str, call: Call, reason: str, item_id: UUID) -> datetime | None:
         """Lets one of an owner's services wait, longer each time in a row that this kind of call to a model failed (`core.retry.block`).
@@ -751,6 +915,13 @@ class Queue:
             lock_subject(connection, owner_id, place["service"], place["subject_key"])
             done = reopen_item(connection, owner_id=owner_id, item_id=item_id, states=states, now=now)
             if done:
+                # From now on it is a person's wish, which no guard against repetition stops.
+                changed(
+                    connection,
+                    "update work_items set by_person = true where owner_id = :owner and id = :id",
+                    owner=owner_id,
+                    id=item_id,
+                )
                 audit(connection, owner_id, actor, "item.reopen", str(item_id), {"force": force}, now)
                 notify(connection, f"item:{item_id}")
             return done

@@ -33,6 +33,7 @@ RECONCILERS: dict[str, str] = {
     "hosted_sessions.initiated": "hosted.offers",
     "attempts.open": "running_deadline",
     "effects.pending": "queue.offers",
+    "effects.held": "effect_held",
     "effects.applying": "effect_lease",
     "delivery_gaps.missing": "gap_deadline",
     "delivery_gaps.asked": "gap_deadline",
@@ -53,6 +54,7 @@ class Recovery:
             "session_lease": self._session_lease,
             "session_deadline": self._session_deadline,
             "running_deadline": self._running_deadline,
+            "effect_held": self._effect_held,
             "effect_lease": self._effect_lease,
             "gap_deadline": self._gap_deadline,
         }
@@ -136,6 +138,21 @@ class Recovery:
                 now=now,
                 announced=False,
                 guard="and state = 'running' and deadline <= :now",
+            )
+
+    def _effect_held(self, owner_id: UUID, effect_id: UUID, now: datetime) -> bool:
+        """A suggestion that nobody took up in time."""
+        with self._database.owner(owner_id) as connection:
+            return bool(
+                changed(
+                    connection,
+                    "update effects set state = 'dropped', reason = :reason, held_until = null, ended_at = :now"
+                    " where owner_id = :owner and id = :id and state = 'held' and held_until <= :now",
+                    owner=owner_id,
+                    id=effect_id,
+                    reason=Reason.SUGGESTION_EXPIRED,
+                    now=now,
+                )
             )
 
     def _effect_lease(self, owner_id: UUID, effect_id: UUID, now: datetime) -> bool:

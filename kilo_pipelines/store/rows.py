@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from kilo_pipelines.core.effects import EffectIntent
+from kilo_pipelines.core.limits import Grant, LimitsConfig
 from kilo_pipelines.core.people import lower_of
 
 
@@ -95,13 +96,19 @@ class ItemView:
 
 @dataclass(frozen=True)
 class NewItem:
-    """A work item to open; `details` is the row of the service's own table."""
+    """A work item to open; `details` is the row of the service's own table. It is offered after `wait_s` seconds."""
 
     service: str
     subject_key: str
     repository_id: int
     priority: int
     details: dict[str, Any]
+    wait_s: float = 0
+
+    @property
+    def by_person(self) -> bool:
+        """Whether somebody asked for exactly this: every service's row says where it comes from."""
+        return self.details.get("origin", self.details.get("trigger")) in ("manual", "bulk", "label")
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,10 @@ class Claimed:
     # Since when it waited, and where its trace goes on.
     since: datetime | None = None
     trace: str | None = None
+    by_person: bool = False
+    # What its session may use; None for services that ask no model.
+    granted: Grant | None = None
+    limits: LimitsConfig = LimitsConfig()  # noqa: RUF009  # frozen
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,7 @@ class SessionRow:
     spec: dict[str, Any]
     result: dict[str, Any] | None
     evidence: dict[str, Any] | None
+    receipt: dict[str, Any] | None
     run_id: str | None
     launches: int
     started_at: datetime | None

@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectIntent
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.receipt import Receipt, violation
 from kilo_pipelines.core.redact import redact
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.crypto import Cipher
@@ -58,11 +59,15 @@ class Sessions:
         head: dict[str, Any],
         effects: list[EffectIntent],
         cap_s: float,
+        receipt: Receipt,
     ) -> bool:
         """Prepares and initiates a session for a claimed item, once, fenced: session row, item running, effects intended.
 
         `head` are the freshly read columns of the service's own row. Returns False for a late writer: nothing was changed.
+        ValueError for capabilities that no session may have: whoever launches has refused them before.
         """
+        if (broken := violation(receipt)) is not None:
+            raise ValueError(f"no session may have these capabilities: {broken}")
         now = self._clock.now()
         deadline = now + timedelta(seconds=QUEUE_SECONDS + cap_s)
         token = secrets.token_urlsafe(32)
@@ -83,14 +88,15 @@ class Sessions:
                 return False
             changed(
                 connection,
-                "insert into sessions (owner_id, id, item_id, attempt, item_fence, spec, callback_token, deadline, created_at, trace)"
-                " values (:owner, :id, :item, :attempt, :fence, cast(:spec as jsonb), :token, :deadline, :now, :trace)",
+                "insert into sessions (owner_id, id, item_id, attempt, item_fence, spec, receipt, callback_token, deadline, created_at, trace)"
+                " values (:owner, :id, :item, :attempt, :fence, cast(:spec as jsonb), cast(:receipt as jsonb), :token, :deadline, :now, :trace)",
                 owner=claim.owner_id,
                 id=session_id,
                 item=claim.item_id,
                 attempt=claim.attempt,
                 fence=claim.fence,
                 spec=json.dumps(spec),
+                receipt=receipt.model_dump_json(),
                 token=self._cipher.seal(token, f"callback:{session_id}"),
                 deadline=deadline,
                 now=now,
@@ -382,6 +388,7 @@ def session_row(row: Any) -> SessionRow:
         "spec",
         "result",
         "evidence",
+        "receipt",
         "run_id",
         "launches",
         "started_at",

@@ -255,7 +255,7 @@ FORGET_HOSTS = SystemStatement(
 
 LOCK_SESSION = SystemStatement(
     """
-select s.*, (select x.kind from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id) limit 1) as blocked
+select s.*, (select x.kind from switches x where x.scope in ('all', 'service:' || i.service, 'owner:' || s.owner_id) order by x.kind limit 1) as blocked
 from sessions s join work_items i on i.owner_id = s.owner_id and i.id = s.item_id
 where s.id = :id and (select count(*) from sessions x where x.id = :id) = 1 for update of s
 """,
@@ -319,6 +319,10 @@ REAP = {
     "session_deadline": SystemStatement(
         "select owner_id, id from sessions where state = 'queued' and deadline <= :now limit :limit",
         "recovery looks at every owner's deadlines",
+    ),
+    "effect_held": SystemStatement(
+        "select owner_id, id from effects where state = 'held' and held_until <= :now limit :limit",
+        "recovery looks at every owner's suggestions",
     ),
     "effect_lease": SystemStatement(
         "select owner_id, id from effects where state = 'applying' and lease_until <= :now limit :limit",
@@ -644,6 +648,7 @@ WORK_GAUGES = SystemStatement(
     "select 'items' as what, state, count(*) as n from work_items where ended_at is null group by state"
     " union all select 'effects', state, count(*) from effects where state in ('pending', 'applying') group by state"
     " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown') group by state"
+    " union all select 'effects', state, count(*) from effects where state = 'held' group by state"
     " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state"
     " union all select 'delivery_gaps', state, count(*) from delivery_gaps where ended_at is null or state = 'gave_up' group by state",
     "metrics are the operator's, over all owners",
@@ -745,6 +750,33 @@ ENDED = {
         _OPERATORS,
     ),
 }
+SPEND_GAUGES = SystemStatement(
+    "select service, model, sum(tokens_in) as tokens_in, sum(tokens_out) as tokens_out, sum(micro_usd) as micro_usd from spend_days"
+    " where day = :day group by service, model",
+    "metrics are the operator's, over all owners",
+)
+SPENDING_OWNERS = SystemStatement(
+    "select distinct owner_id from spend_days where day >= :since order by owner_id",
+    "one schedule shows the spend of every owner that has any",
+)
+OVER_BUDGET = SystemStatement(
+    """
+with budgets as (
+    select c.owner_id, '' as scope, c.config -> 'daily' as budget from service_configs c where c.service = 'limits'
+    union all select c.owner_id, b.key, b.value from service_configs c cross join lateral jsonb_each(c.config -> 'services') b
+    where c.service = 'limits'
+), spent as (
+    select b.owner_id, b.scope, (b.budget ->> 'tokens')::numeric as tokens, (b.budget ->> 'usd')::numeric * 1000000 as micro_usd,
+        sum(d.tokens_in + d.tokens_out) as spent_tokens, sum(d.micro_usd) as spent_micro_usd, max(d.last_at) as last_at
+    from budgets b join spend_days d on d.owner_id = b.owner_id and d.day = :day and b.scope in ('', d.service)
+    group by b.owner_id, b.scope, b.budget
+)
+select o.name as owner, s.scope, s.tokens, s.spent_tokens, s.micro_usd, s.spent_micro_usd, s.last_at from spent s
+join owners o on o.id = s.owner_id
+where (s.spent_tokens > s.tokens or s.spent_micro_usd > s.micro_usd) and s.last_at > :since order by o.name, s.scope limit :limit
+""",
+    "a budget that is passed and spent from means that a stop doesn't hold",
+)
 SET_SWITCH = SystemStatement(
     "insert into switches (scope, kind, reason, set_by) values (:scope, :kind, :reason, :actor) on conflict (scope) do update"
     " set kind = excluded.kind, reason = excluded.reason, set_by = excluded.set_by, set_at = now()"

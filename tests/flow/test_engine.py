@@ -27,7 +27,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import AdmissionTx, Claimed, ClaimedEffect, NewDelivery, SessionClaim
 from tests.conftest import Database
 from tests.support.figures import Figures
-from tests.support.store import World, intent
+from tests.support.store import RECEIPT, World, intent
 from tests.support.two import connect
 
 CAP = 2
@@ -211,7 +211,9 @@ class Engine(RuleBasedStateMachine):
             session = uuid4()
             head = {name: claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
             effects = [intent(f"{claim.item_id}:{claim.attempt}:started", claim.subject_key)]
-            done = self.store.sessions.launch(claim, session_id=session, spec={}, head=head, effects=effects, cap_s=60)
+            done = self.store.sessions.launch(
+                claim, session_id=session, spec={}, head=head, effects=effects, cap_s=60, receipt=RECEIPT
+            )
             self.sessions += [session] if done else []
         elif act == "release":
             done = self.store.queue.release(claim, not_before=self.world.clock.now(), reason=Reason.PROVIDER_UNAVAILABLE)
@@ -350,7 +352,9 @@ class Engine(RuleBasedStateMachine):
         session = uuid4()
         head = {name: claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
         effects = [intent(f"{item}:{claim.attempt}:{name}", claim.subject_key) for name in ("check", "eyes")]
-        assert self.store.sessions.launch(claim, session_id=session, spec={}, head=head, effects=effects, cap_s=60)
+        assert self.store.sessions.launch(
+            claim, session_id=session, spec={}, head=head, effects=effects, cap_s=60, receipt=RECEIPT
+        )
         self.sessions.append(session)
         held = self.store.sessions.claim(session, run_id=uuid4().hex, lease_s=30)
         self.hands += [held] if isinstance(held, SessionClaim) else []
@@ -378,7 +382,9 @@ class Engine(RuleBasedStateMachine):
                 before = self.everything()
                 head = {name: claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
                 late = [intent(f"{claim.item_id}:late", claim.subject_key)]
-                assert not self.store.sessions.launch(claim, session_id=uuid4(), spec={}, head=head, effects=late, cap_s=60)
+                assert not self.store.sessions.launch(
+                    claim, session_id=uuid4(), spec={}, head=head, effects=late, cap_s=60, receipt=RECEIPT
+                )
                 assert not self.store.queue.release(claim, not_before=self.world.clock.now(), reason="x")
                 assert self.everything() == before
 

@@ -26,7 +26,7 @@ from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.store import Claimed, NewDelivery, SessionClaim
 from tests.conftest import Database
 from tests.support.figures import Figures
-from tests.support.store import World
+from tests.support.store import RECEIPT, World
 
 MARKER = Marker(b"m" * 32)
 # Histories that once left the last head's check to a superseded review.
@@ -165,7 +165,7 @@ class Review:
             return
         subject = subject_of(claim, claim.attempt, claim.subject_key, None, **head)
         effects = outcome.start_effects(subject, MARKER, admitted_head=claim.details["head_sha"])
-        store.sessions.launch(claim, session_id=uuid4(), spec={}, head=head, effects=effects, cap_s=60)
+        store.sessions.launch(claim, session_id=uuid4(), spec={}, head=head, effects=effects, cap_s=60, receipt=RECEIPT)
 
     def _end(self, item: dict[str, Any]) -> None:
         store = self.world.store

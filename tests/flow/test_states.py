@@ -27,7 +27,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, SESSION_TRANSITIONS, TRANSITIONS, WorkState
 from kilo_pipelines.store import AdmissionTx, Claimed, ClaimedEffect, NewDelivery, SessionClaim
 from tests.support.figures import Figures
-from tests.support.store import World, intent
+from tests.support.store import RECEIPT, World, intent
 
 
 @dataclass
@@ -121,7 +121,7 @@ def _launch(case: Case) -> None:
             details=row.details,
         )
     head = {name: case.claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
-    case.world.store.sessions.launch(case.claim, session_id=uuid4(), spec={}, head=head, effects=[], cap_s=60)
+    case.world.store.sessions.launch(case.claim, session_id=uuid4(), spec={}, head=head, effects=[], cap_s=60, receipt=RECEIPT)
 
 
 def _claimed(case: Case) -> Claimed:
@@ -279,6 +279,23 @@ def _applying(world: World) -> Case:
     return case
 
 
+def _held(world: World) -> Case:
+    """An effect of suggest-only mode, which ends right after: what is held stays held."""
+    scope = f"owner:{world.owner.id}"
+    world.store.queue.suggest_only(scope, True, "test", actor="operator")
+    try:
+        return _pending(world)
+    finally:
+        world.store.queue.suggest_only(scope, False, "", actor="operator")
+
+
+def _approve(case: Case) -> object:
+    outbox = case.world.store.outbox
+    (listed,) = outbox.listed(item_id=case.item, limit=1)
+    shown = outbox.get(listed["id"])
+    return shown and outbox.release(listed["id"], shown["sha256"], actor="test")
+
+
 def _effect_ended(operation: str) -> Callable[[World], Case]:
     def make(world: World) -> Case:
         case = _applying(world)
@@ -329,8 +346,11 @@ EFFECT_OPERATIONS: dict[str, Callable[[Case], object]] = {
     "reap after a lease": lambda case: _later(case, 61),
     "settle its item again": lambda case: _conclude(case, "completed"),
     "offer": lambda case: case.world.store.queue.offers(50),
+    "approve": _approve,
+    "reap after three weeks": lambda case: _later(case, 21 * 86_400),
 }
 EFFECT_TRANSITIONS = {
+    EffectState.HELD: {EffectState.PENDING, EffectState.DROPPED},
     EffectState.PENDING: {EffectState.APPLYING, EffectState.DROPPED},
     # UNKNOWN waits for the first kind that may be sent once only.
     EffectState.APPLYING: {EffectState.PENDING, EffectState.APPLIED, EffectState.DEAD, EffectState.DROPPED},
@@ -342,7 +362,7 @@ EFFECT_TRANSITIONS = {
 
 
 def test_effects_move_as_their_table_says(world: World, figures: Figures) -> None:
-    states = {"pending": _pending, "applying": _applying}
+    states = {"held": _held, "pending": _pending, "applying": _applying}
     states |= {
         "applied": _effect_ended("applied"),
         "dropped": _effect_ended("drop"),

@@ -14,7 +14,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import AdmissionTx, Claimed, Refused, SessionClaim
 from kilo_pipelines.store.recovery import MAX_LAUNCHES, RECONCILERS
 from tests.conftest import Database
-from tests.support.store import World, intent
+from tests.support.store import RECEIPT, World, intent
 
 
 def test_redelivery_before_admission_resumes_and_after_it_is_a_duplicate(world: World) -> None:
@@ -96,7 +96,9 @@ def test_every_claim_raises_the_fence_and_a_late_writer_changes_nothing(world: W
     assert isinstance(fresh, Claimed) and fresh.fence == zombie.fence + 1
     before = world.store.queue.counters().get("late_write:launch", 0)
     head = {name: zombie.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
-    assert not world.store.sessions.launch(zombie, session_id=uuid4(), spec={}, head=head, effects=[intent("late")], cap_s=1)
+    assert not world.store.sessions.launch(
+        zombie, session_id=uuid4(), spec={}, head=head, effects=[intent("late")], cap_s=1, receipt=RECEIPT
+    )
     assert not world.store.queue.release(zombie, not_before=world.clock.now(), reason="x")
     assert world.state(item) == "starting"
     assert world.store.outbox.of_item(item) == []

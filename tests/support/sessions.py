@@ -26,6 +26,7 @@ from kilo_pipelines.cloud_agent.runner import RunnerConfig, SelfHostedRunner
 from kilo_pipelines.cloud_agent.sandbox import Sandbox
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.evidence import Evidence
+from kilo_pipelines.core.limits import Usage
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.session import Brief, BriefPart, SessionTask, WorkspaceFacts
 from kilo_pipelines.providers.github import GitHubApp
@@ -43,6 +44,7 @@ class Control:
     def __init__(self, cancel_after: float | None = None) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.kept: SessionOutcome | None = None
+        self.meters: dict[str, Usage] = {}
         self._cancel_at = None if cancel_after is None else time.monotonic() + cancel_after
 
     def beat(self) -> Heartbeat:
@@ -50,6 +52,10 @@ class Control:
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.events.append((kind, data))
+
+    def spent(self, meter: str, usage: Usage) -> bool:
+        self.meters[meter] = usage
+        return True
 
     def accepted(self, outcome: SessionOutcome) -> bool:
         self.kept = outcome

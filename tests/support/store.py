@@ -10,9 +10,26 @@ from uuid import UUID, uuid4
 
 from kilo_pipelines.core.clock import ManualClock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
+from kilo_pipelines.core.receipt import Receipt
 from kilo_pipelines.store import AdmissionTx, Claimed, HostedClaim, NewDelivery, NewItem, Repository, SessionClaim, Store
 
 _numbers = itertools.count(1000)
+
+# What a session of a member's pull request may see and do.
+RECEIPT = Receipt(
+    text=["member"],
+    holds_secrets=False,
+    effects=True,
+    approved_by="grace",
+    writes=False,
+    network="model",
+    model="m",
+    turns=60,
+    tokens=1_000,
+    seconds=60,
+    evidence="observed",
+    sandbox="bwrap",
+)
 
 
 class World:
@@ -85,7 +102,10 @@ class World:
         assert isinstance(claim, Claimed), claim
         session = uuid4()
         head = {name: claim.details[name] for name in ("head_sha", "base_sha", "base_ref", "title")}
-        assert self.store.sessions.launch(claim, session_id=session, spec=spec or {}, head=head, effects=[], cap_s=60)
+        launched = self.store.sessions.launch(
+            claim, session_id=session, spec=spec or {}, head=head, effects=[], cap_s=60, receipt=RECEIPT
+        )
+        assert launched
         return claim, session
 
     def session_claim(self, session: UUID, lease: float = 30) -> Any:

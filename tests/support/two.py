@@ -12,6 +12,7 @@ import psycopg
 from psycopg import sql
 
 from kilo_pipelines.core.delivery_gaps import Attempt
+from kilo_pipelines.core.limits import SETTINGS, Budget, LimitsConfig, Usage
 from kilo_pipelines.ops.findings import policy_for
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
@@ -69,6 +70,7 @@ class Corner(World):
         assert isinstance(step, HostedClaim) and self.store.hosted.keep(step, plan={"prompt": f"{self.canary}-prompt"})
         assert self.store.hosted.keep_ids(step, f"agent_{uuid4()}", f"{self.canary}-ses")
         self.store.budgets.block(self.owner.id, self.integration, self.clock.now())
+        self.spent()
         assert isinstance(self.claim(self.item(4)), Claimed)
         self.findings()
         self.gap(f"{self.canary}-guid")
@@ -92,6 +94,26 @@ class Corner(World):
         integration = self.store.owners.by_installation("github", self.installation)
         assert integration is not None
         self.store.delivery_gaps.record(integration, [[self.attempt(guid)]])
+
+    def spent(self) -> None:
+        """A meter that reached a budget, and an approval."""
+        limits = LimitsConfig(daily=Budget(tokens=10**12), services={"security_analysis": Budget(tokens=1)}).model_dump(
+            mode="json"
+        )
+        self.store.owners.put_config(
+            self.owner.id, SETTINGS, limits, enabled=True, expected_revision=0, actor=f"{self.canary}-actor"
+        )
+        self.store.spend.record(
+            self.owner.id,
+            "meter",
+            item_id=self.live.item_id,
+            session_id=self.session,
+            service="security_analysis",
+            model=f"{self.canary}-model",
+            usage=Usage(10, 1),
+            price=None,
+        )
+        self.store.approvals.give(self.owner.id, self.details(2), "s", actor=f"{self.canary}-actor")
 
     def findings(self) -> None:
         """Alerts of the same numbers, one of them set aside, after a sync that stopped at a page."""

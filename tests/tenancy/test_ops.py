@@ -33,10 +33,12 @@ from kilo_pipelines.acts.security import request_sync
 from kilo_pipelines.assets import default_assets, review_outcomes
 from kilo_pipelines.assets.deliveries import delivery_gaps
 from kilo_pipelines.assets.engine import reconciliation
+from kilo_pipelines.assets.limits import spend
 from kilo_pipelines.assets.security import finding_sla, security_findings, security_posture, sla_compliance
 from kilo_pipelines.cloud_agent.protocol import SessionOutcome, SessionSpec, SessionStatus
 from kilo_pipelines.core.delivery_gaps import Attempt
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
+from kilo_pipelines.core.limits import Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.jobs import (
     agent_session,
@@ -65,7 +67,7 @@ from kilo_pipelines.providers.github import PullState
 from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.resources.github import AlertPage, GitHubResource, LoggedDelivery, LogPage
 from kilo_pipelines.resources.store import StoreResource
-from kilo_pipelines.schedules import default_schedules, notices, outcomes, security_sweeps, security_syncs
+from kilo_pipelines.schedules import default_schedules, notices, outcomes, security_sweeps, security_syncs, spends
 from kilo_pipelines.sensors import default_sensors, hosted_sessions, recovery, security_changes, work_once
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.store import Repository, SessionClaim, Store
@@ -116,6 +118,9 @@ class Reader:
             clone_url="http://localhost/octo/demo.git",
             default_branch="main",
         )
+
+    def may_write(self, _full_name: str, login: str) -> bool:
+        return login == "grace"
 
     def summary_comment(self, _full_name: str, _number: int, _marker: str) -> None:
         return None
@@ -180,6 +185,7 @@ class Runner:
         Held.asked.append(("spec", 0, spec.repository.external_id, str(spec.owner_id)))
         assert (token(), push_token()) == ("token", "push token") and control.beat() == "ok"
         control.event("turn", {"number": 1})
+        assert control.spent("the same meter", Usage(10, 1))
         assert accepted is None and control.accepted(SessionOutcome(status=SessionStatus.COMPLETED, result={"kept": True}))
         return SessionOutcome(status=SessionStatus.FAILED, reason=Reason.NO_TURNS)
 
@@ -615,6 +621,33 @@ def _findings_asset(asset_def: AssetsDefinition) -> Callable[[Stage], None]:
     return work
 
 
+def _spend_asset(stage: Stage) -> None:
+    """B spent what A did, under a meter of the same name."""
+    claim, session = stage.b.launched(stage.b.item(next(_numbers)))
+    told = {"item_id": claim.item_id, "session_id": session, "service": "code_review", "model": "m", "usage": Usage(7, 1)}
+    stage.database.store.spend.record(stage.b.owner.id, "meter", price=None, **told)  # type: ignore[arg-type]
+    stage.instance.add_dynamic_partitions(OWNERS_NAME, [str(stage.b.owner.id)])
+    done = materialize([spend], partition_key=str(stage.b.owner.id), resources=RESOURCES, instance=stage.instance)
+    (made,) = done.asset_materializations_for_node("spend")
+    assert made.metadata["tokens of the last day"].value == 8
+    assert not [mark for mark in stage.a.marks() if mark in as_json({name: str(one) for name, one in made.metadata.items()})]
+
+
+def _spends_schedule(stage: Stage) -> None:
+    with build_schedule_context(
+        instance=stage.instance, resources=RESOURCES, scheduled_execution_time=stage.database.clock.now()
+    ) as context:
+        requests = spends(context)
+    asked = {one.partition_key: one.tags[tags.OWNER] for one in requests}  # type: ignore[union-attr]
+    assert str(stage.a.owner.id) in asked and all(partition == owner for partition, owner in asked.items())
+
+
+def _budget_schedule(_stage: Stage) -> None:
+    """It starts one job of one check, over all owners."""
+    (found,) = [one for one in default_schedules() if one.name == "budget_checks"]
+    assert found.job_name == "check_budgets"
+
+
 def _posture_asset(stage: Stage) -> None:
     """The operator's: it compares all owners by name and number, and shows nobody's advisories."""
     _synced(stage)
@@ -706,6 +739,9 @@ WORK: dict[str, Callable[[Stage], None]] = {
     "asset finding_sla": _findings_asset(finding_sla),
     "asset sla_compliance": _findings_asset(sla_compliance),
     "asset security_posture": _posture_asset,
+    "asset spend": _spend_asset,
+    "schedule spends": _spends_schedule,
+    "schedule budget_checks": _budget_schedule,
     "schedule security_syncs": _syncs_schedule,
     "schedule security_postures": _postures_schedule,
     "op repair_deliveries": _repaired,
@@ -733,6 +769,8 @@ OVER_ALL = {
     "op repair_deliveries",
     "asset delivery_gaps",
     "schedule delivery_repairs",
+    "schedule spends",
+    "schedule budget_checks",
 }
 
 

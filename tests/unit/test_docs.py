@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from kilo_pipelines.cli.main import main
+from kilo_pipelines.core.limits import LimitsConfig
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.security.config import SecurityConfig
@@ -32,6 +33,7 @@ def test_every_setting_is_documented() -> None:
 def test_every_owner_setting_is_documented() -> None:
     assert set(CodeReviewConfig.model_fields) <= _rows("services/code-review.md")
     assert set(SecurityConfig.model_fields) <= _rows("services/security.md")
+    assert set(LimitsConfig.model_fields) == {one for one in _rows("limits.md") if one in LimitsConfig.model_fields}
 
 
 def test_every_dependency_has_its_reason() -> None:

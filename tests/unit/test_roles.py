@@ -104,7 +104,8 @@ def _control(sessions: _Silent, lease_s: float) -> LeasedControl:
     context: Any = SimpleNamespace(log=SimpleNamespace(info=lambda _line: None))
     store: Any = SimpleNamespace(sessions=sessions)
     claim: Any = None
-    return LeasedControl(context, store, claim, lease_s=lease_s, every_s=0.02)
+    spec: Any = None
+    return LeasedControl(context, store, claim, spec, lease_s=lease_s, every_s=0.02)
 
 
 def test_a_session_whose_database_does_not_answer_knows_by_the_clock_that_its_lease_is_over() -> None:

@@ -74,5 +74,28 @@ class PullRequestEvent(BaseModel):
     pull_request: PullRequest
     repository: Repository
     installation: Installation
+    sender: Account | None = None
     label: Label | None = None
     changes: Changes | None = None
+
+
+class Comment(BaseModel):
+    body: str = ""
+    user: Account
+
+
+class Issue(BaseModel):
+    number: int = Field(ge=1)
+    state: Literal["open", "closed"]
+    pull_request: dict[str, object] | None = None
+
+
+class IssueCommentEvent(BaseModel):
+    """An `issue_comment` event; `issue.pull_request` is there when it stands on a pull request."""
+
+    action: str
+    comment: Comment
+    issue: Issue
+    repository: Repository
+    installation: Installation
+    sender: Account

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from kilo_pipelines.core.approval import COMMAND
 from kilo_pipelines.core.diff import Hunk, commentable
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.markers import Marker
-from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.reasons import MEANING, Reason
 from kilo_pipelines.core.verdict import SEVERITIES, Conclusion, EvidenceKey, Verdict, conclude, fault_of, worst
 from kilo_pipelines.core.work import WorkState
 from kilo_pipelines.services.code_review import render
@@ -299,6 +300,20 @@ def queued_effects(subject: ReviewSubject, marker: Marker) -> list[EffectIntent]
     """From the admission on the check stands there, so that nobody merges before the review began."""
     check = _check_payload(subject, marker) | {"status": "queued", "title": "Review queued", "summary": "Waits for a free slot."}
     key = f"{subject.item_id}:{subject.attempt}:check:queued"
+    return [EffectIntent(kind=EffectKind.GITHUB_CHECK_RUN, intent_key=key, subject_key=check_subject(subject), payload=check)]
+
+
+def approval_effects(subject: ReviewSubject, marker: Marker, reason: Reason) -> list[EffectIntent]:
+    """The check tells who may start the review, and of which commit that would be."""
+    how = (
+        f"Somebody who may write to this repository comments `{COMMAND} {subject.head_sha[:12]}`, or sets the label `ok-to-test`."
+    )
+    check = _check_payload(subject, marker) | {
+        "status": "queued",
+        "title": "Waits for approval",
+        "summary": f"{MEANING[reason][0]} {how}",
+    }
+    key = f"{subject.item_id}:{subject.attempt}:check:{reason}:{subject.head_sha[:12]}"
     return [EffectIntent(kind=EffectKind.GITHUB_CHECK_RUN, intent_key=key, subject_key=check_subject(subject), payload=check)]
 
 

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
+from kilo_pipelines.core.loops import REMEDIATION_BRANCHES
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.services.permissions import may
 from kilo_pipelines.services.security.analysis import is_fresh
@@ -226,7 +227,7 @@ def branch_of(item_id: UUID, attempt: int, finding: Any) -> str:
     """The branch of one attempt; conforms to the session protocol whatever the package is called."""
     advisory = finding.ghsa_id or finding.cve_id or finding.source_id
     named = "-".join(filter(None, (_segment(finding.package_name), _segment(advisory)))) or "package"
-    return f"security-remediation/{named}/{item_id.hex[:10]}/{attempt}"
+    return f"{REMEDIATION_BRANCHES}/{named}/{item_id.hex[:10]}/{attempt}"
 
 
 def _segment(text: str) -> str:

@@ -23,7 +23,7 @@ from kilo_twin.dependabot import LOCK_FILE, AlertError, Dependabot
 from kilo_twin.githttp import serve_git
 from kilo_twin.rest import Rest
 from kilo_twin.shapes import account
-from kilo_twin.state import ACCOUNT, Twin, git, now
+from kilo_twin.state import ACCOUNT, Twin, git, new_private_key, now
 from kilo_twin.webhooks import Webhooks
 
 REPOSITORY = "orders"
@@ -376,6 +376,9 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "rename": control.rename,
             "transfer": control.transfer,
             "remove": control.remove,
+            "install": rest.accounts.install,
+            "suspend": rest.accounts.suspend,
+            "set-app": lambda **changes: _set_app(twin, changes),
         }
         try:
             answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
@@ -399,6 +402,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             Route("/health", health),
             Route("/_twin/{call}", act, methods=["POST"]),
             *rest.routes(),
+            *rest.accounts.routes(),
             *model.routes(twin.credentials["model_api_key"], twin.fault_of),
             *npm.routes(twin.base_url),
             Route("/git/{owner}/{name}/{tail:path}", git_http, methods=["GET", "POST"]),
@@ -411,6 +415,15 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
 def _add_faults(twin: Twin, faults: list[dict[str, Any]]) -> dict[str, Any]:
     twin.faults.extend(faults)
     return {"faults": len(twin.faults)}
+
+
+def _set_app(twin: Twin, changes: dict[str, Any]) -> dict[str, Any]:
+    """What the App's owner changes at its page: `permissions`, `events`; or another key, as if ours had been deleted there."""
+    if changes.pop("new_key", False):
+        changes["private_key_pem"] = new_private_key()
+    twin.credentials |= changes
+    twin.save_credentials()
+    return {"app_id": twin.credentials["app_id"]}
 
 
 def _uninstall(twin: Twin, repository: str) -> dict[str, Any]:

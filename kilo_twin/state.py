@@ -43,6 +43,14 @@ def git(repository: Path, *args: str, stdin: bytes | None = None, env: dict[str,
     return done.stdout
 
 
+def new_private_key() -> str:
+    """An App's key as GitHub hands it over."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    ).decode()
+
+
 class Twin:
     """Everything that is known; `save` after each change."""
 
@@ -72,15 +80,16 @@ class Twin:
         path = self.home / "credentials.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
+            if "client_id" not in found:  # of a home from before people could authorize
+                found |= {"client_id": "Iv1.twin", "client_secret": secrets.token_hex(20)}
+                path.write_text(json.dumps(found))
             return found
-        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-        ).decode()
         made = {
             "app_id": 4242,
             "app_slug": APP_SLUG,
-            "private_key_pem": pem,
+            "client_id": "Iv1.twin",
+            "client_secret": secrets.token_hex(20),
+            "private_key_pem": new_private_key(),
             "webhook_secret": secrets.token_hex(24),
             "model_api_key": f"twin-model-{secrets.token_hex(16)}",
             "installation_id": 77001,
@@ -91,6 +100,21 @@ class Twin:
         with os.fdopen(descriptor, "w") as file:
             json.dump(made, file)
         return made
+
+    def save_credentials(self) -> None:
+        """Writes what the twin's operator is shown."""
+        self.write("credentials.json", self.credentials)
+        (self.home / "credentials.json").chmod(0o600)
+
+    def installations(self) -> dict[int, dict[str, Any]]:
+        """The App's installations by number; the seeded world has one."""
+        seeded = {str(self.credentials["installation_id"]): {"account": ACCOUNT, "suspended_at": None}}
+        return {int(number): held for number, held in self.data.get("installations", seeded).items()}
+
+    def keep_installations(self, known: dict[int, dict[str, Any]]) -> None:
+        """Writes the App's installations."""
+        self.data["installations"] = {str(number): held for number, held in known.items()}
+        self.save()
 
     def save(self) -> None:
         """Writes the state."""

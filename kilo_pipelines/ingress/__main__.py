@@ -16,8 +16,10 @@ from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.redact import redact_logs
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
 from kilo_pipelines.ingress.door import Door, Operators
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.ingress.setup_github import SetupDesk
+from kilo_pipelines.settings import Settings, current
 from kilo_pipelines.store import Cipher, Store
+from kilo_pipelines.store.app_secrets import WebhookSecrets
 
 
 def _server(application: Starlette, host: str, port: int) -> uvicorn.Server:
@@ -40,18 +42,23 @@ async def serve(settings: Settings) -> None:
     logins = settings.database_logins()
     store = Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
     store.database.check_roles()
-    secret = settings.webhook_secret_file.read_text().strip() if settings.webhook_secret_file.exists() else None
     hosts = {"localhost", "127.0.0.1", settings.host}
     origins = {f"http://{host}:{settings.admin_port}" for host in hosts}
     if settings.admin_origin is not None:
         hosts.add(str(urlsplit(settings.admin_origin).hostname))
         origins.add(settings.admin_origin)
-    ingress = Ingress(store, secret, frozenset(hosts))
+    if settings.public_origin is not None:
+        hosts.add(str(urlsplit(settings.public_origin).hostname))
+    ingress = Ingress(store, WebhookSecrets(settings), frozenset(hosts))
     operators = Operators(settings.operator_password_file, settings.operator_sessions_file, SystemClock())
     door = Door(operators, settings.dagster_socket, settings.dagster_prefix, frozenset(origins))
     servers = [
         _server(public_application(ingress), settings.host, settings.public_port),
-        _server(admin_application(ingress, door.routes()), settings.host, settings.admin_port),
+        _server(
+            admin_application(ingress, [*SetupDesk(store, current, SystemClock()).routes(), *door.routes()]),
+            settings.host,
+            settings.admin_port,
+        ),
     ]
     loop = asyncio.get_running_loop()
 

@@ -7,6 +7,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 registry = CollectorRegistry()
 
 deliveries = Counter("kilo_deliveries", "Webhook deliveries by outcome or reason.", ["outcome"], registry=registry)
+signatures = Counter(
+    "kilo_webhook_signatures", "Webhooks by the secret that signed them: current, previous.", ["secret"], registry=registry
+)
 callbacks = Counter("kilo_callbacks", "Session callbacks by outcome.", ["outcome"], registry=registry)
 answer_seconds = Histogram(
     "kilo_answer_seconds",

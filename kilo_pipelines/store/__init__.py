@@ -55,6 +55,7 @@ from kilo_pipelines.store.rows import (
 )
 from kilo_pipelines.store.sessions import Sessions
 from kilo_pipelines.store.settle import Settlements, SettleTx
+from kilo_pipelines.store.setup_links import SetupLink, SetupLinks
 from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "SessionClaim",
     "SessionRow",
     "SettleTx",
+    "SetupLink",
     "SlaRow",
     "StaleRevisionError",
     "Store",
@@ -130,6 +132,7 @@ class Store:
         self.keys = Keys(self.database, cipher)
         self.recovery = Recovery(self.database, clock)
         self.owners = Owners(self.database, clock)
+        self.setup_links = SetupLinks(self.database, clock)
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)
         self.analyses = Analyses(self.database, clock)

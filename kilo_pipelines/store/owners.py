@@ -341,6 +341,28 @@ class Owners:
             )
         return int(row["revision"])
 
+    def models(self, owner_id: UUID) -> list[str]:
+        """The models that the owner was allowed by name; none: only the platform's default one."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection, "select model from owner_models where owner_id = :owner and allowed order by model", owner=owner_id
+            )
+        return [row["model"] for row in found]
+
+    def allow_model(self, owner_id: UUID, model: str, allowed: bool, *, actor: str) -> None:
+        """Lets an owner use a model, or not any more."""
+        with self._database.owner(owner_id) as connection:
+            changed(
+                connection,
+                "insert into owner_models (owner_id, model, allowed, updated_at) values (:owner, :model, :allowed, :now)"
+                " on conflict (owner_id, model) do update set allowed = excluded.allowed, updated_at = excluded.updated_at",
+                owner=owner_id,
+                model=model,
+                allowed=allowed,
+                now=self._clock.now(),
+            )
+            audit(connection, owner_id, actor, "model.allow" if allowed else "model.forbid", model, {}, self._clock.now())
+
     def create_api_key(self, role: str, owner_id: UUID | None = None) -> str:
         """A new API key, shown once; only its hash is kept."""
         key = f"kilo_{secrets.token_urlsafe(32)}"

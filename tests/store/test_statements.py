@@ -36,6 +36,14 @@ def _use_everything(database: Database) -> None:
         store.owners.put_config(owner, "code_review", {}, enabled=True, expected_revision=revision + 1, actor="test")
     assert store.owners.config(owner, "code_review")
     assert store.owners.principal(store.owners.create_api_key("owner", owner)) == (owner, "owner")
+    cookie = store.setup_links.open(store.setup_links.make({}))
+    assert cookie is not None
+    link = store.setup_links.of(cookie)
+    assert link is not None
+    store.setup_links.note(link, {"seen": True})
+    assert store.setup_links.take(cookie, store.setup_links.expect(link, "manifest"), "manifest")
+    store.owners.allow_model(owner, "m", True, actor="test")
+    assert store.owners.models(owner) == ["m"]
     store.queue.switch("all", "pause", "test", actor="test")
     assert store.queue.switches()
     assert store.queue.pause_reason() == "test" and store.queue.unswitch("all")

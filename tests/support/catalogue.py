@@ -24,6 +24,7 @@ SHARED: dict[str, dict[str, frozenset[str]]] = {
     "counters": {APP: WRITE, SYSTEM: WRITE | {"DELETE"}},
     "switches": {APP: frozenset({"SELECT"}), SYSTEM: WRITE | {"DELETE"}},
     "audit_seals": {APP: frozenset(), SYSTEM: ADD},
+    "setup_links": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
 }
 # Owner tables whose logins may do something else than `WRITE`: what is history is added to and never changed; the system login
 # writes which seal holds an event, and removes what retention says.

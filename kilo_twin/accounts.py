@@ -167,12 +167,15 @@ class Accounts:
     def _install(self, _request: Request, form: dict[str, str]) -> Response:
         where, person = form["account"], form["person"]
         told = {"state": form["state"]} if form.get("state") else {}
-        setup = self.twin.credentials["setup_url"]
+        setup = self.twin.credentials.get("setup_url", "")  # the seeded App was made without one
         if where not in administered(person):
             if where not in MEMBERS.get(person, []):
                 raise Refused(404, f"{person} doesn't belong to {where}.")
             return _back(setup, setup_action="request", **told)
-        return _back(setup, installation_id=str(self.install(where)["installation_id"]), setup_action="install", **told)
+        number = self.install(where)["installation_id"]
+        if not setup:
+            return HTMLResponse(_frame("Installed", f"<p>Installation {number} of {escape(where)}.</p>"))
+        return _back(setup, installation_id=str(number), setup_action="install", **told)
 
     def install(self, where: str) -> dict[str, Any]:
         """Installs the App on an account, as its administrator does; the same one again when it is there already."""
@@ -204,7 +207,7 @@ class Accounts:
         asked = request.query_params
         if asked.get("client_id") != self.twin.credentials["client_id"]:
             raise Refused(404, "There is no such App.")
-        if asked.get("redirect_uri") not in self.twin.credentials["redirects"]:
+        if asked.get("redirect_uri") not in self.twin.credentials.get("redirects", []):
             raise Refused(400, "The redirect_uri is not associated with this application.")
         name = escape(self.webhooks.shapes.app()["name"])
         return HTMLResponse(
@@ -218,7 +221,7 @@ class Accounts:
         )
 
     def _authorize(self, _request: Request, form: dict[str, str]) -> Response:
-        if form["redirect_uri"] not in self.twin.credentials["redirects"] or form["person"] not in ADMINISTRATORS:
+        if form["redirect_uri"] not in self.twin.credentials.get("redirects", []) or form["person"] not in ADMINISTRATORS:
             raise Refused(400, "The redirect_uri is not associated with this application.")
         code = secrets.token_hex(10)
         self.user_codes[code] = (form["person"], form["redirect_uri"], time.time() + CODE_SECONDS)

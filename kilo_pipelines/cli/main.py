@@ -32,6 +32,7 @@ from kilo_pipelines.cli import (
     security_remediation,  # noqa: F401
     security_report,  # noqa: F401
     setup,
+    setup_commands,
     supervisor,
     upkeep,
     work,
@@ -317,8 +318,10 @@ def integrations_list(plain: bool) -> None:
 @click.option("--account", required=True, help="Login of the account that installed the App.")
 @as_json
 def integrations_connect(owner: UUID, installation: int, account: str, plain: bool) -> None:
-    """Connects an installation after GitHub confirmed that this App holds it."""
+    """Connects an installation of the offline world; a real one is connected by a person who proves to administer it."""
     settings, store = open_store(plain)
+    if not settings.offline:
+        end(plain, f"run `kilo-pipelines setup github --installation {installation} --owner {owner}` and open its link")
     holder = store.owners.by_installation("github", installation)
     if holder is not None and holder.owner_id != owner:
         end(plain, f"installation {installation} belongs to another owner already")
@@ -447,7 +450,7 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
     show(plain, {"cancelled": True}, lambda: "cancelled")
 
 
-for command in (*work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
+for command in (*setup_commands.COMMANDS, *work.COMMANDS, *upkeep.COMMANDS, *security.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

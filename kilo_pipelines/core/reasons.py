@@ -223,7 +223,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.SIGNATURE_INVALID: ("The webhook's signature is missing or wrong.", "Set the same webhook secret at GitHub and here."),
     Reason.WEBHOOK_SECRET_MISSING: (
         "No webhook secret is configured, so no webhook can be trusted.",
-        "Store the secret; `doctor` names the file.",
+        "Run `kilo-pipelines setup github`.",
     ),
     Reason.BODY_TOO_LARGE: ("The body is larger than 25 MB, GitHub's own cap.", "Nothing; GitHub doesn't send such bodies."),
     Reason.BODY_NOT_JSON: ("The body is not JSON.", "Set the webhook's content type to application/json."),
@@ -235,7 +235,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.INTEGRATION_UNKNOWN: (
         "No owner has connected this installation.",
-        "Connect it: `kilo-pipelines integrations connect`.",
+        "Connect it: `kilo-pipelines setup github`.",
     ),
     Reason.INTEGRATION_AMBIGUOUS: ("More than one owner holds this installation.", "Disconnect all but one."),
     Reason.INTEGRATION_SUSPENDED: ("The integration or its owner is suspended.", "Unsuspend the installation at GitHub."),
@@ -550,7 +550,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Allow it in the owner's settings, or host the agent yourself.",
     ),
     Reason.PATH_EXCLUDED: ("The owner's settings exclude this path.", "Change `exclude_paths`."),
-    Reason.GITHUB_APP_MISSING: ("No GitHub App is configured.", "Set KILO_GITHUB_APP_ID and store the private key."),
+    Reason.GITHUB_APP_MISSING: ("No GitHub App is configured.", "Run `kilo-pipelines setup github`."),
     Reason.PROVIDER_UNAVAILABLE: ("GitHub didn't answer.", "Nothing; it is tried again."),
     Reason.PROVIDER_RATE_LIMITED: ("GitHub's rate limit was met.", "Nothing; it is tried again when the limit ends."),
     Reason.PROVIDER_REFUSED: ("GitHub refused the App's token.", "Check the App's permissions and installation."),
@@ -616,7 +616,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.APP_KEY_REFUSED: (
         "GitHub doesn't take the App's private key: it was deleted there, is of another App, or is no key.",
-        "Make a new key at the App's page and store it: `kilo-pipelines setup github --private-key FILE`.",
+        "Make a new key at the App's page and store it: `kilo-pipelines setup github key FILE`.",
     ),
     Reason.APP_PERMISSION_MISSING: (
         "The App itself doesn't ask for a permission or event that a service needs.",
@@ -624,7 +624,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.WEBHOOK_ADDRESS_DIFFERS: (
         "The App's webhook leads to another address than this platform's, or isn't JSON over verified TLS.",
-        "`kilo-pipelines setup github --public-url URL --webhook` sets it at GitHub.",
+        "`kilo-pipelines setup github webhook` sets it at GitHub.",
     ),
     Reason.WEBHOOK_UNREACHED: (
         "GitHub's newest deliveries didn't arrive here.",

@@ -31,6 +31,7 @@ from kilo_pipelines.store import NewItem
 from tests.conftest import Database
 from tests.store.test_findings import Synced
 from tests.support.alerts import alert
+from tests.support.ingress import OneSecret
 from tests.support.store import intent
 
 BASE = "/api/v1/security"
@@ -77,7 +78,7 @@ def desk(database: Database) -> Iterator[Desk]:
         "other": owners.create_api_key("owner", other.owner),
         "stranger": "kilo_" + "x" * 43,
     }
-    yield Desk(admin_application(Ingress(database.store, None, frozenset({"localhost"}), database.clock)), synced, other, keys)
+    yield Desk(admin_application(Ingress(database.store, OneSecret(None), frozenset({"localhost"}), database.clock)), synced, other, keys)
 
 
 def worked(synced: Synced) -> None:

@@ -26,7 +26,7 @@ from kilo_pipelines.ingress import application
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
 from tests.conftest import Database
 from tests.support.figures import Figures
-from tests.support.ingress import pull_request
+from tests.support.ingress import OneSecret, pull_request
 from tests.support.two import Corner, connect, digest, expired
 
 SECRET = "canary-secret-of-the-webhook"
@@ -65,7 +65,7 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
         b.done, (b.live, b.session), b.waiting = b.finished(1, "success"), b.launched(b.item(2)), b.item(3)
         b.findings()
         owners = database.store.owners
-        ingress = Ingress(database.store, SECRET, frozenset({"localhost"}))
+        ingress = Ingress(database.store, OneSecret(SECRET), frozenset({"localhost"}))
         keys = {
             "operator": owners.create_api_key("operator"),
             "owner a": owners.create_api_key("owner", a.owner.id),

@@ -249,7 +249,7 @@ class Settings(BaseSettings):
     @property
     def webhook_url(self) -> str:
         """Where GitHub is to send webhooks."""
-        return f"{self.public_origin or f'http://localhost:{self.public_port}'}/webhooks/github"
+        return f"{self.public_origin or self.public_url}/webhooks/github"
 
     @property
     def github_web_url(self) -> str:

@@ -7,18 +7,26 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 
 import psutil
 
+from kilo_pipelines.acts.installations import services_by_installation
 from kilo_pipelines.cli import supervisor
+from kilo_pipelines.cli.setup import open_store
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
-from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.core.checks import Check
+from kilo_pipelines.core.clock import SystemClock
+from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.providers.github_checks import Holder, look
+from kilo_pipelines.providers.github_setup import GitHubSetup, SetupError
+from kilo_pipelines.providers.models import ModelError, try_model
+from kilo_pipelines.settings import Settings, SettingsError
+from kilo_pipelines.store import SQLAlchemyError, app_secrets
+from kilo_pipelines.store.crypto import CipherError
+from kilo_pipelines.store.database import RoleError
 from kilo_pipelines.store.embedded import EmbeddedPostgresError, binaries
 
 # One Kilo session, Postgres, Dagster's processes and workers: measured at about 3 GiB together.
@@ -26,18 +34,6 @@ MEMORY_BYTES = 3 * 2**30
 DISK_BYTES = 2 * 2**30
 
 _OFFLINE = "offline, `up` takes the twin's; else "
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding; `code` names the fault where `ok` is false."""
-
-    name: str
-    code: str
-    ok: bool
-    found: str
-    remedy: str
-    required: bool = True
 
 
 def run(settings: Settings) -> list[Check]:
@@ -49,6 +45,7 @@ def run(settings: Settings) -> list[Check]:
         _broker(),
         _sandbox(settings),
         _agent(settings),
+        _database(settings),
         *_github(settings),
         *_model(settings),
         *_ports(settings),
@@ -114,17 +111,48 @@ def _agent(settings: Settings) -> Check:
     return Check("agent", code, installed(), found, "run `make deps`")
 
 
+def _database(settings: Settings) -> Check:
+    """Whether the store answers under logins that may do no more than they should; nothing to ask while nothing runs."""
+    code = str(Reason.STORE_UNAVAILABLE)
+    if not _store_expected(settings):
+        return Check("database", code, True, "not asked: the platform isn't running", "", required=False)
+    try:
+        store = open_store(settings)
+        store.database.check_roles()
+        owners = len(store.owners.all())
+        store.database.dispose()
+    except (SettingsError, CipherError, RoleError) as failure:
+        return Check("database", code, False, str(failure), "restore secrets/ from a backup, or start the platform once")
+    except SQLAlchemyError as failure:
+        return Check("database", code, False, type(failure).__name__, "look at PostgreSQL: `kilo-pipelines status`, postgres.log")
+    return Check("database", code, True, f"answers, {owners} owners", "")
+
+
+def _store_expected(settings: Settings) -> bool:
+    """Whether there is a database to ask: a given one, or the running platform's, after a first start."""
+    return (settings.secrets_dir / "database.json").exists() and (
+        settings.database_url is not None or supervisor.is_running(settings)
+    )
+
+
 def _github(settings: Settings) -> list[Check]:
+    """What is stored of the App, and then what GitHub says of it."""
     later = settings.offline  # before the first start their absence is no fault
     offline = _OFFLINE if later else ""
-    secret, key = _kept(settings.webhook_secret_file), _kept(settings.github_private_key_file)
-    return [
+    try:
+        held = app_secrets.read(settings)
+    except (CipherError, OSError) as failure:
+        return [_fault("app secrets", Reason.SECRET_UNREADABLE, str(failure))]
+    valid = held.valid(SystemClock().now())
+    secret, key = bool(valid), held.private_key is not None
+    count = f"{len(valid)} valid" if len(valid) > 1 else "stored"
+    checks = [
         Check(
             "webhook secret",
             str(Reason.WEBHOOK_SECRET_MISSING),
             secret,
-            "stored" if secret else "none: every webhook is answered 503",
-            f"{offline}store the webhook's secret in {settings.webhook_secret_file} (mode 0600) and start again",
+            count if secret else "none: every webhook is answered 503",
+            f"{offline}{MEANING[Reason.WEBHOOK_SECRET_MISSING][1]}",
             required=not later,
         ),
         Check(
@@ -132,33 +160,63 @@ def _github(settings: Settings) -> list[Check]:
             str(Reason.GITHUB_APP_MISSING),
             settings.github_app_id is not None and key,
             f"app {settings.github_app_id or 'id missing'}, private key {'stored' if key else 'missing'}",
-            f"{offline}set KILO_GITHUB_APP_ID and store the private key in {settings.github_private_key_file} (mode 0600)",
+            f"{offline}{MEANING[Reason.GITHUB_APP_MISSING][1]}",
             required=not later,
         ),
     ]
+    if settings.github_app_id is None or held.private_key is None or (later and not supervisor.is_running(settings)):
+        return checks
+    try:
+        with GitHubSetup(settings.github_api_url, settings.github_web_url, SystemClock()) as github:
+            asked = look(github, settings.github_app_id, held.private_key, settings.webhook_url, _holders(settings))
+    except SetupError as failure:
+        asked = [_fault("github app", failure.reason, failure.detail)]
+    # What GitHub says of the App stands for what is stored of it.
+    return [checks[0], *asked]
+
+
+def _holders(settings: Settings) -> dict[int, Holder]:
+    """Whose the installations are; nobody's where the database can't be asked, which is a check of its own."""
+    if not _store_expected(settings):
+        return {}
+    try:
+        store = open_store(settings)
+        found = {number: Holder(*one) for number, one in services_by_installation(store).items()}
+        store.database.dispose()
+    except (SettingsError, CipherError, SQLAlchemyError):
+        return {}
+    return found
+
+
+def _fault(name: str, reason: Reason, found: str, *, required: bool = True) -> Check:
+    return Check(name, str(reason), False, found or MEANING[reason][0], MEANING[reason][1], required)
 
 
 def _model(settings: Settings) -> list[Check]:
-    address, key = settings.model_base_url, _kept(settings.model_key_file)
-    needed = not settings.offline
+    """Address and key, and one call of each model by this process, which holds the key for that long."""
+    address, needed = settings.model_base_url, not settings.offline
+    try:
+        key = settings.model_key_file.read_text().strip() if settings.model_key_file.exists() else ""
+    except OSError as failure:
+        return [_fault("model key", Reason.SECRET_UNREADABLE, str(failure))]
     offline = "" if needed else _OFFLINE
-    remedy = f"{offline}set KILO_MODEL_BASE_URL"
-    return [
-        Check("model", "model_missing", address is not None, address or "no address", remedy, required=needed),
-        Check(
-            "model key",
-            "model_key_missing",
-            key,
-            "stored" if key else "none",
-            f"{offline}store the model's key in {settings.model_key_file} (mode 0600)",
-            required=needed,
-        ),
-    ]
+    lacking = [(Reason.MODEL_MISSING, address), (Reason.MODEL_KEY_MISSING, key)]
+    if address is None or not key:
+        return [
+            Check("model", str(reason), False, MEANING[reason][0], f"{offline}{MEANING[reason][1]}", required=needed)
+            for reason, held in lacking
+            if not held
+        ]
+    if settings.offline and not supervisor.is_running(settings):
+        return [Check("model", str(Reason.MODEL_UNREACHABLE), True, f"{address}, not asked: the twin isn't running", "")]
+    return [_model_answers(address, key, model) for model in settings.all_models]
 
 
-def _kept(path: Path) -> bool:
-    """Whether a secret lies there."""
-    return path.is_file() and path.stat().st_size > 0
+def _model_answers(address: str, key: str, model: str) -> Check:
+    try:
+        return Check(f"model {model}", str(Reason.MODEL_UNREACHABLE), True, try_model(address, key, model), "")
+    except ModelError as failure:
+        return _fault(f"model {model}", failure.reason, f"{address}: {failure.detail}")
 
 
 def _ports(settings: Settings) -> list[Check]:

@@ -188,6 +188,7 @@ class Reason(StrEnum):
     INSTALLATION_NOT_YOURS = "installation_not_yours"
     INSTALLATION_TAKEN = "installation_taken"
     INSTALLATION_REQUESTED = "installation_requested"
+    INSTALLATION_GONE = "installation_gone"
     APP_EXISTS = "app_exists"
     APP_KEY_REFUSED = "app_key_refused"
     APP_PERMISSION_MISSING = "app_permission_missing"
@@ -609,6 +610,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.INSTALLATION_REQUESTED: (
         "The installation waits until an owner of the organization approves it.",
         "When it is approved: `kilo-pipelines setup github --installation NUMBER`.",
+    ),
+    Reason.INSTALLATION_GONE: (
+        "An owner holds an installation that the App has no more at GitHub.",
+        "Install the App there again and connect it: `kilo-pipelines setup github`.",
     ),
     Reason.APP_EXISTS: (
         "This platform has a GitHub App already.",

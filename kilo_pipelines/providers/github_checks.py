@@ -57,7 +57,13 @@ def look(
         return [*checks, _failed("installations", failure)]
     if not installations:
         checks.append(_fault("installations", Reason.INTEGRATION_UNKNOWN, "the App is installed nowhere", required=False))
-    return [*checks, *(check for one in installations for check in _installation(one, holders.get(one.id)))]
+    there = {one.id for one in installations}
+    gone = [
+        _fault(f"installation {number}", Reason.INSTALLATION_GONE, f"owner {holder.owner} has it connected", required=False)
+        for number, holder in sorted(holders.items())
+        if number not in there
+    ]
+    return [*checks, *(check for one in installations for check in _installation(one, holders.get(one.id))), *gone]
 
 
 def _asked(name: str, ask: Callable[[], Check]) -> Check:

@@ -78,7 +78,9 @@ def desk(database: Database) -> Iterator[Desk]:
         "other": owners.create_api_key("owner", other.owner),
         "stranger": "kilo_" + "x" * 43,
     }
-    yield Desk(admin_application(Ingress(database.store, OneSecret(None), frozenset({"localhost"}), database.clock)), synced, other, keys)
+    yield Desk(
+        admin_application(Ingress(database.store, OneSecret(None), frozenset({"localhost"}), database.clock)), synced, other, keys
+    )
 
 
 def worked(synced: Synced) -> None:

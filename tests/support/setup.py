@@ -40,7 +40,8 @@ class SetupWorld(IngressWorld):
     @property
     def settings(self) -> Settings:
         """As the home's own processes read them."""
-        return Settings(home=self.home, public_port=self.public, admin_port=self.admin)
+        given = "postgresql://given/elsewhere"
+        return Settings(home=self.home, public_port=self.public, admin_port=self.admin, database_url=given)
 
     def cli(self, *arguments: str, stdin: str = "") -> tuple[int, Any]:
         """Exit status and JSON of a command."""
@@ -49,11 +50,16 @@ class SetupWorld(IngressWorld):
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
 
-    def link(self, *arguments: str) -> str:
-        """A fresh set-up link."""
-        code, told = self.cli("setup", "github", *arguments)
-        assert code == 0, told
-        return str(told["link"])
+    def link(self, **wanted: Any) -> str:
+        """A fresh set-up link, as the command makes it."""
+        web = f"http://localhost:{self.twin.port}"
+        asked = {"web_url": web, "api_url": f"{web}/api/v3", "organization": "acme", "installation": None, "owner": None}
+        return f"{self.page}?link={self.store.setup_links.make({**asked, 'new_app': False, **wanted})}"
+
+    @property
+    def page(self) -> str:
+        """The set-up's own page."""
+        return f"http://localhost:{self.admin}/setup/github"
 
     def close(self) -> None:
         """Ends everything."""

@@ -26,7 +26,10 @@ def test_every_route_is_documented_and_every_documented_route_exists() -> None:
     door = Door(operators, Path("nowhere"), Settings().dagster_prefix, frozenset())
     served = {
         (method, route.path)
-        for application in (public_application(ingress), admin_application(ingress, [*SetupDesk(store, Settings, SystemClock()).routes(), *door.routes()]))
+        for application in (
+            public_application(ingress),
+            admin_application(ingress, [*SetupDesk(store, Settings, SystemClock()).routes(), *door.routes()]),
+        )
         for route in application.routes
         for method in (getattr(route, "methods", None) or {"WEBSOCKET"}) - {"HEAD"}
     }

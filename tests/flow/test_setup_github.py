@@ -75,9 +75,9 @@ def made(world: SetupWorld) -> SetupWorld:
     return world
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def number(made: SetupWorld) -> int:
-    """Of the installation on acme."""
+    """Of the installation on acme, of whichever App is the present one."""
     return int(made.twin.credentials_now()["installation_id"])
 
 
@@ -112,13 +112,13 @@ def _state(page: httpx.Response) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("name", ["mallory", "linus"])
-def test_who_doesnt_administer_an_organization_doesnt_connect_it(made: SetupWorld, number: int, name: str) -> None:
+def test_who_doesnt_administer_an_organization_doesnt_connect_it(made: SetupWorld, number: int) -> None:
     """Neither somebody else nor a plain member, who sees the installation in their own list."""
-    person = Person(name)
-    person.go(made.link(installation=number))
-    page = person.send(person.go(f"{made.page}/authorize"))
-    assert person.reason(page) == Reason.INSTALLATION_NOT_YOURS, page.text
+    for name in ("mallory", "linus"):
+        person = Person(name)
+        person.go(made.link(installation=number))
+        page = person.send(person.go(f"{made.page}/authorize"))
+        assert person.reason(page) == Reason.INSTALLATION_NOT_YOURS, page.text
 
 
 def test_a_spoofed_number_leads_to_the_person_and_no_further(made: SetupWorld, number: int) -> None:
@@ -210,7 +210,6 @@ def test_another_address_at_github_and_a_lost_way_are_told_apart(made: SetupWorl
 
 
 def test_a_key_that_github_forgot_is_named_with_its_remedy(made: SetupWorld, tmp_path: Path) -> None:
-    """The last test of the module: the App's key is another one afterwards."""
     made.twin.control("set-app", new_key=True)
     (found,) = [one for one in doctor._github(made.settings) if not one.ok]
     assert found.code == Reason.APP_KEY_REFUSED and "setup github key" in found.remedy

@@ -41,8 +41,8 @@ def test_answers_of_the_set_up_follow_githubs_description(twin: Twin, descriptio
     sent = {"manifest": json.dumps(made), "name": "n", "state": "s", "org": "acme", "person": "grace"}
     back = httpx.post(f"{web}/settings/apps", data=sent).headers["location"]
     code = httpx.URL(back).params["code"]
-    new = api.ask("POST", f"/app-manifests/{code}/conversions", expected=201, token="")
-    api.ask("POST", f"/app-manifests/{code}/conversions", expected=404, token="")
+    new = api.ask("POST", f"/app-manifests/{code}/conversions", expected=201, token="none")
+    api.ask("POST", f"/app-manifests/{code}/conversions", expected=404, token="none")
     twin.control("install", where="acme")
     chosen = {"person": "grace", "state": "s", "redirect_uri": asked["authorized"]}
     code = httpx.URL(httpx.post(f"{web}/login/oauth/authorize", data=chosen).headers["location"]).params["code"]

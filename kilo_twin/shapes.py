@@ -405,7 +405,13 @@ class Shapes:
         """A person as they see themselves without further scopes."""
         counts = dict.fromkeys(("public_repos", "public_gists", "followers", "following"), 0)
         words = dict.fromkeys(("company", "location", "email", "hireable", "bio", "twitter_username"))
-        return account(login) | counts | words | {"name": login.title(), "blog": "", "created_at": MADE, "updated_at": MADE}
+        return (
+            account(login)
+            | counts
+            | words
+            | {"name": login.title(), "blog": "", "user_view_type": "public"}
+            | dict.fromkeys(("created_at", "updated_at"), MADE)
+        )
 
     def app(self) -> dict[str, Any]:
         """The App itself."""

@@ -46,10 +46,11 @@ from kilo_pipelines.services.code_review import admission, launch
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem, Store
+from kilo_pipelines.store.crypto import CipherError
 from kilo_pipelines.store.embedded import EmbeddedPostgresError
 
 # What ends a start with one line instead of a traceback.
-FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, ValueError, OSError)
+FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, CipherError, ValueError, OSError)
 
 
 @click.group()

@@ -201,7 +201,7 @@ def setup_key(file: Any, plain: bool) -> None:
 @setup_group.command("model")
 @click.option("--base-url", help="OpenAI-compatible address, such as https://models.example/v1.")
 @click.option("--model", "models", multiple=True, help="A model to use; the first is the default. May be given again.")
-@click.option("--key-file", type=click.File(), help="File with the key; - is stdin. Default: the key that is stored.")
+@click.option("--key-file", type=click.File(), help="File with the key; - is stdin. Default: the stored key of the same address.")
 @click.option("--private", is_flag=True, help="The address may lie in a network of one's own.")
 @click.option("--owner", type=click.UUID, help="With --allow or --forbid: the owner that it is for.")
 @click.option("--allow", multiple=True, help="A model that the owner may name in its settings beside the default one.")
@@ -229,7 +229,9 @@ def setup_model(
     if address is None:
         refused(plain, Reason.MODEL_MISSING, "--base-url is needed")
     stored = settings.model_key_file
-    key = key_file.read().strip() if key_file else stored.read_text().strip() if stored.exists() else ""
+    # The stored key is the stored address's: another one doesn't get to see it.
+    kept = stored.read_text().strip() if stored.exists() and address.rstrip("/") == settings.model_base_url else ""
+    key = key_file.read().strip() if key_file else kept
     if not key:
         refused(plain, Reason.MODEL_KEY_MISSING)
     wanted = list(models) or settings.all_models

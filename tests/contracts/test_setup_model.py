@@ -43,6 +43,12 @@ def test_address_key_and_models_are_kept_after_each_model_called_a_tool(twin: Tw
     assert twin.credentials["model_api_key"] not in (home / "config.env").read_text() + json.dumps(told)
 
 
+def test_a_stored_key_is_not_shown_to_another_address(twin: Twin, home: Path) -> None:
+    assert run(twin, "--model", "m")[0] == 0
+    given = ["setup", "model", "--base-url", "http://localhost:9/v1", "--json"]
+    assert json.loads(CliRunner().invoke(main, given).stdout)["reason"] == Reason.MODEL_KEY_MISSING
+
+
 def test_what_cant_be_used_is_not_stored(twin: Twin, home: Path) -> None:
     def refused(reason: Reason, *arguments: str, key: str | None = None) -> None:
         code, told = run(twin, "--model", "m", *arguments, key=key)

@@ -7,10 +7,13 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import anyio
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kilo_pipelines.cloud_agent.model_proxy import ModelProxy, Upstream
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import github_alerts
 from kilo_pipelines.providers.github_permissions import (
@@ -25,6 +28,7 @@ from kilo_pipelines.providers.github_permissions import (
 from kilo_pipelines.providers.github_webhooks import signed_with
 from kilo_pipelines.providers.models import _refusal
 from kilo_pipelines.resources import github as resource
+from kilo_pipelines.resources.cloud_agent import CloudAgentResource
 from kilo_pipelines.settings import Settings, api_url_of, web_url_of, write_secret
 from kilo_pipelines.store import app_secrets
 from kilo_pipelines.store.app_secrets import AppSecrets, WebhookSecret
@@ -189,6 +193,30 @@ def test_a_rotated_encryption_key_may_forget_the_old_one_after_the_next_start(ho
 )
 def test_a_models_refusal_is_told_by_status_and_words(status: int, error: str, reason: Reason) -> None:
     assert _refusal(status, {"error": {"message": error}}) == reason
+
+
+def test_an_owner_names_the_default_model_or_one_that_it_was_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("HOME", str(tmp_path)), ("MODEL", "big"), ("MODELS", '["small"]')):
+        monkeypatch.setenv(f"KILO_{name}", value)
+    agent = CloudAgentResource()
+    assert agent.may_use(None, []) and agent.may_use("big", []) and agent.may_use("small", ["small"])
+    assert not agent.may_use("small", []) and not agent.may_use("withdrawn", ["withdrawn"]), "the platform's list goes first"
+
+
+def test_the_model_proxy_opens_nothing_for_a_model_that_isnt_the_platforms(tmp_path: Path) -> None:
+    proxy = ModelProxy(tmp_path, lambda: Upstream(None, "key", frozenset({"big"})))
+    question = {"messages": [], "tool": {"name": "t"}, "seconds": 1, "max_tokens": 1}
+    session = {"session_id": "s", "turns": 1, "tokens": 1}
+
+    async def ask(path: str, body: dict[str, object]) -> httpx.Response:
+        transport = httpx.ASGITransport(proxy.control())
+        async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
+            return await client.post(path, json=body)
+
+    refused = anyio.run(ask, "/sessions", {**session, "model": "other"})
+    assert (refused.status_code, refused.json()["reason"]) == (403, Reason.MODEL_NOT_ALLOWED)
+    assert anyio.run(ask, "/questions", {**question, "model": "other"}).json() == {"reason": Reason.MODEL_NOT_ALLOWED}
+    assert anyio.run(ask, "/questions", {**question, "model": "big"}).json() == {"reason": Reason.MODEL_MISSING}
 
 
 # -- addresses -------------------------------------------------------------------------------------------------------------

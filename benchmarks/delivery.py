@@ -20,6 +20,7 @@ from benchmarks.homes import FIRST_INSTALLATION, Platform, Tenant, eventually, p
 from benchmarks.load import headers, pull_request
 from benchmarks.results import Machine, Row, database_conditions, keep_raw, percentile, spread
 from benchmarks.stock.home import stock
+from kilo_pipelines.store import app_secrets
 
 SHARDS = 16
 OWNERS = 20
@@ -105,7 +106,7 @@ def _deliver(running: Platform, tenants: list[Tenant], rate: int, count: int, of
 
 
 async def _send(running: Platform, tenants: list[Tenant], rate: int, count: int, offset: int) -> list[str]:
-    secret = running.settings.webhook_secret_file.read_text().strip()
+    secret = app_secrets.read(running.settings).webhook_secrets[0].value
     guids: list[str] = []
     url = f"{running.settings.public_url}/webhooks/github"
 

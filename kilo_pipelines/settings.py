@@ -14,7 +14,7 @@ import stat
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
@@ -136,7 +136,11 @@ class Settings(BaseSettings):
         default=450, gt=0, description="Writes of ours an hour and installation; GitHub asks for at most 500."
     )
     model_base_url: str | None = Field(default=None, description="OpenAI-compatible base address of the model.")
-    model: str = Field(default="default", description="Model that sessions are allowed to use.")
+    model: str = Field(default="default", description="Model that sessions use where an owner's settings name none.")
+    models: list[str] = Field(default=[], description="Further models that owners may be allowed to use: JSON list of names.")
+    encryption_key: Path | None = Field(
+        default=None, description="Key file elsewhere than in secrets/, such as on a volume that backups leave out."
+    )
     model_prices: dict[str, Price] = Field(
         default={},
         description="JSON of model and its price in USD per million tokens: input, output, and cached where it differs.",
@@ -256,7 +260,18 @@ class Settings(BaseSettings):
                 raise ValueError("redis://host:port/db or rediss://host:port/db without a password is needed")
         return value
 
-    @field_validator("home", "run_dir", "api_key_file", "secrets_from")
+    @field_validator("public_origin")
+    @classmethod
+    def _bare_origin(cls, value: str | None) -> str | None:
+        """A scheme and a host, perhaps a port: what follows is ours."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("https", "http") or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError("an origin such as https://hooks.example is needed")
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @field_validator("home", "run_dir", "api_key_file", "secrets_from", "encryption_key")
     @classmethod
     def _from_anywhere(cls, value: Path | None) -> Path | None:
         return None if value is None else _absolute(value)
@@ -329,14 +344,21 @@ class Settings(BaseSettings):
 
     @property
     def encryption_key_file(self) -> Path:
-        return self.secrets_dir / "encryption.key"
+        return self.encryption_key or self.secrets_dir / "encryption.key"
+
+    @property
+    def github_app_file(self) -> Path:
+        """Every secret of the GitHub App, sealed (`store.app_secrets`)."""
+        return self.secrets_dir / "github-app.sealed"
 
     @property
     def github_private_key_file(self) -> Path:
+        """Where a person may put the App's key: it is sealed at the next start, and this file goes."""
         return self.secrets_dir / "github-app.pem"
 
     @property
     def webhook_secret_file(self) -> Path:
+        """The same for the webhook's secret."""
         return self.secrets_dir / "github-webhook-secret"
 
     @property
@@ -403,6 +425,26 @@ class Settings(BaseSettings):
         return f"http://{self.host}:{self.admin_port}"
 
     @property
+    def admin_address(self) -> str:
+        """Where a person's browser finds the admin port."""
+        return self.admin_origin or f"http://localhost:{self.admin_port}"
+
+    @property
+    def webhook_url(self) -> str:
+        """Where GitHub is to send webhooks."""
+        return f"{self.public_origin or self.public_url}/webhooks/github"
+
+    @property
+    def github_web_url(self) -> str:
+        """Where people find GitHub, by the rule that GitHub's own REST addresses follow."""
+        return web_url_of(self.github_api_url)
+
+    @property
+    def all_models(self) -> list[str]:
+        """The platform's models, the default first."""
+        return list(dict.fromkeys([self.model, *self.models]))
+
+    @property
     def dagster_prefix(self) -> str:
         """Where the admin listener serves Dagster's UI."""
         return "/dagster"
@@ -448,6 +490,22 @@ class Settings(BaseSettings):
         return logins
 
 
+def web_url_of(api_url: str) -> str:
+    """The web address that belongs to a REST address: github.com, GitHub Enterprise Cloud's own names, an Enterprise Server."""
+    if api_url.startswith("https://api."):
+        return "https://" + api_url.removeprefix("https://api.").rstrip("/")
+    return api_url.rstrip("/").removesuffix("/api/v3")
+
+
+def api_url_of(web_url: str) -> str:
+    """The REST address that belongs to a web address; the other way round of `web_url_of`."""
+    base = web_url.rstrip("/")
+    host = urlsplit(base).hostname or ""
+    if host == "github.com" or host.endswith(".ghe.com"):
+        return f"https://api.{host}"
+    return f"{base}/api/v3"
+
+
 def private_dir(path: Path) -> Path:
     """Makes a 0700 directory of ours; SettingsError when the path is a link or somebody else's."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -466,6 +524,23 @@ def write_secret(path: Path, value: str) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(value)
     partial.replace(path)
+
+
+def write_config(settings: Settings, values: dict[str, Any]) -> None:
+    """Keeps what was decided for this home, beside lines that a person added; the environment still wins over it."""
+    path = settings.home / "config.env"
+    known = path.read_text().splitlines() if path.exists() else []
+    names = {f"KILO_{name.upper()}" for name in values}
+    others = [line for line in known if line.strip() and line.split("=", 1)[0].strip() not in names]
+    decided = [f"KILO_{name.upper()}={value}" for name, value in values.items() if value is not None]
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join([*decided, *others]) + "\n")
+    partial.replace(path)
+
+
+def in_environment(*names: str) -> list[str]:
+    """Which of these settings the environment decides, so that nothing written to `config.env` changes them."""
+    return [f"KILO_{name.upper()}" for name in names if f"KILO_{name.upper()}" in os.environ]
 
 
 def current() -> Settings:

@@ -82,6 +82,8 @@ RULES = (
 )
 
 
+# The tool with which a set-up asks whether a model calls tools at all.
+PROBE = "report"
 TRIAGE = "submit_triage"
 # Files that name a package without using it.
 _NO_CODE = ("package.json", "package-lock.json", "requirements.txt", "pyproject.toml", ".md", ".lock")
@@ -168,6 +170,8 @@ def reply(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
     said = _text(body["messages"][-1].get("content")) if body.get("messages") else ""
     if said.startswith(REPEAT):
         return {"content": said.removeprefix(REPEAT)}, "stop"
+    if PROBE in conversation.tools:
+        return {"content": None, "tool_calls": [_call(PROBE, {"word": "ready"}, 0)]}, "tool_calls"
     if TRIAGE in conversation.tools:
         return {"content": None, "tool_calls": [_call(TRIAGE, sort_alert(said), 0)]}, "tool_calls"
     if not conversation.tools:

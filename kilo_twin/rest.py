@@ -17,12 +17,13 @@ from urllib.parse import urlencode
 
 import jwt
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from kilo_twin.accounts import Accounts
 from kilo_twin.dependabot import AlertError, Dependabot
 from kilo_twin.shapes import Shapes, account, bot
 from kilo_twin.state import Twin, git, now
@@ -70,9 +71,8 @@ class Rest:
         self.webhooks = webhooks
         self.dependabot = dependabot
         self.shapes = Shapes(twin)
-        key = serialization.load_pem_private_key(twin.credentials["private_key_pem"].encode(), password=None)
-        assert isinstance(key, RSAPrivateKey)  # noqa: S101  # made by ourselves
-        self._public_key = key.public_key()
+        self.accounts = Accounts(twin, webhooks)
+        self._public_keys: dict[bytes, RSAPublicKey] = {}
 
     # -- who asks -------------------------------------------------------------------------------------------------
 
@@ -82,10 +82,19 @@ class Rest:
             raise ApiError(401, "Requires authentication")
         return value
 
+    def _public_key(self) -> RSAPublicKey:
+        """Of the App as it is now: another one may have taken its place."""
+        pem = self.twin.credentials["private_key_pem"].encode()
+        if pem not in self._public_keys:
+            key = serialization.load_pem_private_key(pem, password=None)
+            assert isinstance(key, RSAPrivateKey)  # noqa: S101  # made by ourselves
+            self._public_keys = {pem: key.public_key()}
+        return self._public_keys[pem]
+
     def _as_app(self, request: Request) -> None:
         try:
             claims = jwt.decode(
-                self._bearer(request), self._public_key, algorithms=["RS256"], options={"require": ["iat", "exp", "iss"]}
+                self._bearer(request), self._public_key(), algorithms=["RS256"], options={"require": ["iat", "exp", "iss"]}
             )
         except jwt.ExpiredSignatureError:
             raise ApiError(401, "'Expiration time' claim ('exp') must be a numeric value representing the future time") from None
@@ -180,6 +189,13 @@ class Rest:
             ("GET", repo + "/dependabot/alerts", self.list_alerts),
             ("GET", repo + "/dependabot/alerts/{number:int}", self.get_alert),
             ("PATCH", repo + "/dependabot/alerts/{number:int}", self.update_alert),
+            ("POST", "/app-manifests/{code}/conversions", self.convert_manifest),
+            ("GET", "/user", self.get_user),
+            ("GET", "/user/installations", self.list_user_installations),
+            ("GET", "/user/memberships/orgs/{org}", self.get_membership),
+            ("DELETE", "/applications/{client}/token", self.revoke_user_token),
+            ("GET", "/app/hook/config", self.get_hook),
+            ("PATCH", "/app/hook/config", self.update_hook),
             ("GET", "/app/hook/deliveries", self.list_deliveries),
             ("GET", "/app/hook/deliveries/{delivery:int}", self.get_delivery),
             ("POST", "/app/hook/deliveries/{delivery:int}/attempts", self.redeliver),
@@ -249,23 +265,26 @@ class Rest:
 
     def list_installations(self, request: Request, _body: dict[str, Any]) -> Response:
         self._as_app(request)
-        return self._page(request, [self.shapes.installation()])
+        return self._page(request, [self.shapes.installation(number) for number in self.twin.installations()])
 
     def get_installation(self, request: Request, _body: dict[str, Any]) -> Response:
         self._as_app(request)
         self._known_installation(request)
-        return JSONResponse(self.shapes.installation())
+        return JSONResponse(self.shapes.installation(request.path_params["installation"]))
 
     def _known_installation(self, request: Request) -> None:
-        if request.path_params["installation"] != self.twin.credentials["installation_id"] or self.twin.data.get("uninstalled"):
+        if request.path_params["installation"] not in self.twin.installations():
             raise ApiError(404, "Not Found")
 
     def create_token(self, request: Request, body: dict[str, Any]) -> Response:
         self._as_app(request)
         self._known_installation(request)
-        if self.twin.data.get("suspended_at"):
+        held = self.twin.installations()[request.path_params["installation"]]
+        if held["suspended_at"]:
             raise ApiError(403, "This installation has been suspended")
-        installed = [one["id"] for one in self.twin.data["repositories"].values() if one["installed"]]
+        # Repositories are the seeded account's; other accounts have none.
+        all_repositories = self.twin.data["repositories"].values() if held["account"] == self.twin.credentials["account"] else []
+        installed = [one["id"] for one in all_repositories if one["installed"]]
         wanted = body.get("repository_ids") or installed
         if not set(wanted) <= set(installed):
             raise ApiError(
@@ -638,6 +657,54 @@ class Rest:
         repository["statuses"].append({"sha": sha, "shape": shape})
         self.twin.save()
         return JSONResponse(shape, 201)
+
+    # -- setting the App up ---------------------------------------------------------------------------------------
+
+    def convert_manifest(self, request: Request, _body: dict[str, Any]) -> Response:
+        found = self.accounts.conversion(request.path_params["code"])
+        if found is None:
+            raise ApiError(404, "Not Found")
+        return JSONResponse(found, 201)
+
+    def _as_person(self, request: Request) -> str:
+        person = self.accounts.person(self._bearer(request))
+        if person is None:
+            raise ApiError(401, "Bad credentials")
+        return person
+
+    def get_user(self, request: Request, _body: dict[str, Any]) -> Response:
+        return JSONResponse(self.shapes.public_user(self._as_person(request)))
+
+    def list_user_installations(self, request: Request, _body: dict[str, Any]) -> Response:
+        return self._page(request, self.accounts.installations_of(self._as_person(request)), "installations")
+
+    def get_membership(self, request: Request, _body: dict[str, Any]) -> Response:
+        person, org = self._as_person(request), request.path_params["org"]
+        granted = [held["account"] for held in self.twin.installations().values()]
+        if org not in granted or "members" not in self.shapes.granted():
+            raise ApiError(403, "Resource not accessible by integration")
+        found = self.accounts.membership(person, org)
+        if found is None:
+            raise ApiError(404, "Not Found")
+        return JSONResponse(found)
+
+    def revoke_user_token(self, request: Request, body: dict[str, Any]) -> Response:
+        if not self.accounts.revoke(request.headers.get("authorization", ""), str(body.get("access_token", ""))):
+            raise ApiError(404, "Not Found")
+        return Response(status_code=204)
+
+    def get_hook(self, request: Request, _body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        return JSONResponse(self.webhooks.hook() | {"secret": "********"})
+
+    def update_hook(self, request: Request, body: dict[str, Any]) -> Response:
+        self._as_app(request)
+        changes = {name: str(body[name]) for name in ("url", "content_type", "insecure_ssl") if name in body}
+        self.twin.credentials["hook"] = self.webhooks.hook() | changes
+        if "secret" in body:
+            self.twin.credentials["webhook_secret"] = str(body["secret"])
+        self.twin.save_credentials()
+        return JSONResponse(self.webhooks.hook() | {"secret": "********"})
 
     def list_deliveries(self, request: Request, _body: dict[str, Any]) -> Response:
         self._as_app(request)

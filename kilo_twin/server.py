@@ -24,7 +24,7 @@ from kilo_twin.githttp import serve_git
 from kilo_twin.oidc import Issuer
 from kilo_twin.rest import Rest
 from kilo_twin.shapes import account
-from kilo_twin.state import ACCOUNT, Twin, git, now
+from kilo_twin.state import ACCOUNT, Twin, git, new_private_key, now
 from kilo_twin.webhooks import Webhooks
 
 REPOSITORY = "orders"
@@ -154,9 +154,12 @@ class Control:
 
     def set_installation(self, *, suspended: bool = False, installed: bool = True) -> dict[str, Any]:
         """The account's administrator suspends the installation, or uninstalls the App; with its event."""
-        before = (self.twin.data.get("suspended_at") is not None, not self.twin.data.get("uninstalled"))
-        self.twin.data |= {"suspended_at": now() if suspended else None, "uninstalled": not installed}
-        self.twin.save()
+        known, number = self.twin.installations(), self.twin.credentials["installation_id"]
+        before = (number in known and known[number]["suspended_at"] is not None, number in known)
+        known.pop(number, None)
+        if installed:
+            known[number] = {"account": ACCOUNT, "suspended_at": now() if suspended else None}
+        self.twin.keep_installations(known)
         if before == (suspended, installed):
             return {}
         action = "deleted" if not installed else "suspend" if suspended else "unsuspend"
@@ -427,6 +430,9 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             "oidc-misbehave": issuer.misbehave,
             "cloud-agent": agents.configure,
             "cloud-agent-sessions": agents.told,
+            "install": rest.accounts.install,
+            "suspend": rest.accounts.suspend,
+            "set-app": lambda **changes: _set_app(twin, changes),
         }
         try:
             answer = await anyio.to_thread.run_sync(lambda: calls[request.path_params["call"]](**body))
@@ -450,6 +456,7 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
             Route("/health", health),
             Route("/_twin/{call}", act, methods=["POST"]),
             *rest.routes(),
+            *rest.accounts.routes(),
             *model.routes(twin.credentials["model_api_key"], twin.fault_of),
             *npm.routes(twin.base_url),
             *issuer.routes(),
@@ -464,6 +471,15 @@ def application(home: Path, port: int, webhook_url: str) -> Starlette:
 def _add_faults(twin: Twin, faults: list[dict[str, Any]]) -> dict[str, Any]:
     twin.faults.extend(faults)
     return {"faults": len(twin.faults)}
+
+
+def _set_app(twin: Twin, changes: dict[str, Any]) -> dict[str, Any]:
+    """What the App's owner changes at its page: `permissions`, `events`; or another key, as if ours had been deleted there."""
+    if changes.pop("new_key", False):
+        changes["private_key_pem"] = new_private_key()
+    twin.credentials |= changes
+    twin.save_credentials()
+    return {"app_id": twin.credentials["app_id"]}
 
 
 def _uninstall(twin: Twin, repository: str) -> dict[str, Any]:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from kilo_twin.state import APP_SLUG, Twin, git
+from kilo_twin.state import ACCOUNT, APP_SLUG, Twin, git
 
 # When everything that has no history of its own was made.
 MADE = "2026-01-01T00:00:00Z"
+ORGANIZATIONS = frozenset({ACCOUNT, "umbrella"})
 EVENTS = ["pull_request", "issue_comment", "dependabot_alert", "repository"]
+PERMISSIONS = {
+    "checks": "write",
+    "contents": "write",
+    "metadata": "read",
+    "members": "read",
+    "pull_requests": "write",
+    "issues": "write",
+    "vulnerability_alerts": "write",
+}
 
 
 def account(login: str, kind: str = "User", number: int | None = None) -> dict[str, Any]:
@@ -398,29 +408,34 @@ class Shapes:
             "assignees": [],
         }
 
+    def public_user(self, login: str) -> dict[str, Any]:
+        """A person as they see themselves without further scopes."""
+        counts = dict.fromkeys(("public_repos", "public_gists", "followers", "following"), 0)
+        words = dict.fromkeys(("company", "location", "email", "hireable", "bio", "twitter_username"))
+        return (
+            account(login)
+            | counts
+            | words
+            | {"name": login.title(), "blog": "", "user_view_type": "public"}
+            | dict.fromkeys(("created_at", "updated_at"), MADE)
+        )
+
     def app(self) -> dict[str, Any]:
         """The App itself."""
         return {
             "id": self.twin.credentials["app_id"],
             "slug": APP_SLUG,
-            "client_id": "Iv1.twin",
+            "client_id": self.twin.credentials["client_id"],
             "node_id": "QXBw",
             "owner": account(self.twin.credentials["account"], "Organization"),
-            "name": "Kilo Reviewer",
+            "name": self.twin.credentials.get("app_name", "Kilo Reviewer"),
             "description": "",
             "external_url": self.twin.base_url,
             "html_url": f"{self.twin.base_url}/apps/{APP_SLUG}",
             "created_at": MADE,
             "updated_at": MADE,
-            "permissions": {
-                "checks": "write",
-                "contents": "write",
-                "metadata": "read",
-                "pull_requests": "write",
-                "issues": "write",
-                "vulnerability_alerts": "write",
-            },
-            "events": EVENTS,
+            "permissions": self.twin.credentials.get("permissions", PERMISSIONS),
+            "events": self.twin.credentials.get("events", EVENTS),
         }
 
     def granted(self) -> dict[str, str]:
@@ -428,10 +443,12 @@ class Shapes:
         withheld = self.twin.data.get("withheld", [])
         return {name: level for name, level in self.app()["permissions"].items() if name not in withheld}
 
-    def installation(self) -> dict[str, Any]:
-        """The one installation."""
-        number = self.twin.credentials["installation_id"]
-        owner = account(self.twin.credentials["account"], "Organization")
+    def installation(self, number: int | None = None) -> dict[str, Any]:
+        """An installation; the one of the seeded account unless another one is asked for."""
+        number = number if number is not None else self.twin.credentials["installation_id"]
+        held = self.twin.installations().get(number, {"account": self.twin.credentials["account"], "suspended_at": None})
+        kind = "Organization" if held["account"] in ORGANIZATIONS else "User"
+        owner = account(held["account"], kind)
         return {
             "id": number,
             # GitHub's description joins a user and an enterprise here: both kinds of fields.
@@ -442,17 +459,17 @@ class Shapes:
             "html_url": f"{self.twin.base_url}/settings/installations/{number}",
             "app_id": self.twin.credentials["app_id"],
             "target_id": owner["id"],
-            "target_type": "Organization",
+            "target_type": kind,
             "permissions": self.granted(),
-            "events": EVENTS,
+            "events": self.app()["events"],
             "created_at": MADE,
             "updated_at": MADE,
             "single_file_name": None,
             "has_multiple_single_files": False,
             "single_file_paths": [],
             "app_slug": APP_SLUG,
-            "suspended_at": self.twin.data.get("suspended_at"),
-            "suspended_by": None,
+            "suspended_at": held["suspended_at"],
+            "suspended_by": owner if held["suspended_at"] else None,
         }
 
     def commit(self, full_name: str, sha: str) -> dict[str, Any]:

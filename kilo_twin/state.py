@@ -43,6 +43,14 @@ def git(repository: Path, *args: str, stdin: bytes | None = None, env: dict[str,
     return done.stdout
 
 
+def new_private_key() -> str:
+    """An App's key as GitHub hands it over."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    ).decode()
+
+
 class Twin:
     """Everything that is known; `save` after each change."""
 
@@ -75,16 +83,12 @@ class Twin:
             later = self._later()
             if later.keys() <= found.keys():
                 return found
-            # A home from before there was a hosted agent or an issuer.
+            # A home from before there was a hosted agent or an issuer, or people could authorize.
             return self._keep_credentials(path, later | found)
-        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-        ).decode()
         made = {
             "app_id": 4242,
             "app_slug": APP_SLUG,
-            "private_key_pem": pem,
+            "private_key_pem": new_private_key(),
             "webhook_secret": secrets.token_hex(24),
             "model_api_key": f"twin-model-{secrets.token_hex(16)}",
             "installation_id": 77001,
@@ -98,6 +102,8 @@ class Twin:
     def _later() -> dict[str, str]:
         """Credentials that the first homes didn't have."""
         return {
+            "client_id": "Iv1.twin",
+            "client_secret": secrets.token_hex(20),
             "oidc_client_secret": secrets.token_hex(24),
             "cloud_agent_token": f"twin-cloud-{secrets.token_hex(24)}",
             "cloud_agent_internal_key": f"twin-internal-{secrets.token_hex(24)}",
@@ -111,6 +117,20 @@ class Twin:
             json.dump(made, file)
         partial.replace(path)
         return made
+
+    def save_credentials(self) -> None:
+        """Writes what the twin's operator is shown."""
+        self._keep_credentials(self.home / "credentials.json", self.credentials)
+
+    def installations(self) -> dict[int, dict[str, Any]]:
+        """The App's installations by number; the seeded world has one."""
+        seeded = {str(self.credentials["installation_id"]): {"account": ACCOUNT, "suspended_at": None}}
+        return {int(number): held for number, held in self.data.get("installations", seeded).items()}
+
+    def keep_installations(self, known: dict[int, dict[str, Any]]) -> None:
+        """Writes the App's installations."""
+        self.data["installations"] = {str(number): held for number, held in known.items()}
+        self.save()
 
     def save(self) -> None:
         """Writes the state."""

@@ -50,7 +50,18 @@ class Webhooks:
             **told,
         }
 
-    def later(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int) -> None:
+    def ping(self) -> None:
+        """What GitHub sends when a webhook is made."""
+        hook = {"type": "App", "id": 1, "name": "web", "active": True, "app_id": self.twin.credentials["app_id"]}
+        config = {**self.hook(), "secret": "********"}
+        more = {"events": self.shapes.app()["events"], "config": config, "updated_at": now(), "created_at": now()}
+        self.send("ping", None, {"zen": "Keep it logically awesome.", "hook_id": 1, "hook": hook | more})
+
+    def hook(self) -> dict[str, str]:
+        """The App's webhook; the seeded App's leads where the twin was told to at its start."""
+        return dict(self.twin.credentials.get("hook", {"url": self.url, "content_type": "json", "insecure_ssl": "0"}))
+
+    def later(self, event: str, action: str | None, payload: dict[str, Any], repository_id: int | None) -> None:
         """Sends one event after those that wait already; whoever holds the twin's lock doesn't wait for the answer."""
         self._sender.submit(self.send, event, action, payload, repository_id)
 
@@ -125,7 +136,7 @@ class Webhooks:
             "x-hub-signature-256": "sha256=" + hmac.new(secret, body, hashlib.sha256).hexdigest(),
         }
         try:
-            answer = httpx.post(self.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
+            answer = httpx.post(self.hook()["url"], content=body, headers=headers, timeout=TIMEOUT_SECONDS)
             code, status, text = answer.status_code, answer.reason_phrase or "OK", answer.text[:2000]
         except httpx.TimeoutException:
             code, status, text = 504, "timed out", ""

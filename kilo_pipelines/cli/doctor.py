@@ -14,19 +14,24 @@ from pathlib import Path
 import psutil
 from sqlalchemy.exc import ProgrammingError
 
+from kilo_pipelines.acts.installations import services_by_installation
 from kilo_pipelines.cli import setup, supervisor
-from kilo_pipelines.cli.check import Check
 from kilo_pipelines.cli.doctor_oidc import login_checks
 from kilo_pipelines.cli.roles import SKEW_SHARE
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
 from kilo_pipelines.cloud_agent.hosted import CloudAgentError, client_of
 from kilo_pipelines.cloud_agent.install import installed, package_directory
 from kilo_pipelines.cloud_agent.sandbox import Sandbox, SandboxUnavailableError
+from kilo_pipelines.core.checks import Check
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.core.reasons import MEANING, Reason
+from kilo_pipelines.providers.github_checks import Holder, look
+from kilo_pipelines.providers.github_setup import GitHubSetup, SetupError
+from kilo_pipelines.providers.models import ModelError, try_model
 from kilo_pipelines.settings import Settings, SettingsError
-from kilo_pipelines.store import DatabaseAwayError
+from kilo_pipelines.store import DatabaseAwayError, SQLAlchemyError, app_secrets
 from kilo_pipelines.store.crypto import CipherError
+from kilo_pipelines.store.database import RoleError
 from kilo_pipelines.store.embedded import EmbeddedPostgresError, binaries
 from kilo_pipelines.store.migrate import fit, refusal
 
@@ -47,6 +52,7 @@ def run(settings: Settings) -> list[Check]:
         _sandbox(settings),
         _agent(settings),
         *(_hosted(settings) if settings.agent == "hosted" else []),
+        _database(settings),
         *_github(settings),
         *_model(settings),
         *_schema(settings),
@@ -86,9 +92,7 @@ def _postgres(settings: Settings) -> Check:
 
 def _schema(settings: Settings) -> list[Check]:
     """Whether database and program fit together, and this host's clock the database's; nothing before there is a database."""
-    if not (settings.secrets_dir / "database.json").exists() or not (
-        supervisor.is_running(settings) or settings.database_is_elsewhere()
-    ):
+    if not _store_expected(settings):
         return []
     try:
         store = setup.open_store(settings)
@@ -143,6 +147,11 @@ def _agent(settings: Settings) -> Check:
     return Check("agent", code, installed(), found, "run `make deps`")
 
 
+def _kept(path: Path) -> bool:
+    """Whether a secret lies there."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _hosted(settings: Settings) -> list[Check]:
     """Address, token, key, and whether the service answers; offline the twin answers once the platform runs."""
     needed = not settings.offline
@@ -183,17 +192,48 @@ def _hosted_answers(settings: Settings) -> Check:
     return Check(name, str(Reason.CLOUD_AGENT_UNAVAILABLE), word == "ok", word or "nothing that is known", remedy)
 
 
+def _database(settings: Settings) -> Check:
+    """Whether the store answers under logins that may do no more than they should; nothing to ask while nothing runs."""
+    code = str(Reason.STORE_UNAVAILABLE)
+    if not _store_expected(settings):
+        return Check("database", code, True, "not asked: the platform isn't running", "", required=False)
+    try:
+        store = setup.open_store(settings)
+        store.database.check_roles()
+        owners = len(store.owners.all())
+        store.database.dispose()
+    except (SettingsError, CipherError, RoleError) as failure:
+        return Check("database", code, False, str(failure), "restore secrets/ from a backup, or start the platform once")
+    except SQLAlchemyError as failure:
+        return Check("database", code, False, type(failure).__name__, "look at PostgreSQL: `kilo-pipelines status`, postgres.log")
+    return Check("database", code, True, f"answers, {owners} owners", "")
+
+
+def _store_expected(settings: Settings) -> bool:
+    """Whether there is a database to ask: a given one, or the running platform's, after a first start."""
+    return (settings.secrets_dir / "database.json").exists() and (
+        settings.database_is_elsewhere() or supervisor.is_running(settings)
+    )
+
+
 def _github(settings: Settings) -> list[Check]:
+    """What is stored of the App, and then what GitHub says of it."""
     later = settings.offline  # before the first start their absence is no fault
     offline = _OFFLINE if later else ""
-    secret, key = _kept(settings.webhook_secret_file), _kept(settings.github_private_key_file)
-    return [
+    try:
+        held = app_secrets.read(settings)
+    except (CipherError, OSError) as failure:
+        return [_fault("app secrets", Reason.SECRET_UNREADABLE, str(failure))]
+    valid = held.valid(SystemClock().now())
+    secret, key = bool(valid), held.private_key is not None
+    count = f"{len(valid)} valid" if len(valid) > 1 else "stored"
+    checks = [
         Check(
             "webhook secret",
             str(Reason.WEBHOOK_SECRET_MISSING),
             secret,
-            "stored" if secret else "none: every webhook is answered 503",
-            f"{offline}store the webhook's secret in {settings.webhook_secret_file} (mode 0600) and start again",
+            count if secret else "none: every webhook is answered 503",
+            f"{offline}{MEANING[Reason.WEBHOOK_SECRET_MISSING][1]}",
             required=not later,
         ),
         Check(
@@ -201,33 +241,63 @@ def _github(settings: Settings) -> list[Check]:
             str(Reason.GITHUB_APP_MISSING),
             settings.github_app_id is not None and key,
             f"app {settings.github_app_id or 'id missing'}, private key {'stored' if key else 'missing'}",
-            f"{offline}set KILO_GITHUB_APP_ID and store the private key in {settings.github_private_key_file} (mode 0600)",
+            f"{offline}{MEANING[Reason.GITHUB_APP_MISSING][1]}",
             required=not later,
         ),
     ]
+    if settings.github_app_id is None or held.private_key is None or (later and not supervisor.is_running(settings)):
+        return checks
+    try:
+        with GitHubSetup(settings.github_api_url, settings.github_web_url, SystemClock()) as github:
+            asked = look(github, settings.github_app_id, held.private_key, settings.webhook_url, _holders(settings))
+    except SetupError as failure:
+        asked = [_fault("github app", failure.reason, failure.detail)]
+    # What GitHub says of the App stands for what is stored of it.
+    return [checks[0], *asked]
+
+
+def _holders(settings: Settings) -> dict[int, Holder]:
+    """Whose the installations are; nobody's where the database can't be asked, which is a check of its own."""
+    if not _store_expected(settings):
+        return {}
+    try:
+        store = setup.open_store(settings)
+        found = {number: Holder(*one) for number, one in services_by_installation(store).items()}
+        store.database.dispose()
+    except (SettingsError, CipherError, SQLAlchemyError):
+        return {}
+    return found
+
+
+def _fault(name: str, reason: Reason, found: str, *, required: bool = True) -> Check:
+    return Check(name, str(reason), False, found or MEANING[reason][0], MEANING[reason][1], required)
 
 
 def _model(settings: Settings) -> list[Check]:
-    address, key = settings.model_base_url, _kept(settings.model_key_file)
-    needed = not settings.offline
+    """Address and key, and one call of each model by this process, which holds the key for that long."""
+    address, needed = settings.model_base_url, not settings.offline
+    try:
+        key = settings.model_key_file.read_text().strip() if settings.model_key_file.exists() else ""
+    except OSError as failure:
+        return [_fault("model key", Reason.SECRET_UNREADABLE, str(failure))]
     offline = "" if needed else _OFFLINE
-    remedy = f"{offline}set KILO_MODEL_BASE_URL"
-    return [
-        Check("model", "model_missing", address is not None, address or "no address", remedy, required=needed),
-        Check(
-            "model key",
-            "model_key_missing",
-            key,
-            "stored" if key else "none",
-            f"{offline}store the model's key in {settings.model_key_file} (mode 0600)",
-            required=needed,
-        ),
-    ]
+    lacking = [(Reason.MODEL_MISSING, address), (Reason.MODEL_KEY_MISSING, key)]
+    if address is None or not key:
+        return [
+            Check("model", str(reason), False, MEANING[reason][0], f"{offline}{MEANING[reason][1]}", required=needed)
+            for reason, held in lacking
+            if not held
+        ]
+    if settings.offline and not supervisor.is_running(settings):
+        return [Check("model", str(Reason.MODEL_UNREACHABLE), True, f"{address}, not asked: the twin isn't running", "")]
+    return [_model_answers(address, key, model) for model in settings.all_models]
 
 
-def _kept(path: Path) -> bool:
-    """Whether a secret lies there."""
-    return path.is_file() and path.stat().st_size > 0
+def _model_answers(address: str, key: str, model: str) -> Check:
+    try:
+        return Check(f"model {model}", str(Reason.MODEL_UNREACHABLE), True, try_model(address, key, model), "")
+    except ModelError as failure:
+        return _fault(f"model {model}", failure.reason, f"{address}: {failure.detail}")
 
 
 def _ports(settings: Settings) -> list[Check]:

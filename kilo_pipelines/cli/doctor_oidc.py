@@ -6,7 +6,7 @@ import asyncio
 import stat
 from datetime import timedelta
 
-from kilo_pipelines.cli.check import Check
+from kilo_pipelines.core.checks import Check
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.operators import OperatorRule
 from kilo_pipelines.core.reasons import MEANING, Reason

@@ -37,6 +37,7 @@ from kilo_pipelines.cli import (
     security_remediation,  # noqa: F401
     security_report,  # noqa: F401
     setup,
+    setup_commands,
     supervisor,
     upkeep,
     work,
@@ -50,11 +51,12 @@ from kilo_pipelines.ingress.operators import new_password
 from kilo_pipelines.services.code_review import admission, launch
 from kilo_pipelines.settings import Settings, SettingsError
 from kilo_pipelines.store import NewItem
+from kilo_pipelines.store.crypto import CipherError
 from kilo_pipelines.store.embedded import EmbeddedPostgresError
 from kilo_pipelines.store.migrate import SchemaError
 
 # What ends a start with one line instead of a traceback.
-FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, SchemaError, ValueError, OSError)
+FAULTS = (supervisor.SupervisorError, EmbeddedPostgresError, SettingsError, SchemaError, CipherError, ValueError, OSError)
 
 
 @click.group()
@@ -315,8 +317,10 @@ def integrations_list(owner: UUID | None, plain: bool) -> None:
 @click.option("--account", required=True, help="Login of the account that installed the App.")
 @as_json
 def integrations_connect(owner: UUID, installation: int, account: str, plain: bool) -> None:
-    """Connects an installation after GitHub confirmed that this App holds it."""
+    """Connects an installation of the offline world; a real one is connected by a person who proves to administer it."""
     settings, store = open_store(plain)
+    if not settings.offline:
+        end(plain, f"run `kilo-pipelines setup github --installation {installation} --owner {owner}` and open its link")
     holder = store.owners.by_installation("github", installation)
     if holder is not None and holder.owner_id != owner:
         end(plain, f"installation {installation} belongs to another owner already")
@@ -435,6 +439,7 @@ def reviews_cancel(review: UUID, plain: bool) -> None:
 
 reviews.add_command(limits.reviews_approve)
 for command in (
+    *setup_commands.COMMANDS,
     *roles.COMMANDS,
     *limits.COMMANDS,
     *backup.COMMANDS,

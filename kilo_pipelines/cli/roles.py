@@ -43,12 +43,26 @@ class Role:
 
 _ENGINE = ("app", "system", "dagster")
 # To the outside: a run worker reads and writes at providers, sends mail and messages.
-_WORKER = Role(("encryption.key", "broker-password", "github-app.pem", "smtp-password", "slack-token"), _ENGINE)
-_DAGSTER = Role(("encryption.key", "broker-password"), _ENGINE)
+_WORKER = Role(
+    (
+        "encryption.key",
+        "broker-password",
+        "github-app.pem",
+        "smtp-password",
+        "slack-token",
+        "cloud-agent-token",
+        "cloud-agent-internal-key",
+        "otlp-headers",
+    ),
+    _ENGINE,
+)
+_DAGSTER = Role(("encryption.key", "broker-password", "otlp-headers"), _ENGINE)
 
 ROLES: dict[str, Role] = {
-    "ingress": Role(("encryption.key", "github-webhook-secret", "operator-password"), ("app", "system")),
-    "model-proxy": Role(("model-api-key",)),
+    "ingress": Role(
+        ("encryption.key", "github-webhook-secret", "operator-password", "oidc-client-secret", "otlp-headers"), ("app", "system")
+    ),
+    "model-proxy": Role(("model-api-key", "otlp-headers")),
     "dagster-code": _DAGSTER,
     "dagster-daemon": _DAGSTER,
     "dagster-ui": _DAGSTER,

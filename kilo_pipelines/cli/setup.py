@@ -17,8 +17,9 @@ from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.services.security.config import SecurityConfig
-from kilo_pipelines.settings import Settings, private_dir, write_secret
-from kilo_pipelines.store import Cipher, Repository, Store
+from kilo_pipelines.settings import Settings, private_dir, write_config, write_secret
+from kilo_pipelines.store import Cipher, Repository, Store, app_secrets
+from kilo_pipelines.store.app_secrets import AppSecrets, WebhookSecret
 from kilo_pipelines.store.migrate import migrate, provision, read_logins
 
 DEMO_OWNER = "acme"
@@ -63,18 +64,6 @@ def open_store(settings: Settings) -> Store:
     return Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
 
 
-def write_config(settings: Settings, values: dict[str, Any]) -> None:
-    """Keeps what was decided for this home, beside lines that a person added; the environment still wins over it."""
-    path = settings.home / "config.env"
-    known = path.read_text().splitlines() if path.exists() else []
-    names = {f"KILO_{name.upper()}" for name in values}
-    others = [line for line in known if line.strip() and line.split("=", 1)[0].strip() not in names]
-    decided = [f"KILO_{name.upper()}={value}" for name, value in values.items() if value is not None]
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join([*decided, *others]) + "\n")
-    partial.replace(path)
-
-
 def twin_credentials(settings: Settings) -> dict[str, Any]:
     """What the twin shows its operator, as GitHub does at the App's page."""
     found: dict[str, Any] = json.loads((settings.home / "twin" / "credentials.json").read_text())
@@ -87,6 +76,7 @@ def refuse_mixed_worlds(settings: Settings) -> None:
     real = not twins and any(
         path.exists()
         for path in (
+            settings.github_app_file,
             settings.github_private_key_file,
             settings.webhook_secret_file,
             settings.model_key_file,
@@ -108,21 +98,33 @@ def _origin(settings: Settings) -> Path:
 
 
 def adopt_twin(settings: Settings, credentials: dict[str, Any]) -> None:
-    """Stores the twin's App key, webhook secret, model key and Cloud Agent keys where the real ones would lie."""
+    """Stores the twin's App secrets, model key and Cloud Agent keys where the real ones would lie."""
     refuse_mixed_worlds(settings)
     write_secret(_origin(settings), "twin")
-    write_secret(settings.github_private_key_file, credentials["private_key_pem"])
-    write_secret(settings.webhook_secret_file, credentials["webhook_secret"])
+    app_secrets.update(settings, lambda held: _twins(held, credentials))
     write_secret(settings.model_key_file, credentials["model_api_key"])
     write_secret(settings.cloud_agent_token_file, credentials["cloud_agent_token"])
     write_secret(settings.cloud_agent_key_file, credentials["cloud_agent_internal_key"])
 
 
+def _twins(held: AppSecrets, credentials: dict[str, Any]) -> AppSecrets:
+    """The twin's secrets; its webhook secret keeps its name from start to start."""
+    value = credentials["webhook_secret"]
+    kept = [one for one in held.webhook_secrets if one.value == value]
+    return AppSecrets(
+        client_id=credentials["client_id"],
+        client_secret=credentials["client_secret"],
+        private_key=credentials["private_key_pem"],
+        webhook_secrets=tuple(kept or [WebhookSecret(id=app_secrets.new_id(), value=value)]),
+    )
+
+
 def github_app(settings: Settings) -> GitHubApp:
     """The App for the command line."""
-    if settings.github_app_id is None or not settings.github_private_key_file.exists():
-        raise ValueError(f"set KILO_GITHUB_APP_ID and store the App's private key in {settings.github_private_key_file}")
-    return GitHubApp(settings.github_api_url, settings.github_app_id, settings.github_private_key_file.read_text(), SystemClock())
+    key = app_secrets.read(settings).private_key
+    if settings.github_app_id is None or key is None:
+        raise ValueError("there is no GitHub App yet: run `kilo-pipelines setup github`")
+    return GitHubApp(settings.github_api_url, settings.github_app_id, key, SystemClock())
 
 
 def connect_installation(settings: Settings, store: Store, owner_id: UUID, installation_id: int, account: str) -> UUID:

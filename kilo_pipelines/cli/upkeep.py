@@ -14,7 +14,7 @@ from kilo_pipelines.cli.common import as_json, end, open_store, show
 from kilo_pipelines.core.reasons import MEANING
 from kilo_pipelines.resources.upkeep import export_heads, read_heads
 from kilo_pipelines.settings import write_secret
-from kilo_pipelines.store import Cipher
+from kilo_pipelines.store import Cipher, app_secrets
 
 
 @click.group()
@@ -119,6 +119,7 @@ def encryption_keys_rotate(plain: bool) -> None:
     write_secret(file, Cipher.rotated(file.read_text()))
     _, fresh = open_store(plain)
     done = fresh.keys.reseal()
+    app_secrets.adopt(settings)
     store.database.dispose()
     show(
         plain,
@@ -133,6 +134,7 @@ def encryption_keys_prune(plain: bool) -> None:
     """Forgets keys that seal nothing any more. The first key stays: markers on the provider's pages are derived from it."""
     settings, store = open_store(plain)
     store.keys.reseal()
+    app_secrets.adopt(settings)
     file = settings.encryption_key_file
     before = Cipher.key_ids(file.read_text())[1]
     write_secret(file, Cipher.pruned(file.read_text(), store.keys.in_use()))

@@ -21,7 +21,7 @@ from kilo_pipelines.cli.supervisor import Platform
 from kilo_pipelines.ingress.keys import ensure_operator_key
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.settings import Settings
-from kilo_pipelines.store import Store
+from kilo_pipelines.store import Store, app_secrets
 from kilo_pipelines.store.rows import ReviewRow
 
 # A session's own cap is longer; a demonstration that takes ten minutes has failed.
@@ -55,6 +55,7 @@ def start_platform(platform: Platform) -> Settings:
     settings = platform.settings
     setup.refuse_mixed_worlds(settings)
     platform.new_password = setup.prepare_secrets(settings)
+    app_secrets.adopt(settings)
     first = [] if settings.broker_address is not None else [supervisor.redis(settings)]
     if settings.offline:
         first.append(supervisor.twin(settings))

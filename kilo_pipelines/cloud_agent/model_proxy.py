@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -32,7 +33,7 @@ from starlette.routing import Route
 from kilo_pipelines.cloud_agent.transcript import Transcript, Turn
 from kilo_pipelines.core.limits import Price, Usage, cost
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.settings import Settings, private_dir
+from kilo_pipelines.settings import Settings, current, private_dir
 from kilo_pipelines.telemetry import logs, traces
 from kilo_pipelines.telemetry.facts import TRACE_PATTERN, Facts
 
@@ -213,14 +214,25 @@ def estimate(body: dict[str, Any]) -> int:
     return -(-len(sent.encode()) // BYTES_A_TOKEN)
 
 
-class ModelProxy:
-    """Sessions and their listeners."""
+@dataclass(frozen=True)
+class Upstream:
+    """The model's side as it is set up now. No address: there is none yet."""
 
-    def __init__(self, directory: Path, base_url: str, key: str) -> None:
+    url: str | None
+    key: str
+    models: frozenset[str]
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.url})"
+
+
+class ModelProxy:
+    """Sessions and their listeners. `upstream` is asked for each request: a set-up changes it while sessions run."""
+
+    def __init__(self, directory: Path, upstream: Callable[[], Upstream]) -> None:
         self._directory = directory
-        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._upstream = upstream
         self._client = httpx.AsyncClient(
-            headers={"authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             # Servers close idle connections after 5 s and more; a request on one that just closed would look like an outage.
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
@@ -252,6 +264,8 @@ class ModelProxy:
             registration = Registration.model_validate(await request.json())
         except ValidationError as failure:
             return JSONResponse({"error": str(failure)}, 400)
+        if registration.model not in self._upstream().models:
+            return JSONResponse({"error": "the platform doesn't allow this model", "reason": Reason.MODEL_NOT_ALLOWED}, 403)
         await self._drop(registration.session_id)
         name = hashlib.sha256(registration.session_id.encode()).hexdigest()[:16]
         path = self._directory / f"m-{name}.sock"
@@ -296,9 +310,13 @@ class ModelProxy:
             "tool_choice": {"type": "function", "function": {"name": question.tool["name"]}},
             "max_tokens": question.max_tokens,
         }
+        if question.model not in self._upstream().models:
+            return JSONResponse({"reason": Reason.MODEL_NOT_ALLOWED})
+        if self._upstream().url is None:
+            return JSONResponse({"reason": Reason.MODEL_MISSING})
         try:
             async with asyncio.timeout(question.seconds):
-                upstream = await self._client.send(self._client.build_request("POST", self._url, json=body), stream=True)
+                upstream = await self._client.send(self._request(body), stream=True)
                 try:
                     content = await _bounded(upstream)
                 finally:
@@ -392,10 +410,19 @@ class ModelProxy:
         body["max_tokens"] = min(body["max_tokens"], left - sent)
         return sent + int(body["max_tokens"])
 
+    def _request(self, body: dict[str, Any]) -> httpx.Request:
+        """The one endpoint, with the key as it is now."""
+        upstream = self._upstream()
+        headers = {"authorization": f"Bearer {upstream.key}"}
+        return self._client.build_request("POST", f"{str(upstream.url).rstrip('/')}/chat/completions", json=body, headers=headers)
+
     async def _forward(self, session: Session, body: dict[str, Any], held: int) -> Response:
         begun = time.time_ns()
+        if self._upstream().url is None:
+            session.transcript.last_failure = Reason.MODEL_MISSING
+            raise RefusedError(402, "model_missing")
         try:
-            upstream = await self._client.send(self._client.build_request("POST", self._url, json=body), stream=True)
+            upstream = await self._client.send(self._request(body), stream=True)
         except httpx.HTTPError as failure:
             session.transcript.last_failure = Reason.MODEL_UNREACHABLE
             _tell(session, begun, reason=Reason.MODEL_UNREACHABLE)
@@ -554,6 +581,19 @@ def control_socket(settings: Settings) -> Path:
     return settings.sockets / "proxy" / "control.sock"
 
 
+def _present_upstream() -> Upstream:
+    """Address, key and models as they are now; files are read anew after one of them changed."""
+    settings = current()
+    key = settings.model_key_file
+    changed = key.stat().st_mtime_ns if key.exists() else 0
+    return Upstream(settings.model_base_url, _key(str(key), changed), frozenset(settings.all_models))
+
+
+@lru_cache(maxsize=1)
+def _key(file: str, changed: int) -> str:
+    return Path(file).read_text().strip() if changed else ""
+
+
 def main() -> None:
     """Serves until SIGTERM."""
     settings = Settings()
@@ -564,9 +604,8 @@ def main() -> None:
     for stale in path.parent.glob("*.sock"):
         stale.unlink()
     if settings.model_base_url is None:
-        raise SystemExit("KILO_MODEL_BASE_URL is not set: the model proxy has nobody to ask")
-    key = settings.model_key_file.read_text().strip() if settings.model_key_file.exists() else ""
-    proxy = ModelProxy(path.parent, settings.model_base_url, key)
+        log.warning("no model is set up: sessions end with %s until `kilo-pipelines setup model`", Reason.MODEL_MISSING)
+    proxy = ModelProxy(path.parent, _present_upstream)
     os.umask(0o077)
     uvicorn.run(proxy.control(), uds=str(path), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
 

@@ -9,13 +9,18 @@ import httpx
 
 from kilo_pipelines.cloud_agent.transcript import Transcript
 from kilo_pipelines.core.limits import Price
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.telemetry import traces
 
 TIMEOUT_SECONDS = 10
 
 
 class ProxyError(Exception):
-    """The model proxy doesn't answer."""
+    """The model proxy doesn't answer, or doesn't open a session for this model."""
+
+    def __init__(self, message: str, reason: Reason = Reason.MODEL_UNREACHABLE) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def ask(socket: Path, question: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +50,10 @@ class ProxyClient:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            answer = self._client.request(method, path, json=body).raise_for_status()
+            answer = self._client.request(method, path, json=body)
+            if answer.status_code == 403:
+                raise ProxyError("the model proxy refuses this model", Reason.MODEL_NOT_ALLOWED)
+            answer.raise_for_status()
         except httpx.HTTPError as failure:
             raise ProxyError(f"the model proxy doesn't answer: {type(failure).__name__}") from None
         decoded: dict[str, Any] = answer.json()

@@ -116,7 +116,7 @@ class SelfHostedRunner:
                 evidence=session.evidence() if session.result else None,
             )
         except (SandboxUnavailableError, ProxyError) as failure:
-            reason = Reason.SANDBOX_UNAVAILABLE if isinstance(failure, SandboxUnavailableError) else Reason.MODEL_UNREACHABLE
+            reason = Reason.SANDBOX_UNAVAILABLE if isinstance(failure, SandboxUnavailableError) else failure.reason
             return SessionOutcome(status=SessionStatus.FAILED, reason=reason, detail=str(failure)[:2_000])
         finally:
             session.clean_up()

@@ -242,6 +242,29 @@ class Reason(StrEnum):
     EVIDENCE_MISMATCH = "evidence_mismatch"
     EVIDENCE_REPORTED = "evidence_reported"
     PATH_EXCLUDED = "path_excluded"
+    # set-up and doctor
+    SETUP_LINK_INVALID = "setup_link_invalid"
+    SETUP_STATE_INVALID = "setup_state_invalid"
+    MANIFEST_CODE_REFUSED = "manifest_code_refused"
+    USER_CODE_REFUSED = "user_code_refused"
+    INSTALLATION_NOT_YOURS = "installation_not_yours"
+    INSTALLATION_TAKEN = "installation_taken"
+    INSTALLATION_REQUESTED = "installation_requested"
+    INSTALLATION_GONE = "installation_gone"
+    APP_EXISTS = "app_exists"
+    APP_KEY_REFUSED = "app_key_refused"
+    APP_PERMISSION_MISSING = "app_permission_missing"
+    WEBHOOK_ADDRESS_DIFFERS = "webhook_address_differs"
+    WEBHOOK_UNREACHED = "webhook_unreached"
+    WEBHOOK_NOT_SEEN_YET = "webhook_not_seen_yet"
+    CLOCK_SKEW = "clock_skew"
+    SECRET_UNREADABLE = "secret_unreadable"  # noqa: S105
+    MODEL_MISSING = "model_missing"
+    MODEL_KEY_MISSING = "model_key_missing"
+    MODEL_KEY_REFUSED = "model_key_refused"
+    MODEL_UNKNOWN = "model_unknown"
+    MODEL_CANNOT_CALL_TOOLS = "model_cannot_call_tools"
+    MODEL_NOT_ALLOWED = "model_not_allowed"
     # providers
     GITHUB_APP_MISSING = "github_app_missing"
     PROVIDER_UNAVAILABLE = "provider_unavailable"
@@ -263,7 +286,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.SIGNATURE_INVALID: ("The webhook's signature is missing or wrong.", "Set the same webhook secret at GitHub and here."),
     Reason.WEBHOOK_SECRET_MISSING: (
         "No webhook secret is configured, so no webhook can be trusted.",
-        "Store the secret; `doctor` names the file.",
+        "Run `kilo-pipelines setup github`.",
     ),
     Reason.BODY_TOO_LARGE: ("The body is larger than 25 MB, GitHub's own cap.", "Nothing; GitHub doesn't send such bodies."),
     Reason.BODY_NOT_JSON: ("The body is not JSON.", "Set the webhook's content type to application/json."),
@@ -275,7 +298,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.INTEGRATION_UNKNOWN: (
         "No owner has connected this installation.",
-        "Connect it: `kilo-pipelines integrations connect`.",
+        "Connect it: `kilo-pipelines setup github`.",
     ),
     Reason.INTEGRATION_AMBIGUOUS: ("More than one owner holds this installation.", "Disconnect all but one."),
     Reason.INTEGRATION_SUSPENDED: ("The integration or its owner is suspended.", "Unsuspend the installation at GitHub."),
@@ -794,7 +817,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Allow it in the owner's settings, or host the agent yourself.",
     ),
     Reason.PATH_EXCLUDED: ("The owner's settings exclude this path.", "Change `exclude_paths`."),
-    Reason.GITHUB_APP_MISSING: ("No GitHub App is configured.", "Set KILO_GITHUB_APP_ID and store the private key."),
+    Reason.GITHUB_APP_MISSING: ("No GitHub App is configured.", "Run `kilo-pipelines setup github`."),
     Reason.PROVIDER_UNAVAILABLE: ("GitHub didn't answer.", "Nothing; it is tried again."),
     Reason.PROVIDER_RATE_LIMITED: ("GitHub's rate limit was met.", "Nothing; it is tried again when the limit ends."),
     Reason.PROVIDER_REFUSED: ("GitHub refused the App's token.", "Check the App's permissions and installation."),
@@ -825,5 +848,93 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.PAGE_CURSOR_REFUSED: (
         "GitHub doesn't take the place at which a list was to go on.",
         "Nothing; the list is read from its beginning.",
+    ),
+    Reason.SETUP_LINK_INVALID: (
+        "The set-up link was used already, is over or is of another browser.",
+        "Make a new one: `kilo-pipelines setup github`.",
+    ),
+    Reason.SETUP_STATE_INVALID: (
+        "An answer of GitHub doesn't belong to the step that is open: it came twice, late or into another browser.",
+        "Go on at the set-up page; nothing was changed.",
+    ),
+    Reason.MANIFEST_CODE_REFUSED: (
+        "GitHub takes the code of the new App no more: it was used already or is older than an hour.",
+        "Delete that App at GitHub and create it again from the set-up page.",
+    ),
+    Reason.USER_CODE_REFUSED: (
+        "GitHub takes the person's authorization no more: its code was used already or is too old.",
+        "Authorize again from the set-up page.",
+    ),
+    Reason.INSTALLATION_NOT_YOURS: (
+        "GitHub doesn't say that this person administers the installation.",
+        "Let an owner of that organization open a set-up link of their own.",
+    ),
+    Reason.INSTALLATION_TAKEN: (
+        "Another owner has connected this installation.",
+        "Disconnect it there first, or name that owner with `--owner`.",
+    ),
+    Reason.INSTALLATION_REQUESTED: (
+        "The installation waits until an owner of the organization approves it.",
+        "When it is approved: `kilo-pipelines setup github --installation NUMBER`.",
+    ),
+    Reason.INSTALLATION_GONE: (
+        "An owner holds an installation that the App has no more at GitHub.",
+        "Install the App there again and connect it: `kilo-pipelines setup github`.",
+    ),
+    Reason.APP_EXISTS: (
+        "This platform has a GitHub App already.",
+        "Install it from the set-up page; `--new-app` makes another one in its place.",
+    ),
+    Reason.APP_KEY_REFUSED: (
+        "GitHub doesn't take the App's private key: it was deleted there, is of another App, or is no key.",
+        "Make a new key at the App's page and store it: `kilo-pipelines setup github key FILE`.",
+    ),
+    Reason.APP_PERMISSION_MISSING: (
+        "The App itself doesn't ask for a permission or event that a service needs.",
+        "Add it at the App's page under Permissions & events; every installation must then accept it.",
+    ),
+    Reason.WEBHOOK_ADDRESS_DIFFERS: (
+        "The App's webhook leads to another address than this platform's, or isn't JSON over verified TLS.",
+        "`kilo-pipelines setup github webhook` sets it at GitHub.",
+    ),
+    Reason.WEBHOOK_UNREACHED: (
+        "GitHub's newest deliveries didn't arrive here.",
+        "Look at the way from GitHub to the public port: name, TLS proxy, firewall.",
+    ),
+    Reason.WEBHOOK_NOT_SEEN_YET: (
+        "GitHub has sent nothing yet.",
+        "Install the App or push something, then look again.",
+    ),
+    Reason.CLOCK_SKEW: (
+        "This machine's clock and the provider's are apart; GitHub refuses an App whose clock is wrong.",
+        "Let the clock be set by NTP: `timedatectl set-ntp true`.",
+    ),
+    Reason.SECRET_UNREADABLE: (
+        "A stored secret can't be opened: its file may be read by others, is damaged, or was sealed with another key.",
+        "Restore it together with `encryption.key` from one backup, or run the set-up again.",
+    ),
+    Reason.MODEL_MISSING: (
+        "No model is set up.",
+        "Run `kilo-pipelines setup model`.",
+    ),
+    Reason.MODEL_KEY_MISSING: (
+        "There is no key for the model.",
+        "Run `kilo-pipelines setup model` with `--key-file`.",
+    ),
+    Reason.MODEL_KEY_REFUSED: (
+        "The model's address doesn't take the key.",
+        "Make a new key there: `kilo-pipelines setup model` with `--key-file`.",
+    ),
+    Reason.MODEL_UNKNOWN: (
+        "The address knows no model of this name, or this key may not use it.",
+        "Name a model that it lists: `kilo-pipelines setup model --model NAME`.",
+    ),
+    Reason.MODEL_CANNOT_CALL_TOOLS: (
+        "The model answered without calling the tool that it was told to call.",
+        "Choose a model with tool calling: without it no session works.",
+    ),
+    Reason.MODEL_NOT_ALLOWED: (
+        "The owner, or the platform, doesn't allow this model.",
+        "Allow it: `kilo-pipelines setup model --owner ID --allow MODEL`; the platform's own list is KILO_MODELS.",
     ),
 }

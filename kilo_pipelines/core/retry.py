@@ -71,6 +71,8 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.PROVIDER_REFUSED: FailureClass.ACTION_REQUIRED,
     Reason.PERMISSION_MISSING: FailureClass.ACTION_REQUIRED,
     Reason.MODEL_REFUSED: FailureClass.OPERATOR,
+    Reason.MODEL_MISSING: FailureClass.OPERATOR,
+    Reason.MODEL_NOT_ALLOWED: FailureClass.OPERATOR,
     Reason.INSUFFICIENT_CREDITS: FailureClass.OPERATOR,
     Reason.GITHUB_APP_MISSING: FailureClass.OPERATOR,
     Reason.SANDBOX_UNAVAILABLE: FailureClass.OPERATOR,

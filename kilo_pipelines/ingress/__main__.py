@@ -18,9 +18,11 @@ from kilo_pipelines.ingress.door import Door
 from kilo_pipelines.ingress.metrics import Counted
 from kilo_pipelines.ingress.oidc import OidcLogin, registration_of
 from kilo_pipelines.ingress.operators import Operators, Ways
+from kilo_pipelines.ingress.setup_github import SetupDesk
 from kilo_pipelines.providers.oidc import OidcClient
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import Settings, current
 from kilo_pipelines.store import Cipher, Store
+from kilo_pipelines.store.app_secrets import WebhookSecrets
 from kilo_pipelines.telemetry import logs, traces
 
 
@@ -55,7 +57,6 @@ async def serve(settings: Settings) -> None:
     logins = settings.database_logins()
     store = Store(logins["app"], logins["system"], Cipher.from_file(settings.encryption_key_file), SystemClock())
     store.database.check_roles()
-    secret = settings.webhook_secret_file.read_text().strip() if settings.webhook_secret_file.exists() else None
     hosts = {"localhost", "127.0.0.1", settings.host}
     origins = {f"http://{host}:{settings.admin_port}" for host in hosts}
     for address in (settings.admin_origin, settings.public_origin, settings.callback_address):
@@ -63,13 +64,14 @@ async def serve(settings: Settings) -> None:
             hosts.add(str(urlsplit(address).hostname))
     if settings.admin_origin is not None:
         origins.add(settings.admin_origin)
-    ingress = Ingress(store, secret, frozenset(hosts))
+    ingress = Ingress(store, WebhookSecrets(settings), frozenset(hosts))
     door = make_door(settings, frozenset(origins), SystemClock())
     servers = []
     if settings.listeners != "admin":
         servers.append(_server(Counted(public_application(ingress), "public"), settings.host, settings.public_port))
     if settings.listeners != "public":
-        servers.append(_server(Counted(admin_application(ingress, door.routes()), "admin"), settings.host, settings.admin_port))
+        pages = [*SetupDesk(store, current, SystemClock()).routes(), *door.routes()]
+        servers.append(_server(Counted(admin_application(ingress, pages), "admin"), settings.host, settings.admin_port))
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import anyio
@@ -53,9 +54,11 @@ from kilo_pipelines.providers.github_webhooks import (
     RepositoryShape,
     installation_id,
     shape_matches,
-    verify_signature,
+    signed_with,
 )
 from kilo_pipelines.store import AmbiguousInstallationError, Integration, NewDelivery, Receipt, Repository, Store
+from kilo_pipelines.store.app_secrets import WebhookSecret
+from kilo_pipelines.store.crypto import CipherError
 from kilo_pipelines.telemetry import traces
 
 log = logging.getLogger(__name__)
@@ -64,12 +67,24 @@ HEADER_LIMIT = 200
 _KEPT_HEADERS = ("x-github-hook-id", "x-github-hook-installation-target-id", "user-agent", "content-type")
 
 
+class SigningSecrets(Protocol):
+    """Where the valid webhook secrets come from: during a rotation there are two."""
+
+    def valid(self, now: datetime) -> tuple[WebhookSecret, ...]:
+        """The valid ones, the newest first; CipherError when they can't be opened."""
+        ...
+
+    def seen(self, secret: WebhookSecret, now: datetime) -> None:
+        """A delivery was signed with this one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ingress:
-    """What the applications need: the store and the webhook secret (None: not configured)."""
+    """What the applications need: the store and the webhook secrets that are valid now (none: not configured)."""
 
     store: Store
-    webhook_secret: str | None
+    webhook_secrets: SigningSecrets
     allowed_hosts: frozenset[str]
     clock: Clock = field(default_factory=SystemClock)
 
@@ -147,22 +162,40 @@ async def _webhook(ingress: Ingress, request: Request, begun_ns: int) -> Respons
         metrics.deliveries.labels(reason or outcome).inc()
         return _answer(status, outcome, reason, **more)
 
-    if not ingress.webhook_secret:
+    try:
+        secrets = ingress.webhook_secrets.valid(ingress.clock.now())
+    except CipherError as failure:
+        log.error("webhooks are refused: %s", failure)
+        return answer(503, "refused", Reason.SECRET_UNREADABLE)
+    if not secrets:
         return answer(503, "refused", Reason.WEBHOOK_SECRET_MISSING)
     signatures = request.headers.getlist("x-hub-signature-256")
     body = await read_body(request, WEBHOOK_BYTES)
-    secret = ingress.webhook_secret
-    if len(signatures) != 1 or not (
-        verify_signature(secret, body, signatures[0])
-        if len(body) <= INLINE_BYTES
-        else await anyio.to_thread.run_sync(verify_signature, secret, body, signatures[0])
-    ):
+    values = [one.value for one in secrets]
+    if len(signatures) != 1:
         return answer(401, "refused", Reason.SIGNATURE_INVALID)
+    if len(body) <= INLINE_BYTES:
+        which = signed_with(values, body, signatures[0])
+    else:
+        which = await anyio.to_thread.run_sync(signed_with, values, body, signatures[0])
+    if which is None:
+        return answer(401, "refused", Reason.SIGNATURE_INVALID)
+    metrics.signatures.labels("previous" if which else "current").inc()
+    if secrets[which].seen_at is None and secrets[which].until is None:
+        await anyio.to_thread.run_sync(_note_seen, ingress, secrets[which])
     # Whoever holds the secret is traced, nobody else: a flood of forged webhooks leaves no spans.
     with traces.span("delivery", since_ns=begun_ns, bytes=len(body)) as span:
         traces.past("verify", begun_ns, time.time_ns())
         async with parsed(body) as payload:
             return await _signed(ingress, request, body, payload, answer, span)
+
+
+def _note_seen(ingress: Ingress, secret: WebhookSecret) -> None:
+    """The newest secret is in use at GitHub: the one before may go. Where that can't be noted, it goes by its own end."""
+    try:
+        ingress.webhook_secrets.seen(secret, ingress.clock.now())
+    except (OSError, CipherError) as failure:
+        log.warning("the use of webhook secret %s can't be noted: %s", secret.id, type(failure).__name__)
 
 
 async def _signed(
@@ -234,7 +267,7 @@ def _apply_lifecycle(store: Store, integration: Integration, event: str, payload
     if event == "installation":
         change = InstallationShape.model_validate(payload)
         if change.action == "deleted":
-            store.owners.disconnect(integration)
+            store.owners.disconnect(integration.owner_id, integration.id)
         elif change.action in ("suspend", "unsuspend"):
             store.owners.set_suspended(integration, change.action == "suspend")
         return

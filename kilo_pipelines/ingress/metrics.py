@@ -27,6 +27,9 @@ FRESH = timedelta(seconds=5)
 registry = CollectorRegistry()
 
 deliveries = Counter("kilo_deliveries", "Webhook deliveries by outcome or reason.", ["outcome"], registry=registry)
+signatures = Counter(
+    "kilo_webhook_signatures", "Webhooks by the secret that signed them: current, previous.", ["secret"], registry=registry
+)
 callbacks = Counter("kilo_callbacks", "Session callbacks by outcome.", ["outcome"], registry=registry)
 logins = Counter("kilo_logins", "Logins of operators by way and outcome or reason.", ["way", "outcome"], registry=registry)
 answer_seconds = Histogram(

@@ -217,7 +217,7 @@ class Repair:
             known = self.store.owners.repository_ids(integration)
             present = self.github.installation_now(integration.installation_id)
             if present is None:
-                self.store.owners.disconnect(integration)
+                self.store.owners.disconnect(integration.owner_id, integration.id)
             else:
                 align(
                     self.store,

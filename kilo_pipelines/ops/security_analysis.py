@@ -84,6 +84,10 @@ def _launch(
         store.queue.conclude(claim, WorkState.CANCELLED, stop)
         say(context, item_id, stop)
         return
+    models = store.owners.models(claim.owner_id)
+    if not all(cloud_agent.may_use(one, models) for one in (config.triage_model, config.analysis_model)):
+        _model_refused(context, store, claim, Reason.MODEL_NOT_ALLOWED)
+        return
     try:
         found = _triage(context, store, cloud_agent, claim, finding, config)
     except _RefusedError as refusal:

@@ -78,6 +78,9 @@ def _launch(
     if stop is not None:
         _stop(context, store, claim, stop)
         return
+    if not cloud_agent.may_use(case.config.remediation_model, store.owners.models(claim.owner_id)):
+        _stop(context, store, claim, Reason.MODEL_NOT_ALLOWED)
+        return
     assert case.analysis is not None  # noqa: S101  # without one it was refused
     group, analyses = group_of(store, finding)
     target = next(one for one in store.owners.sync_targets(claim.owner_id) if one.repository_id == claim.repository_id)

@@ -197,6 +197,11 @@ class CloudAgentResource(ConfigurableResource[None]):
             mode="json"
         )
 
+    def may_use(self, model: str | None, allowed: Sequence[str]) -> bool:
+        """Whether an owner's work may name this model: the platform's default, or one of its others that the owner was allowed."""
+        settings = current()
+        return model in (None, settings.model) or (model in allowed and model in settings.all_models)
+
     def ask(self, question: dict[str, Any], *, model: str | None, seconds: float, max_tokens: int) -> ModelAnswer:
         """Asks a model one structured question (`messages`, `tool`) through the model proxy, which alone holds the key.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 from dagster import ConfigurableResource
 
@@ -18,7 +17,8 @@ from kilo_pipelines.providers.github_alerts import AlertPage
 from kilo_pipelines.providers.github_deliveries import LoggedDelivery, LogPage
 from kilo_pipelines.providers.github_effects import LostLeaseError
 from kilo_pipelines.settings import current
-from kilo_pipelines.store import Cost
+from kilo_pipelines.store import Cost, app_secrets
+from kilo_pipelines.store.crypto import CipherError
 
 __all__ = [
     "AlertPage",
@@ -61,8 +61,15 @@ WRITE_BURST = 40
 
 
 @lru_cache(maxsize=4)
-def _app(api_url: str, app_id: int, key_file: str) -> GitHubApp:
-    return GitHubApp(api_url, app_id, Path(key_file).read_text(), SystemClock())
+def _app(api_url: str, app_id: int, _home: str, _state: tuple[int, ...]) -> GitHubApp:
+    """The App's client, with its tokens, for as long as its key's files stay as they are."""
+    try:
+        key = app_secrets.read(current()).private_key
+    except CipherError as failure:
+        raise ProviderError(Reason.GITHUB_APP_MISSING, retryable=False, detail=str(failure)) from None
+    if key is None:
+        raise ProviderError(Reason.GITHUB_APP_MISSING, retryable=False, detail="no private key is stored")
+    return GitHubApp(api_url, app_id, key, SystemClock())
 
 
 class GitHubResource(ConfigurableResource[None]):
@@ -72,7 +79,7 @@ class GitHubResource(ConfigurableResource[None]):
         settings = current()
         if settings.github_app_id is None:
             raise ProviderError(Reason.GITHUB_APP_MISSING, retryable=False)
-        return _app(settings.github_api_url, settings.github_app_id, str(settings.github_private_key_file))
+        return _app(settings.github_api_url, settings.github_app_id, str(settings.home), app_secrets.state(settings))
 
     def reader(self, installation_id: int, repository_id: int) -> GitHubInstallation:
         """A client that may read one repository."""

@@ -66,6 +66,7 @@ from kilo_pipelines.store.rows import (
 )
 from kilo_pipelines.store.sessions import Sessions
 from kilo_pipelines.store.settle import Settlements, SettleTx
+from kilo_pipelines.store.setup_links import SetupLink, SetupLinks
 from kilo_pipelines.store.spend import Spend
 from kilo_pipelines.store.system_statements import INVARIANTS, SECURITY_CHECKS
 
@@ -129,6 +130,7 @@ __all__ = [
     "SessionClaim",
     "SessionRow",
     "SettleTx",
+    "SetupLink",
     "SlaRow",
     "StaleRevisionError",
     "Store",
@@ -166,6 +168,7 @@ class Store:
         self.recovery = Recovery(self.database, clock)
         self.handover = Handover(self.database, clock)
         self.owners = Owners(self.database, clock)
+        self.setup_links = SetupLinks(self.database, clock)
         self.reviews = Reviews(self.database, clock)
         self.findings = Findings(self.database, clock)
         self.analyses = Analyses(self.database, clock)

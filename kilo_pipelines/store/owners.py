@@ -125,7 +125,7 @@ class Owners:
                     id=external_id,
                     now=self._clock.now(),
                 )
-                self._end_work(connection, integration, external_id)
+                self._end_work(connection, integration.owner_id, integration.id, external_id)
 
     def rename(self, owner_id: UUID, external_id: int, full_name: str) -> None:
         """A known repository has another name now; its id is what it is known by."""
@@ -138,21 +138,21 @@ class Owners:
                 name=full_name,
             )
 
-    def _end_work(self, connection: Any, integration: Integration, external_id: int | None = None) -> None:
+    def _end_work(self, connection: Any, owner_id: UUID, integration_id: UUID, external_id: int | None = None) -> None:
         """What left an owner is worked on no more: a waiting or running session would read what may be somebody else's by now."""
         live = rows(
             connection,
             "select w.id from work_items w join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
             " where w.owner_id = :owner and w.ended_at is null and r.integration_id = :integration"
             " and r.external_id = coalesce(:id, r.external_id) order by w.id for update of w",
-            owner=integration.owner_id,
-            integration=integration.id,
+            owner=owner_id,
+            integration=integration_id,
             id=external_id,
         )
         for item in live:
             end_item(
                 connection,
-                owner_id=integration.owner_id,
+                owner_id=owner_id,
                 item_id=item["id"],
                 state="cancelled",
                 reason=Reason.OWNER_CHANGED,
@@ -171,17 +171,17 @@ class Owners:
                 at=self._clock.now() if suspended else None,
             )
 
-    def disconnect(self, integration: Integration) -> None:
+    def disconnect(self, owner_id: UUID, integration_id: UUID) -> None:
         """The installation is gone: nothing of this integration is worked on any more."""
-        with self._database.owner(integration.owner_id) as connection:
+        with self._database.owner(owner_id) as connection:
             changed(
                 connection,
                 "update integrations set disconnected_at = :now where owner_id = :owner and id = :id",
-                owner=integration.owner_id,
-                id=integration.id,
+                owner=owner_id,
+                id=integration_id,
                 now=self._clock.now(),
             )
-            self._end_work(connection, integration)
+            self._end_work(connection, owner_id, integration_id)
 
     def by_installation(self, provider: str, installation_id: int) -> Integration | None:
         """The one integration of an installation; AmbiguousInstallationError when several owners hold it."""
@@ -366,6 +366,28 @@ class Owners:
             if service == LIMITS and wake(connection, owner_id, BUDGET_REASONS, self._clock.now()):
                 notify(connection, f"service:{service}")
         return int(row["revision"])
+
+    def models(self, owner_id: UUID) -> list[str]:
+        """The models that the owner was allowed by name; none: only the platform's default one."""
+        with self._database.owner(owner_id) as connection:
+            found = rows(
+                connection, "select model from owner_models where owner_id = :owner and allowed order by model", owner=owner_id
+            )
+        return [row["model"] for row in found]
+
+    def allow_model(self, owner_id: UUID, model: str, allowed: bool, *, actor: str) -> None:
+        """Lets an owner use a model, or not any more."""
+        with self._database.owner(owner_id) as connection:
+            changed(
+                connection,
+                "insert into owner_models (owner_id, model, allowed, updated_at) values (:owner, :model, :allowed, :now)"
+                " on conflict (owner_id, model) do update set allowed = excluded.allowed, updated_at = excluded.updated_at",
+                owner=owner_id,
+                model=model,
+                allowed=allowed,
+                now=self._clock.now(),
+            )
+            audit(connection, owner_id, actor, "model.allow" if allowed else "model.forbid", model, {}, self._clock.now())
 
 
 def _only(installation_id: int, found: list[Integration]) -> Integration | AmbiguousInstallationError | None:

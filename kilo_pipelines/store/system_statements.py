@@ -892,6 +892,35 @@ AUDIT_KEY = SystemStatement(
     "what was done to an owner's key is told in the transaction that did it",
 )
 
+NEW_SETUP_LINK = SystemStatement(
+    "insert into setup_links (id, link_sha256, request, created_at, expires_at) values (:id, :link, cast(:request as jsonb), :now, :expires)",
+    "a set-up link exists before the owner that comes out of it",
+)
+FORGET_SETUP_LINKS = SystemStatement(
+    "delete from setup_links where expires_at <= :now", "set-up links that are over belong to nobody and are of no use"
+)
+OPEN_SETUP_LINK = SystemStatement(
+    "update setup_links set cookie_sha256 = :cookie where link_sha256 = :link and cookie_sha256 is null and expires_at > :now returning id",
+    "whoever opens a set-up link has no owner yet",
+)
+SETUP_LINK = SystemStatement(
+    "select id, request, notes from setup_links where cookie_sha256 = :cookie and expires_at > :now",
+    "a browser's cookie says which set-up it goes on with, before any owner",
+)
+EXPECT_SETUP_STATE = SystemStatement(
+    "update setup_links set state_sha256 = :state, state_for = :what, notes = notes || cast(:notes as jsonb) where id = :id",
+    "the next answer of the provider is waited for before any owner is known",
+)
+TAKE_SETUP_STATE = SystemStatement(
+    "update setup_links set state_sha256 = null, state_for = null where cookie_sha256 = :cookie and state_sha256 = :state"
+    " and state_for = :what and expires_at > :now returning id, request, notes",
+    "an answer of the provider is taken once, before any owner is known",
+)
+NOTE_SETUP_LINK = SystemStatement(
+    "update setup_links set notes = notes || cast(:notes as jsonb) where id = :id",
+    "what has come of a set-up is kept with its link, which belongs to no owner",
+)
+
 NOTIFY = SystemStatement("select pg_notify('kilo_work', :what)", "whoever waits is woken, for whatever owner; ids only")
 COUNT = SystemStatement(
     "insert into counters (name, value) values (:name, 1) on conflict (name) do update set value = counters.value + 1",

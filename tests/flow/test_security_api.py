@@ -30,6 +30,7 @@ from kilo_pipelines.store import NewItem
 from tests.conftest import Database
 from tests.store.test_findings import Synced
 from tests.support.alerts import alert
+from tests.support.ingress import OneSecret
 from tests.support.keys import api_key
 from tests.support.store import intent
 
@@ -76,7 +77,9 @@ def desk(database: Database) -> Iterator[Desk]:
         "other": api_key(database.store, "owner", other.owner),
         "stranger": "kilo_" + "x" * 43,
     }
-    yield Desk(admin_application(Ingress(database.store, None, frozenset({"localhost"}), database.clock)), synced, other, keys)
+    yield Desk(
+        admin_application(Ingress(database.store, OneSecret(None), frozenset({"localhost"}), database.clock)), synced, other, keys
+    )
 
 
 def worked(synced: Synced) -> None:

@@ -369,7 +369,7 @@ def test_findings_of_an_installation_that_does_not_work_owe_no_deadline_until_it
     untold = partial(owner.store.notices.untold, owner.id, "sla_breach", SEVERITIES, ["*"], due_within=soon, limit=500)
     assert before > 0 and len(untold()) == before
     if how == "uninstalled":
-        owners.disconnect(integration)
+        owners.disconnect(integration.owner_id, integration.id)
     else:
         owners.set_suspended(integration, True)
     assert owner.store.findings.numbers(owner.id)["overdue"] == 0 and untold() == []

@@ -402,7 +402,7 @@ def _any_host(patch: pytest.MonkeyPatch) -> None:
     made = application.public_application
 
     def open_to_all(ingress: application.Ingress) -> Any:
-        return made(application.Ingress(ingress.store, ingress.webhook_secret, frozenset({"*"})))
+        return made(application.Ingress(ingress.store, ingress.webhook_secrets, frozenset({"*"})))
 
     patch.setattr("tests.support.asgi.public_application", open_to_all)
 

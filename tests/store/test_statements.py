@@ -37,6 +37,15 @@ def _use_everything(database: Database) -> None:
         store.owners.put_config(owner, "code_review", {}, enabled=True, expected_revision=revision + 1, actor="test")
     assert store.owners.config(owner, "code_review")
     _use_people(store, owner, clock.now())
+    assert store.owners.principal(store.owners.create_api_key("owner", owner)) == (owner, "owner")
+    cookie = store.setup_links.open(store.setup_links.make({}))
+    assert cookie is not None
+    link = store.setup_links.of(cookie)
+    assert link is not None
+    store.setup_links.note(link, {"seen": True})
+    assert store.setup_links.take(cookie, store.setup_links.expect(link, "manifest"), "manifest")
+    store.owners.allow_model(owner, "m", True, actor="test")
+    assert store.owners.models(owner) == ["m"]
     store.queue.switch("all", "pause", "test", actor="test")
     assert store.queue.switches()
     assert store.queue.pause_reason() == "test" and store.queue.unswitch("all")
@@ -121,7 +130,7 @@ def _use_everything(database: Database) -> None:
     assert store.findings.posture() == [] and store.findings.owners() == [] and store.findings.owner_of(uuid4()) is None
     assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)
-    store.owners.disconnect(integration)
+    store.owners.disconnect(integration.owner_id, integration.id)
     assert store.database.schema()[0]
     store.handover.busy()
     store.handover.restored(clock.now())

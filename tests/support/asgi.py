@@ -22,7 +22,7 @@ from kilo_pipelines.ops.markers import marker_of
 from kilo_pipelines.services.code_review.admission import SERVICE
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.store import Repository, Store
-from tests.support.ingress import SECRET, sign
+from tests.support.ingress import SECRET, OneSecret, sign
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -86,7 +86,7 @@ class InProcess:
         self.connect(self.owner.id, self.installation, self.repository)
         config = CodeReviewConfig().model_dump(mode="json")
         store.owners.put_config(self.owner.id, SERVICE, config, enabled=True, expected_revision=0, actor="test")
-        self.application = public_application(Ingress(store, secret, frozenset({"localhost"})))
+        self.application = public_application(Ingress(store, OneSecret(secret), frozenset({"localhost"})))
 
     def connect(self, owner: UUID, installation: int, repository: int, full_name: str = "octo/demo") -> None:
         """Connects an installation with one repository."""

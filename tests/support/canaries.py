@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 
 from kilo_pipelines.settings import Settings
+from kilo_pipelines.store import app_secrets
 
 # Shorter pieces occur by chance; the obedient agent slices at this length.
 WINDOW = 12
@@ -20,9 +21,10 @@ _PASSWORD = re.compile(r"//[^:/]+:([^@/]+)@")
 
 def of_home(settings: Settings) -> dict[str, str]:
     """Every secret of a home: the random part of each, since a public prefix says nothing."""
-    held = settings.secrets_dir
+    held, app = settings.secrets_dir, app_secrets.read(settings)
     found = {
-        "webhook secret": settings.webhook_secret_file.read_text().strip(),
+        "webhook secret": app.webhook_secrets[0].value,
+        "client secret": app.client_secret or "",
         "model key": settings.model_key_file.read_text().strip().rpartition("-")[2],
         "operator key": settings.operator_key_file.read_text().strip().partition("_")[2],
         "broker password": (held / "broker-password").read_text().strip(),
@@ -31,7 +33,7 @@ def of_home(settings: Settings) -> dict[str, str]:
     keys = json.loads(settings.encryption_key_file.read_text())["keys"]
     found |= {f"encryption key {key_id}": key for key_id, key in keys.items()}
     found |= {f"password of {name}": _PASSWORD.findall(url)[0] for name, url in settings.database_logins().items()}
-    lines = settings.github_private_key_file.read_text().strip().split("\n")[1:-1]
+    lines = (app.private_key or "").strip().split("\n")[1:-1]
     # The first line of every such key begins alike.
     return found | {f"App key, line {number}": line for number, line in enumerate(lines[1:], 2)}
 

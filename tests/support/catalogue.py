@@ -27,6 +27,7 @@ SHARED: dict[str, dict[str, frozenset[str]]] = {
     "switches": {APP: frozenset({"SELECT"}), SYSTEM: WRITE | {"DELETE"}},
     "audit_seals": {APP: frozenset(), SYSTEM: ADD},
     "delivery_log_positions": {APP: frozenset(), SYSTEM: WRITE},
+    "setup_links": {APP: frozenset(), SYSTEM: WRITE | {"DELETE"}},
 }
 # Owner tables whose logins may do something else than `WRITE`: what is history is added to and never changed; the system login
 # writes which seal holds an event, and removes what retention says.

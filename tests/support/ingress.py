@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -26,6 +27,7 @@ from sqlalchemy import text
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.settings import write_secret
 from kilo_pipelines.store import Repository, Store
+from kilo_pipelines.store.app_secrets import WebhookSecret
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.store.migrate import migrate, provision
@@ -81,6 +83,19 @@ def lifecycle(action: str, **more: Any) -> dict[str, Any]:
         "nonce": uuid4().hex,
     }
     return {"action": action, "installation": installation, "sender": {"id": 5, "login": "octocat"}} | more
+
+
+class OneSecret:
+    """What the ingress asks for secrets: one value, or none."""
+
+    def __init__(self, value: str | None) -> None:
+        self._secrets = (WebhookSecret(id="test", value=value),) if value else ()
+
+    def valid(self, _now: datetime) -> tuple[WebhookSecret, ...]:
+        return self._secrets
+
+    def seen(self, secret: WebhookSecret, now: datetime) -> None:
+        """Nothing is rotated."""
 
 
 class IngressWorld:

@@ -121,6 +121,7 @@ class SessionWorld:
             "KILO_HOME": str(self.home),
             "KILO_RUN_DIR": str(self.home / "s"),
             "KILO_MODEL_BASE_URL": str(self.settings.model_base_url),
+            "KILO_MODEL": "scripted-reviewer",
         }
         self._proxy = subprocess.Popen([sys.executable, "-m", "kilo_pipelines.cloud_agent.model_proxy"], env=env)
         self._wait(lambda: control_socket(self.settings).exists())

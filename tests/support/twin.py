@@ -52,6 +52,11 @@ class Twin:
         """The pull request, opened when somebody asks for it."""
         return self.control("open-pull", kind="planted")
 
+    def credentials_now(self) -> dict[str, Any]:
+        """The App's as they are now: another one may have taken its place."""
+        found: dict[str, Any] = json.loads((self.home / "credentials.json").read_text())
+        return found
+
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         """One call of the twin's control API."""
         headers = {"Authorization": f"Bearer {self.credentials['control_token']}"}

@@ -74,6 +74,7 @@ class Corner(World):
         assert isinstance(self.claim(self.item(4)), Claimed)
         self.findings()
         self.gap(f"{self.canary}-guid")
+        self.store.owners.allow_model(self.owner.id, f"{self.canary}-model", True, actor=f"{self.canary}-actor")
         # They wait for ever: what their claims do is another test's.
         admin.execute(
             "update work_items set not_before = now() + interval '9 years' where owner_id = %s and service <> 'code_review'",

@@ -828,7 +828,7 @@ def _leave_repository(stage: Stage) -> None:
 def _leave_integration(stage: Stage) -> None:
     held = stage.database.store.owners.by_installation("github", stage.a.installation)
     assert held is not None
-    stage.database.store.owners.disconnect(held)
+    stage.database.store.owners.disconnect(held.owner_id, held.id)
 
 
 def _connect_to_b(stage: Stage) -> None:

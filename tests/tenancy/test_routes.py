@@ -29,7 +29,7 @@ from kilo_pipelines.ingress.control import ACT, ControlRoute
 from kilo_pipelines.services.permissions import ALLOWED, Act
 from tests.conftest import Database
 from tests.support.figures import Figures
-from tests.support.ingress import pull_request
+from tests.support.ingress import OneSecret, pull_request
 from tests.support.keys import api_key
 from tests.support.two import Corner, connect, digest, expired
 
@@ -68,7 +68,7 @@ def stage(database: Database, postgres_admin: str) -> Iterator[Stage]:
         a.fill(admin)
         b.done, (b.live, b.session), b.waiting = b.finished(1, "success"), b.launched(b.item(2)), b.item(3)
         b.findings()
-        ingress = Ingress(database.store, SECRET, frozenset({"localhost"}))
+        ingress = Ingress(database.store, OneSecret(SECRET), frozenset({"localhost"}))
         keys = {
             "operator": api_key(database.store, "operator"),
             "owner a": api_key(database.store, "owner", a.owner.id),

@@ -1,4 +1,4 @@
-"""What one check of `doctor` finds."""
+"""One finding of a look at the platform, as `doctor` and the set-up page show it."""
 
 from __future__ import annotations
 

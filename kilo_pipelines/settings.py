@@ -55,6 +55,10 @@ class Settings(BaseSettings):
         default=None,
         description="Origin under which browsers reach the admin port through a TLS proxy, such as https://kilo.example.",
     )
+    public_origin: str | None = Field(
+        default=None,
+        description="Origin under which GitHub reaches the public port through a TLS proxy, such as https://hooks.example.",
+    )
     twin_port: int = Field(default=8090, description="Offline twin of GitHub and of the model.")
     database_url: str | None = Field(default=None, description="Administrator URL of a given PostgreSQL 16+; unset: embedded.")
     offline: bool = Field(default=True, description="Run against the offline twin.")
@@ -72,10 +76,6 @@ class Settings(BaseSettings):
         default=None,
         pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
         description="Kilo organization that hosted sessions are charged to; unset: the token's own account.",
-    )
-    cloud_agent_callback_origin: str | None = Field(
-        default=None,
-        description="https origin under which the hosted Cloud Agent reaches the public port; unset: hosted sessions are polled.",
     )
     cloud_agent_poll_seconds: float = Field(
         default=30.0, ge=1, description="How often a hosted session is looked at when no callback comes."
@@ -138,9 +138,20 @@ class Settings(BaseSettings):
                 raise ValueError(f"registry {name}: an https address without credentials, query or fragment is needed")
         return {name: f"{base.rstrip('/')}/" for name, base in value.items()}
 
-    @field_validator("cloud_agent_url", "cloud_agent_callback_origin")
+    @field_validator("public_origin")
     @classmethod
-    def _plain_origin(cls, value: str | None) -> str | None:
+    def _bare_origin(cls, value: str | None) -> str | None:
+        """A scheme and a host, perhaps a port: what follows is ours."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("https", "http") or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError("an origin such as https://hooks.example is needed")
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @field_validator("cloud_agent_url")
+    @classmethod
+    def _plain_base(cls, value: str | None) -> str | None:
         """https, or this machine's twin; no credentials; no slash at the end."""
         if value is None:
             return None

@@ -515,7 +515,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.CLOUD_AGENT_PROTOCOL: (
         "The hosted Cloud Agent answers something that its contract doesn't know.",
-        "Is KILO_CLOUD_AGENT_URL the service's own address, without a login page before it?",
+        "Look at KILO_CLOUD_AGENT_URL: a login page or a proxy may stand before the service.",
     ),
     Reason.CLOUD_AGENT_ADDRESS_REFUSED: (
         "KILO_CLOUD_AGENT_URL is not an https address on the public internet.",

@@ -46,6 +46,8 @@ async def serve(settings: Settings) -> None:
     if settings.admin_origin is not None:
         hosts.add(str(urlsplit(settings.admin_origin).hostname))
         origins.add(settings.admin_origin)
+    if settings.public_origin is not None:
+        hosts.add(str(urlsplit(settings.public_origin).hostname))
     ingress = Ingress(store, secret, frozenset(hosts))
     operators = Operators(settings.operator_password_file, settings.operator_sessions_file, SystemClock())
     door = Door(operators, settings.dagster_socket, settings.dagster_prefix, frozenset(origins))

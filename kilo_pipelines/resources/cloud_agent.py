@@ -176,7 +176,7 @@ class CloudAgentResource(ConfigurableResource[None]):
     def hosted_callback(self, session_id: UUID, token: str) -> tuple[str, str] | None:
         """Where the hosted service tells that a turn ended, and with which token; None: it is polled."""
         settings = current()
-        origin = settings.cloud_agent_callback_origin or (settings.public_url if settings.offline else None)
+        origin = settings.public_origin or (settings.public_url if settings.offline else None)
         return (f"{origin}/callbacks/sessions/{session_id}", token) if origin else None
 
     def hosted_organization(self) -> str | None:

@@ -165,6 +165,27 @@ def test_one_repair_is_asked_for_and_no_second_one(platform: Hosted) -> None:
     assert row is not None and row.verdict is not None and row.verdict["conclusion"] == "failure"
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("truncated", Reason.RESULT_INVALID),
+        ("contradicts", Reason.RESULT_INVALID),
+        ("paused", Reason.CLOUD_AGENT_PROTOCOL),
+        ("fail:workspace_setup_failed:git_authentication_failed", Reason.CLOUD_AGENT_REFUSED),
+    ],
+)
+def test_a_hosted_agent_that_lies_or_fails_is_never_green(platform: Hosted, behaviour: str, reason: Reason) -> None:
+    platform.service(behaviour=behaviour)
+    _, item, session = platform.launched()
+    ended = platform.until_ended(session)
+    assert (ended.state, ended.reason) == ("failed", reason)
+    platform.runs()
+    platform.store.queue.cancel(item, reason=Reason.USER_CANCELLED, actor="test")  # where the policy tries it again
+    platform.runs()
+    row = platform.store.reviews.get(item)
+    assert row is not None and row.verdict is not None and not row.verdict["earned"]
+
+
 def test_a_large_change_is_sent_in_parts_and_each_is_reported(platform: Hosted) -> None:
     pull = platform.engine.control("open-pull", kind="clean")
     files = {f"orders/part_{part}.py": "".join(f"value_{line} = {line}\n" for line in range(2_500)) for part in range(2)}

@@ -41,6 +41,15 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
+def _safe_address(value: str) -> str:
+    """https, or this machine; no credentials, which belong into a secret file, query or fragment. ValueError."""
+    parts = urlsplit(value)
+    plain = not (parts.username or parts.password or parts.query or parts.fragment) and parts.hostname
+    if not plain or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)):
+        raise ValueError("an https address (or http on this machine) without credentials, query or fragment is needed")
+    return value
+
+
 class Settings(BaseSettings):
     """All settings. Each field's description is its documentation (`docs/settings.md`)."""
 
@@ -119,10 +128,6 @@ class Settings(BaseSettings):
         default=None,
         pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
         description="Kilo organization that hosted sessions are charged to; unset: the token's own account.",
-    )
-    cloud_agent_callback_origin: str | None = Field(
-        default=None,
-        description="https origin under which the hosted Cloud Agent reaches the public port; unset: hosted sessions are polled.",
     )
     cloud_agent_poll_seconds: float = Field(
         default=30.0, ge=1, description="How often a hosted session is looked at when no callback comes."
@@ -216,39 +221,14 @@ class Settings(BaseSettings):
     @field_validator("oidc_issuer")
     @classmethod
     def _issuer(cls, value: str | None) -> str | None:
-        """https, or the twin on this machine; what is compared with tokens has no query, fragment or credentials."""
-        if not value:
-            return None
-        parts = urlsplit(value)
-        local = parts.scheme == "http" and parts.hostname in LOOPBACK
-        plain = not (parts.username or parts.password or parts.query or parts.fragment) and parts.hostname
-        if not plain or not (parts.scheme == "https" or local):
-            raise ValueError("an https address without credentials, query or fragment is needed")
-        return value
+        """As it names itself: what is compared with tokens isn't changed."""
+        return _safe_address(value) if value else None
 
-    @field_validator("otlp_endpoint")
+    @field_validator("otlp_endpoint", "cloud_agent_url")
     @classmethod
-    def _safe_collector(cls, value: str | None) -> str | None:
-        """https, or this machine; what authenticates the platform stands in a secret file, not in an address that is shown."""
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        plain = not (parts.username or parts.password or parts.query or parts.fragment) and parts.hostname
-        if not plain or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)):
-            raise ValueError("otlp_endpoint: an https address (or http on this machine) without credentials or query is needed")
-        return value.rstrip("/")
-
-    @field_validator("cloud_agent_url", "cloud_agent_callback_origin")
-    @classmethod
-    def _plain_origin(cls, value: str | None) -> str | None:
-        """https, or this machine's twin; no credentials; no slash at the end."""
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        plain = parts.hostname and not (parts.username or parts.password or parts.query or parts.fragment)
-        if not plain or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)):
-            raise ValueError("an https address without credentials, query or fragment is needed")
-        return value.rstrip("/")
+    def _base(cls, value: str | None) -> str | None:
+        """No slash at the end: paths are put behind it."""
+        return _safe_address(value).rstrip("/") if value is not None else None
 
     @field_validator("broker_address")
     @classmethod

@@ -306,7 +306,8 @@ class HostedClient:
         assert answer.reason is not None  # noqa: S101  # everything but DONE has one
         raise CloudAgentError(
             answer.reason,
-            retry=answer.action is Action.RETRY,
+            # A turn of an older service's session is in progress: the next one is taken later.
+            retry=answer.action is Action.RETRY or answer.reason is Reason.CLOUD_AGENT_BUSY,
             detail=_scrubbed(answer.detail, secrets),
             started=answer.action is Action.STARTED,
         )

@@ -184,8 +184,10 @@ MAX_LAUNCH_TRIES = 5
 HOSTED_WAIT = timedelta(seconds=5)
 HOSTED_WAIT_CAP = timedelta(minutes=5)
 HOSTED_TRIES = 9
+# What an ended session left at the service is tried to be closed for about two hours: no turn lives longer there (contract B4).
+HOSTED_CLOSINGS = 30
 
 
-def hosted_wait(tries: int) -> timedelta | None:
+def hosted_wait(tries: int, most: int = HOSTED_TRIES) -> timedelta | None:
     """How long a hosted session waits after a call failed for the time `tries` in a row (from 1); None: it ends."""
-    return None if tries >= HOSTED_TRIES else min(HOSTED_WAIT_CAP, HOSTED_WAIT * (1 << (tries - 1)))
+    return None if tries >= most else min(HOSTED_WAIT_CAP, HOSTED_WAIT * (1 << (tries - 1)))

@@ -19,7 +19,7 @@ from kilo_pipelines.cloud_agent.hosted import CloudAgentError, HostedClient
 from kilo_pipelines.cloud_agent.protocol import Heartbeat, SessionSpec, SessionStatus
 from kilo_pipelines.core.evidence import Evidence
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.retry import hosted_wait
+from kilo_pipelines.core.retry import HOSTED_CLOSINGS, hosted_wait
 from kilo_pipelines.core.session import ReportingTask
 from kilo_pipelines.ops.agent_session import LeasedControl
 from kilo_pipelines.ops.ids import Ids
@@ -294,7 +294,7 @@ def _close(context: OpExecutionContext, store: Store, cloud_agent: CloudAgentRes
                 client.interrupt(claim.cloud_session_id)
             client.delete(claim.cloud_session_id)
     except CloudAgentError as failure:
-        wait = hosted_wait(claim.tries + 1) if failure.retry else None
+        wait = hosted_wait(claim.closings + 1, HOSTED_CLOSINGS) if failure.retry else None
         if wait is not None:
             store.hosted.put_off(claim, wait)
             context.log.warning(

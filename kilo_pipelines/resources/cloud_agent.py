@@ -234,10 +234,15 @@ class CloudAgentResource(ConfigurableResource[None]):
         return client_of(current())
 
     def hosted_callback(self, session_id: UUID, token: str) -> tuple[str, str] | None:
-        """Where the hosted service tells that a turn ended, and with which token; None: it is polled."""
+        """Where the hosted service tells that a turn ended, and with which token; None: it is polled.
+
+        The token goes over TLS or not at all; beside the offline twin it stays on this machine.
+        """
         settings = current()
-        origin = settings.cloud_agent_callback_origin or (settings.public_url if settings.offline else None)
-        return (f"{origin}/callbacks/sessions/{session_id}", token) if origin else None
+        origin = settings.public_origin or settings.public_url
+        if not settings.offline and not origin.startswith("https://"):
+            return None
+        return f"{origin}/callbacks/sessions/{session_id}", token
 
     def hosted_organization(self) -> str | None:
         """The organization that hosted sessions are charged to."""

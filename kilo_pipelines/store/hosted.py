@@ -46,6 +46,7 @@ class HostedClaim:
     repaired: bool
     results: list[dict[str, Any]]
     tries: int
+    closings: int
     initiated_at: datetime | None
     interrupt_requested: str | None
     installation_id: int
@@ -80,7 +81,7 @@ class Hosted:
         with self._database.owner(owner_id) as connection:
             row = one(
                 connection,
-                "select s.*, h.state as hosted_state, h.plan, h.cloud_session_id, h.message_id, h.part, h.repaired, h.results, h.tries,"
+                "select s.*, h.state as hosted_state, h.plan, h.cloud_session_id, h.message_id, h.part, h.repaired, h.results, h.tries, h.closings,"
                 " h.initiated_at, h.look_at, i.repository_id, i.service, g.installation_id"
                 " from sessions s join hosted_sessions h on h.owner_id = s.owner_id and h.session_id = s.id"
                 " join work_items i on i.owner_id = s.owner_id and i.id = s.item_id"
@@ -144,6 +145,7 @@ class Hosted:
             "repaired",
             "results",
             "tries",
+            "closings",
             "initiated_at",
             "interrupt_requested",
             "installation_id",
@@ -178,7 +180,7 @@ class Hosted:
 
     def put_off(self, claim: HostedClaim, wait: timedelta) -> None:
         """Closing failed: tried again after `wait`."""
-        self._after_the_end(claim, "tries = tries + 1, look_at = :after", after=self._clock.now() + wait)
+        self._after_the_end(claim, "closings = closings + 1, look_at = :after", after=self._clock.now() + wait)
 
     def get(self, session_id: UUID) -> dict[str, Any] | None:
         """What is known of a hosted session, without what was sent; None when it is none."""

@@ -326,7 +326,8 @@ class Sessions:
         """Stores a callback: accepted, duplicate (same body again), conflict (another body), refused, expired.
 
         A hosted session's callbacks are hints, of which there are several with different bodies: each makes the next look due,
-        nothing is concluded from them (threats, rule 24). An unknown session and a wrong token are both `refused`: the answer tells nothing about which sessions exist.
+        nothing is concluded from them (threats, rule 24). An unknown session and a wrong token are both `refused`: the answer tells
+        nothing about which sessions exist.
         """
         owner_id = self._owner(session_id)
         given = hashlib.sha256(token.encode()).digest()

@@ -60,8 +60,9 @@ NO_STEP = {
     "store.sessions.Sessions.get",
 }
 # Rooms of the store that people and events of the installation use, not the engine's way of an item; syncs: test_security_sync.py,
-# the Security Agent's items: test_security_work.py, missed deliveries: tests/flow/test_delivery_repair.py.
+# the Security Agent's items: test_security_work.py, missed deliveries: tests/flow/test_delivery_repair.py; hosted sessions: test_hosted.py.
 NOT_THE_ENGINE = (
+    "store.hosted.",
     "store.owners.",
     "store.figures.",
     "store.audit.",

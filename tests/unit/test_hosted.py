@@ -413,3 +413,24 @@ def test_the_twin_tells_at_least_once_and_gives_up_where_the_contract_says(servi
     assert told(500, 429, 0, 202) == 4
     assert told(404) == 1
     assert told(*[500] * 9) == 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "statuses"),
+    [
+        ("none", []),
+        ("once", ["completed"]),
+        ("twice", ["completed", "completed"]),
+        ("forged", ["completed", "completed"]),
+        ("early", ["completed", "completed"]),
+    ],
+)
+def test_the_twins_callbacks_may_come_early_twice_or_with_lies(service: Service, mode: str, statuses: list[str]) -> None:
+    service.agents.configure(behaviour="prose", callbacks=mode, seconds=0, scale=0)
+    session = service.client.prepare(_wanted(callbackTarget={"url": "https://us.test/x"})).session_id
+    service.client.initiate(session)
+    assert [body["status"] for _, body, _ in service.told] == (statuses[:1] if mode == "early" else [])
+    service.work()
+    bodies = [body for _, body, _ in service.told]
+    assert [one["status"] for one in bodies] == statuses
+    assert len({json.dumps(one, sort_keys=True) for one in bodies}) == (2 if mode in ("forged", "early") else min(1, len(bodies)))

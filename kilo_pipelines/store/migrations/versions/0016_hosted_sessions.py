@@ -20,6 +20,7 @@ create table hosted_sessions (
     repaired boolean not null default false,
     results jsonb not null default '[]',
     tries integer not null default 0,
+    closings integer not null default 0,
     reason text,
     looked_at timestamptz,
     look_at timestamptz,

@@ -140,6 +140,8 @@ class Sessions:
         with self._database.system() as connection:
             changed(connection, system.ADD_CAPACITY.sql, host=host, places=places, now=now)
             changed(connection, system.DROP_CAPACITY.sql, host=host, places=places)
+            # A surplus place that a session still holds is offered no more, and forgotten when its lease is over.
+            changed(connection, system.LEAVE_CAPACITY.sql, host=host, places=places)
             changed(connection, system.FORGET_HOSTS.sql, gone=now - HOST_GONE, now=now)
 
     def claim(self, session_id: UUID, *, run_id: str, lease_s: float) -> SessionClaim | Refused:

@@ -248,6 +248,10 @@ DROP_CAPACITY = SystemStatement(
     "agent capacity belongs to the host, not to an owner",
 )
 
+LEAVE_CAPACITY = SystemStatement(
+    "update agent_capacity set seen_at = '-infinity' where host = :host and number > :places",
+    "agent capacity belongs to the host, not to an owner",
+)
 FORGET_HOSTS = SystemStatement(
     "delete from agent_capacity where seen_at <= :gone and (session_id is null or lease_until <= :now)",
     "agent capacity belongs to the host, not to an owner",

@@ -83,6 +83,7 @@ PERMISSIONS = (
 EVENTS = (
     Event("repository", PLATFORM, "metadata", "follows renamed, transferred and deleted repositories"),
     Event("pull_request", CODE_REVIEW, "pull_requests", "starts a review when a pull request is opened or pushed to"),
+    Event("issue_comment", CODE_REVIEW, "issues", "hears `/ok-to-test` about an outsider's pull request"),
     Event("dependabot_alert", SECURITY, "vulnerability_alerts", "takes a new, fixed or dismissed alert over at once"),
 )
 

@@ -69,7 +69,9 @@ class Api:
         # No redirects: the key goes where it was meant to go, and nowhere else. A proxy of the environment has no place before loopback.
         try:
             with (
-                httpx.Client(timeout=SECONDS, follow_redirects=False, trust_env=not is_loopback(self.base)) as client,
+                httpx.Client(
+                    timeout=SECONDS, follow_redirects=False, trust_env=not self.local and not is_loopback(self.base)
+                ) as client,
                 client.stream(method, f"{self.base}/api/v1{path}", params=asked, json=body, headers=headers) as answer,
             ):
                 content = bytearray()

@@ -17,10 +17,9 @@ from kilo_pipelines.cli import supervisor
 from kilo_pipelines.cli.common import OPERATOR, as_json, end, open_store, show
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.reasons import MEANING, Reason
-from kilo_pipelines.providers.github import ProviderError
+from kilo_pipelines.providers import outbound
 from kilo_pipelines.providers.github_setup import GitHubAppView, GitHubSetup, SetupError
 from kilo_pipelines.providers.models import ModelError, try_model
-from kilo_pipelines.providers.notices import public_address
 from kilo_pipelines.settings import Settings, api_url_of, in_environment, write_config, write_secret
 from kilo_pipelines.store import app_secrets
 from kilo_pipelines.store.crypto import CipherError
@@ -68,6 +67,7 @@ def setup_github(
     if context.invoked_subcommand is not None:
         return
     settings, store = open_store(plain)
+    _here(plain, settings)
     if owner is not None and owner not in {one.id for one in store.owners.all()}:
         end(plain, f"no owner {owner}")
     if enterprise_url is not None and settings.offline:
@@ -131,11 +131,18 @@ def _view(plain: bool, settings: Settings) -> GitHubAppView:
         refused(plain, failure.reason, failure.detail)
 
 
+def _here(plain: bool, settings: Settings) -> None:
+    """Ends what stores secrets where an orchestrator hands them out: they would be lost, and no other process would see them."""
+    if settings.secrets_from is not None:
+        refused(plain, Reason.SETUP_ELSEWHERE)
+
+
 @setup_github.command("rotate-webhook-secret")
 @as_json
 def rotate_webhook_secret(plain: bool) -> None:
     """Makes a new webhook secret: both are valid until GitHub signs with the new one, at most a day. Interrupted: run it again."""
     settings = Settings()
+    _here(plain, settings)
     view = _view(plain, settings)
     clock = SystemClock()
     made = app_secrets.update(settings, lambda held: app_secrets.rotated(held, secrets.token_hex(32), clock.now()))
@@ -187,6 +194,7 @@ def setup_webhook(public_url: str | None, plain: bool) -> None:
 def setup_key(file: Any, plain: bool) -> None:
     """Takes a new private key of the same App over from a file or stdin (-), after GitHub accepted it."""
     settings, pem = Settings(), file.read()
+    _here(plain, settings)
     if settings.github_app_id is None:
         refused(plain, Reason.GITHUB_APP_MISSING)
     try:
@@ -222,6 +230,7 @@ def setup_model(
         _allow(plain, owner, allow, forbid, alone=not (base_url or models or key_file))
         return
     settings = Settings()
+    _here(plain, settings)
     fixed = in_environment("model_base_url", "model", "models")
     if fixed:
         end(plain, f"the environment sets {', '.join(fixed)}: unset it, the set-up decides it")
@@ -235,15 +244,17 @@ def setup_model(
     if not key:
         refused(plain, Reason.MODEL_KEY_MISSING)
     wanted = list(models) or settings.all_models
-    place = None if private else _vetted(plain, address, settings)
+    place = _vetted(plain, address, settings, private)
     told = []
     for model in wanted:
         try:
             told.append(try_model(address, key, model, address=place))
         except ModelError as failure:
             refused(plain, failure.reason, f"{model}: {failure.detail}")
-    write_secret(stored, key)
+    if address.rstrip("/") != settings.model_base_url:
+        stored.unlink(missing_ok=True)  # between the two writes a session gets no key rather than the wrong address
     write_config(settings, {"model_base_url": address.rstrip("/"), "model": wanted[0], "models": json.dumps(wanted[1:])})
+    write_secret(stored, key)
     show(
         plain,
         {"model": wanted[0], "models": wanted, "tested": told},
@@ -251,12 +262,14 @@ def setup_model(
     )
 
 
-def _vetted(plain: bool, url: str, settings: Settings) -> str:
+def _vetted(plain: bool, url: str, settings: Settings, private: bool) -> str:
+    """The address that is spoken to; `private`: also of a network of one's own, over https, or this machine."""
     try:
-        return public_address(url, offline=settings.offline)
-    except ProviderError as failure:
-        if failure.reason is Reason.ADDRESS_REFUSED:
-            end(plain, f"{failure.reason}: {url} is not a public https address; a model in a network of your own needs --private")
+        return outbound.vetted_address(url, loopback=settings.offline or private, private=private)
+    except outbound.AddressRefusedError:
+        hint = "https, or this machine, is needed" if private else "a model in a network of your own needs --private"
+        end(plain, f"{Reason.ADDRESS_REFUSED}: {url} is not a public https address; {hint}")
+    except outbound.UnreachableError:
         refused(plain, Reason.MODEL_UNREACHABLE, "the host has no address")
 
 

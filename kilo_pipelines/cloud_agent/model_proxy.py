@@ -354,18 +354,24 @@ class ModelProxy:
         return JSONResponse(session.transcript.model_dump(mode="json"))
 
     async def _close(self, request: Request) -> Response:
-        await self._drop(request.path_params["session"])
-        return JSONResponse({})
+        final = await self._drop(request.path_params["session"])
+        if final is None:
+            return JSONResponse({"error": "unknown session"}, 404)
+        return JSONResponse(final.model_dump(mode="json"))
 
-    async def _drop(self, session_id: str) -> None:
+    async def _drop(self, session_id: str) -> Transcript | None:
+        """Ends a session; its last reading. Requests still under way count with all that they may use: the provider may answer them."""
         session = self._sessions.pop(session_id, None)
+        final = None
         if session is not None:
+            final = session.transcript.model_copy(update={"tokens_out": session.transcript.tokens_out + session.held})
             session.server.should_exit = True
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(session.task, 3)
             session.socket.unlink(missing_ok=True)
             if session.mirror is not None:
                 await session.mirror.aclose()
+        return final
 
     # -- the agent's side --------------------------------------------------------------------------------------------
 
@@ -401,7 +407,7 @@ class ModelProxy:
         broke = False
         if limits.micro_usd is not None and limits.price is not None:
             rest = limits.micro_usd - cost(limits.price, session.usage) - limits.price.worst(session.held)
-            broke = rest <= cost(limits.price, Usage(sent, 0))
+            broke = rest < cost(limits.price, Usage(sent, 0))
             dearest = max(limits.price.input, limits.price.output)
             left = min(left, int(rest / dearest)) if dearest else left
         if transcript.requests > 2 * limits.turns or len(transcript.turns) >= limits.turns or broke or left <= sent:

@@ -83,17 +83,14 @@ class ProxyClient:
         """What the proxy saw so far."""
         return Transcript.model_validate(self._ask("GET", f"/sessions/{self._session_id}"))
 
-    def left_behind(self) -> Transcript | None:
-        """What the proxy saw of an earlier launch of this session that never closed it; None when it knows of none."""
+    def end(self) -> Transcript | None:
+        """Ends the session at the proxy, of whichever launch it is; its last reading, None when the proxy knows of none."""
         try:
-            answer = self._client.get(f"/sessions/{self._session_id}")
+            answer = self._client.delete(f"/sessions/{self._session_id}")
             return None if answer.status_code == 404 else Transcript.model_validate(answer.raise_for_status().json())
         except httpx.HTTPError as failure:
             raise ProxyError(f"the model proxy doesn't answer: {type(failure).__name__}") from None
 
     def close(self) -> None:
-        """Closes the session's socket and forgets the session."""
-        try:
-            self._ask("DELETE", f"/sessions/{self._session_id}")
-        finally:
-            self._client.close()
+        """Closes the connection to the proxy."""
+        self._client.close()

@@ -183,7 +183,7 @@ class _Run:
             self._check_out(sandbox, bare)
         self._open_mirror()
         # A launch that was killed told of its last seconds to nobody.
-        self._tell_spent(self._proxy.left_behind())
+        self._tell_spent(self._proxy.end())
         socket = self._proxy.register(
             model=self._spec.model,
             turns=self._spec.limits.turns,
@@ -537,8 +537,8 @@ class _Run:
             self._process.kill()
         self._close_mirror()
         with suppress(ProxyError):  # the proxy is gone, its sockets and what it saw since the last look with it
-            self._tell_spent(self._proxy.left_behind())
-            self._proxy.close()
+            self._tell_spent(self._proxy.end())
+        self._proxy.close()
         self._workspace.remove()
 
 

@@ -216,6 +216,8 @@ class Reason(StrEnum):
     CLOUD_AGENT_ADDRESS_REFUSED = "cloud_agent_address_refused"
     CLOUD_AGENT_FAILED = "cloud_agent_failed"
     HOSTED_WORK_REFUSED = "hosted_work_refused"
+    HOSTED_UNMETERED = "hosted_unmetered"
+    SETUP_ELSEWHERE = "setup_elsewhere"
     # changes of write sessions
     NO_CHANGES = "no_changes"
     CHANGE_UNREADABLE = "change_unreadable"
@@ -767,6 +769,14 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.CLOUD_AGENT_FAILED: (
         "The hosted Cloud Agent's sandbox or agent failed.",
         "Nothing: the review is tried once more. The session's detail names the service's code.",
+    ),
+    Reason.HOSTED_UNMETERED: (
+        "What a hosted session uses can't be counted, and the owner has a budget.",
+        "Let this platform's own agents review (KILO_AGENT), or take the owner's budgets away: `kilo-pipelines budgets set`.",
+    ),
+    Reason.SETUP_ELSEWHERE: (
+        "This process has its secrets from an orchestrator: what a set-up stores here would be lost, and no other process would see it.",
+        "Make the App and the model's key with a platform of one machine or by hand, put the files into the bundle: docs/deploy.md.",
     ),
     Reason.HOSTED_WORK_REFUSED: (
         "Hosted agents only review: their changes and analyses couldn't be checked by the platform.",

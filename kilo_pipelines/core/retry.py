@@ -67,6 +67,7 @@ CLASS_OF: dict[Reason, FailureClass] = {
     Reason.CLOUD_AGENT_REFUSED: FailureClass.OPERATOR,
     Reason.CLOUD_AGENT_ADDRESS_REFUSED: FailureClass.OPERATOR,
     Reason.HOSTED_WORK_REFUSED: FailureClass.OPERATOR,
+    Reason.HOSTED_UNMETERED: FailureClass.OPERATOR,
     Reason.CLOUD_AGENT_INVALID: FailureClass.INPUT,
     Reason.PROVIDER_REFUSED: FailureClass.ACTION_REQUIRED,
     Reason.PERMISSION_MISSING: FailureClass.ACTION_REQUIRED,

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # Queries of the UI have a few KB; a launch with configuration some more.
 GRAPHQL_BYTES = 2**20
+# How long an open connection of the UI may outlive its session.
+SESSION_LOOK_SECONDS = 5.0
 LOGIN_BYTES = 4_096
 _PASSED_ON = frozenset(
     {"accept", "accept-encoding", "accept-language", "content-type", "if-none-match", "if-modified-since", "range"}
@@ -209,6 +211,9 @@ class Door:
             self._client = httpx.AsyncClient(transport=transport, timeout=60, trust_env=False, follow_redirects=False)
         headers = {name: value for name, value in request.headers.items() if name in _PASSED_ON}
         url = httpx.URL("http://dagster", raw_path=_raw_path(request))
+        if url.raw_path != _raw_path(request):
+            # Dot segments are resolved there: what is asked for would be another route than the one that was checked.
+            return _refused(404, Reason.UI_UNAVAILABLE)
         try:
             asked = self._client.build_request(request.method, url, headers=headers, content=body)
             answer = await self._client.send(asked, stream=True)
@@ -241,8 +246,14 @@ class Door:
 
                     group.start_soon(ended, partial(_to_dagster, held))
                     group.start_soon(ended, _to_browser)
+                    group.start_soon(ended, self._while_logged_in)
         except (OSError, websockets.WebSocketException):
             await socket.close(1013)
+
+    async def _while_logged_in(self, socket: WebSocket, _upstream: ClientConnection) -> None:
+        """Ends the connection soon after its session ended, by logout, reset or time: it was asked for at the start only."""
+        while await self._session(socket) is not None:
+            await anyio.sleep(SESSION_LOOK_SECONDS)
 
 
 def _tell_changes(held: Session, body: bytes | str) -> None:

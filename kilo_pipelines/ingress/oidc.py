@@ -65,6 +65,10 @@ class Flow:
     landing: str
 
 
+# Logins that came back within the life of their cookies: more than operators ever make, and a bound for whoever makes them up.
+MOST_USED = 1_000
+
+
 class OidcLogin:
     """Logins at one issuer. The key of the cookies is this process's: what a restart interrupts is begun again."""
 
@@ -107,8 +111,6 @@ class OidcLogin:
         if flow is None or not self._first_time(request, flow):
             return self._done(refused(Reason.OIDC_STATE_INVALID))
         try:
-            # Counted from here on: without our cookie and its state nothing is asked of the issuer, and nobody uses up others' tries.
-            self._operators.guess(OIDC)
             token = await self._logged_in(request, flow)
         except TooManyGuessesError:
             return self._done(refused(Reason.LOGIN_TOO_OFTEN))
@@ -129,6 +131,8 @@ class OidcLogin:
         code = said.get("code", "")
         if not 0 < len(code) <= CODE_LENGTH:
             raise OidcError(Reason.OIDC_STATE_INVALID, "the answer holds no code")
+        # Counted from here on, for everybody together: only this asks the issuer. Whoever reaches this listener can use the tries up.
+        self._operators.guess(OIDC)
         claims = await self._client.claims(code=code, redirect_uri=flow.redirect_uri, nonce=flow.nonce, verifier=flow.verifier)
         rule = self._operators.ways.rule
         grounds = rule.grounds(claims)
@@ -166,7 +170,7 @@ class OidcLogin:
             return False
         now = self._clock.now()
         self._used = {state: until for state, until in self._used.items() if until > now}
-        if flow.state in self._used:
+        if flow.state in self._used or len(self._used) >= MOST_USED:
             return False
         self._used[flow.state] = now + FLOW_LIFE + timedelta(seconds=1)  # cookies count whole seconds
         return True

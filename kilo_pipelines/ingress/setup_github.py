@@ -65,6 +65,8 @@ class SetupDesk:
     def _endpoint(self, step: Callable[[Request], Response]) -> Any:
         async def endpoint(request: Request) -> Response:
             try:
+                if self._settings().secrets_from is not None:
+                    raise SetupError(Reason.SETUP_ELSEWHERE)
                 answer = await anyio.to_thread.run_sync(step, request)
             except SetupError as failure:
                 log.warning("a set-up stopped: %s", failure)
@@ -183,6 +185,9 @@ class SetupDesk:
         """GitHub's redirect after the App was made: its code is exchanged once."""
         link = self._took(request, "manifest")
         wanted = link.request
+        if self._has_app() and not wanted["new_app"]:
+            # Another link was quicker: what works stays, and the App that was made just now has to be deleted at GitHub.
+            return self._refused(link, SetupError(Reason.APP_EXISTS))
         with self._github(wanted["api_url"], wanted["web_url"]) as github:
             try:
                 app = github.convert(request.query_params.get("code", ""))
@@ -194,6 +199,10 @@ class SetupDesk:
         self._store.setup_links.note(link, {"created": app.id, "refused": None})
         log.info("GitHub App %s (%s) was made and its secrets stored", app.id, app.slug)
         return self._on()
+
+    def _has_app(self) -> bool:
+        settings = self._settings()
+        return settings.github_app_id is not None and app_secrets.read(settings).private_key is not None
 
     def _secrets(self, app: NewApp) -> AppSecrets:
         first = WebhookSecret(id=app_secrets.new_id(), value=app.webhook_secret, made_at=self._clock.now().astimezone(UTC))
@@ -238,6 +247,9 @@ class SetupDesk:
         return self._ask_person(link, number)
 
     def _ask_person(self, link: SetupLink, number: int) -> Response:
+        if link.request.get("installation") not in (None, number):
+            # A link for one installation connects that one.
+            raise SetupError(Reason.SETUP_STATE_INVALID)
         settings, held, _ = self._present()
         state = self._store.setup_links.expect(link, "authorization", {"installation": number, "refused": None})
         with self._github(settings.github_api_url, settings.github_web_url) as github:

@@ -74,7 +74,8 @@ def _comment(tx: AdmissionTx) -> None:
     live = next((one for one in tx.items(SERVICE, subject) if WorkState(one.state) not in FINAL), None)
     if live is None or tx.repository(event.repository.id) is None:
         tx.skip(Reason.ACTION_IGNORED)
-    elif not live.head_sha.startswith(named):
+    elif not live.head_sha.startswith(named) or event.comment.created_at < live.head_since:
+        # A comment that comes late was written before this head was there: whoever wrote it saw another one (threats, rule 8).
         tx.skip(Reason.APPROVAL_STALE, item_id=live.id)
     else:
         login = clean(event.comment.user.login)
@@ -122,7 +123,7 @@ def _pull_request(tx: AdmissionTx, marker: Marker) -> None:
             subject_key=subject,
             repository_id=event.repository.id,
             priority=0,
-            details=decision.details,
+            details=decision.details | {"head_since": tx.now},
             wait_s=decision.wait_s,
         )
     )

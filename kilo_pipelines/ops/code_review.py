@@ -75,6 +75,12 @@ def _launch(
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
         return
+    hosted = cloud_agent.is_hosted()
+    if hosted and (claim.limits.scopes(SERVICE) or claim.limits.session_usd is not None):
+        # The service tells nobody what a session used: a budget over it would be a lie.
+        store.queue.conclude(claim, WorkState.FAILED, Reason.HOSTED_UNMETERED)
+        say(context, item_id, Reason.HOSTED_UNMETERED)
+        return
     details = claim.details
     marker = marker_of(store)
     try:
@@ -86,10 +92,17 @@ def _launch(
         provider_failed(context, store, claim, failure)
         return
     head = launch.head_of(pull)
+    if head["head_sha"] != details["head_sha"]:
+        head["head_since"] = datetime.now(UTC)
     stop = launch.stop_reason(pull, claim.repository_id, reviewed=store.reviews.reviewed_elsewhere(claim, head))
     if stop is not None:
         store.queue.conclude(claim, *stop)
         say(context, item_id, stop[1], pull_request=pull.url)
+        return
+    if hosted and guest is not None:
+        # A network without bounds and an outsider's text: no approval makes that safe (threats, rule 7), so none is asked for.
+        store.queue.conclude(claim, WorkState.FAILED, Reason.HOSTED_WORK_REFUSED)
+        say(context, item_id, Reason.HOSTED_WORK_REFUSED, pull_request=pull.url)
         return
     if guest is not None and guest.refusal is Reason.OUTSIDER_SKIPPED:
         store.queue.conclude(claim, WorkState.CANCELLED, guest.refusal)

@@ -28,6 +28,7 @@ from kilo_pipelines.resources.github import GitHubResource, ProviderError
 from kilo_pipelines.resources.store import StoreResource
 from kilo_pipelines.services.code_review.brief import CodeReviewTask
 from kilo_pipelines.store import HostedClaim, SessionRow, Store
+from kilo_pipelines.telemetry import traces
 
 # As of self-hosted sessions (cloud_agent/runner.py).
 NONCE_BYTES = 16
@@ -61,8 +62,18 @@ def take_step(
         _close(context, store, cloud_agent, claim)
         return
     step = _Step(context, store, github, cloud_agent, claim)
+    held = claim.session
     try:
-        step.run()
+        with traces.following(
+            held.trace,
+            "hosted_step",
+            owner=held.owner_id,
+            item=held.item_id,
+            session=held.session_id,
+            fence=held.fence,
+            run=context.run_id,
+        ):
+            step.run()
     finally:
         # After the last heartbeat, which would put its short lease in place of the parked session's.
         if step.parked is not None:
@@ -123,9 +134,7 @@ class _Step:
         client = self._cloud_agent.hosted()
         task: ReportingTask = CodeReviewTask(spec.task, part_chars=turns.PART_CHARS)
         if claim.state == "initiated":
-            if self._over():
-                self.end(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
-                return
+            # What is ready counts, however late it is looked at: it was worked for and is paid.
             self._look(client, task)
             return
         planned = self._plan or self._compose(task)
@@ -218,12 +227,18 @@ class _Step:
     def _send(self, client: HostedClient, prompt: str, **columns: object) -> None:
         """The next message. An answer that is lost is asked for again: the service may then have it twice, which costs a turn."""
         assert self._claim.cloud_session_id is not None  # noqa: S101  # an initiated session has one
+        if self._over():
+            self.end(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
+            return
         self._look_up()
         ack = client.send_message(self._claim.cloud_session_id, prompt, mode=turns.MODE, model=self._spec.model)
         self._park(self._cloud_agent.hosted_poll(), message_id=ack.turn, tries=0, **columns)
 
     def _wait(self, client: HostedClient, cloud_session: str, message: str) -> None:
         """The turn is under way; one that nobody works on any more ends here instead of at the hard cap."""
+        if self._over():
+            self.end(SessionStatus.FAILED, Reason.SESSION_TIMEOUT)
+            return
         silence = timedelta(seconds=self._spec.limits.silence_s)
         if self._claim.initiated_at is not None and self._claim.now - self._claim.initiated_at > silence:
             health = client.session_health(cloud_session)

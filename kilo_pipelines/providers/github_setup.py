@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.providers import outbound
 
 TIMEOUT_SECONDS = 10.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -155,7 +156,7 @@ class GitHubSetup:
             if parts.scheme != "https" and parts.hostname not in LOOPBACK:
                 raise SetupError(Reason.ADDRESS_REFUSED, "GitHub is asked over https only")
         self._api, self._web, self._clock = api_url.rstrip("/"), web_url.rstrip("/"), clock
-        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False, trust_env=False)
+        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False, trust_env=False, verify=outbound.trusted())
         # Seconds that our clock is ahead of GitHub's, by the last answer.
         self.skew: float | None = None
 

@@ -5,12 +5,14 @@ Holds: the call and what each answer means. The process that makes it holds the 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import httpx
 
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.providers import outbound
 
 # A model on a machine of one's own may have to be loaded first.
 READ_SECONDS = 60.0
@@ -80,28 +82,22 @@ def _refusal(status: int, answered: dict[str, Any]) -> Reason:
 
 
 def _post(url: str, key: str, body: dict[str, Any], address: str | None) -> tuple[int, dict[str, Any]]:
+    asked = outbound.exchange(
+        "POST",
+        url,
+        address=address,
+        headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
+        content=json.dumps(body).encode(),
+        most=ANSWER_BYTES,
+        seconds=READ_SECONDS,
+        connect=CONNECT_SECONDS,
+    )
     try:
-        target = httpx.URL(url)
-        headers = {"authorization": f"Bearer {key}", "user-agent": "kilo-pipelines"}
-        more: dict[str, Any] = {}
-        if address is not None:
-            headers["host"] = target.netloc.decode()
-            more = {"sni_hostname": target.host}
-            target = target.copy_with(host=address)
-        timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        content = bytearray()
-        with (
-            httpx.Client(timeout=timeout, follow_redirects=False, trust_env=False) as client,
-            client.stream("POST", target, json=body, headers=headers, extensions=more) as answer,
-        ):
-            for part in answer.iter_bytes():
-                content += part
-                if len(content) > ANSWER_BYTES:
-                    break
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as failure:
-        raise ModelError(Reason.MODEL_UNREACHABLE, type(failure).__name__) from None
+        answer = asyncio.run(asked)
+    except (outbound.OutboundError, httpx.InvalidURL, UnicodeError) as failure:
+        raise ModelError(Reason.MODEL_UNREACHABLE, str(failure) or type(failure).__name__) from None
     try:
-        decoded = json.loads(bytes(content))
+        decoded = json.loads(answer.content)
     except ValueError:
         decoded = {}
-    return answer.status_code, decoded if isinstance(decoded, dict) else {}
+    return answer.status, decoded if isinstance(decoded, dict) else {}

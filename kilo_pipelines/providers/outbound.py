@@ -91,7 +91,7 @@ def _is_private(place: Address) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _trusted() -> ssl.SSLContext:
+def trusted() -> ssl.SSLContext:
     """The public authorities, and those that this machine's operator has added to its own."""
     context = httpx.create_ssl_context(trust_env=False)
     context.load_default_certs()
@@ -125,7 +125,7 @@ async def exchange(
         async with (
             asyncio.timeout(seconds),
             httpx.AsyncClient(
-                timeout=httpx.Timeout(seconds, connect=connect), follow_redirects=False, trust_env=False, verify=_trusted()
+                timeout=httpx.Timeout(seconds, connect=connect), follow_redirects=False, trust_env=False, verify=trusted()
             ) as client,
             client.stream(method, target, content=content, headers=sent, extensions=more) as answer,
         ):

@@ -88,6 +88,10 @@ class CloudAgentResource(ConfigurableResource[None]):
         settings = current()
         return f"{settings.dagster_url}/runs/{run_id}" if settings.offline else None
 
+    def is_hosted(self) -> bool:
+        """Whether reviews go to the hosted Cloud Agent."""
+        return current().agent == "hosted"
+
     def needs(self, *models: str | None) -> Ask:
         """What work that asks these models (None: the platform's) would use: at the price of the dearest, unknown when one's is."""
         settings = current()

@@ -161,7 +161,8 @@ class WebhookSecrets:
         """The valid ones, the newest first; empty when there are none. CipherError when they can't be opened."""
         now_state = state(self._settings)
         if now_state != self._state:
-            self._held = read(self._settings)
+            # What is kept in the listener's memory is what it needs; the private key isn't.
+            self._held = AppSecrets(webhook_secrets=read(self._settings).webhook_secrets)
             self._state = now_state
         return self._held.valid(now)
 

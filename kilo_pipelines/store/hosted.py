@@ -136,6 +136,7 @@ class Hosted:
             fence=row["fence"] if ended else row["fence"] + 1,
             spec=row["spec"],
             callback_token=self._cipher.open(bytes(row["callback_token"]), f"callback:{session_id}"),
+            trace=row["trace"],
         )
         copied = (
             "plan",

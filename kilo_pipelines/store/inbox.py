@@ -268,7 +268,7 @@ class AdmissionTx:
         lock_subject(self._connection, self.delivery.owner_id, service, subject_key)
         found = rows(
             self._connection,
-            "select w.id, w.state, w.reason, r.head_sha, r.base_ref, w.session_id from work_items w"
+            "select w.id, w.state, w.reason, r.head_sha, r.head_since, r.base_ref, w.session_id from work_items w"
             " join reviews r on r.owner_id = w.owner_id and r.item_id = w.id"
             " where w.owner_id = :owner and w.service = :service and w.subject_key = :subject order by w.created_at desc, w.id",
             owner=self.delivery.owner_id,
@@ -292,6 +292,12 @@ class AdmissionTx:
     def limits(self) -> LimitsConfig:
         """The owner's limits; defaults where none can be read: its claims spend nothing then."""
         return read_limits(self._connection, self.delivery.owner_id) or LimitsConfig()
+
+    @property
+    def now(self) -> datetime:
+        """When the admission happens."""
+        at: datetime = self._now
+        return at
 
     def approve(self, repository_id: int, pull_number: int, *, head_sha: str, login: str, how: str, subject_key: str) -> None:
         """Somebody approved a pull request's head, as far as the delivery tells; whether they may is asked at the claim."""

@@ -90,6 +90,7 @@ class ItemView:
     state: str
     reason: str | None
     head_sha: str
+    head_since: datetime
     base_ref: str
     session_id: UUID | None
 

@@ -274,8 +274,9 @@ START_SESSION = SystemStatement(
     " started_at = coalesce(started_at, :now), offer_until = null where owner_id = :owner and id = :id and state = 'queued'",
     "a session is taken together with a place on the host",
 )
+# Never shorter: a hosted session is left with a long lease by a step whose last heartbeat may come after that.
 KEEP_SESSION = SystemStatement(
-    "update sessions set lease_until = :until where owner_id = :owner and id = :id and state = 'running' and fence = :fence"
+    "update sessions set lease_until = greatest(lease_until, :until) where owner_id = :owner and id = :id and state = 'running' and fence = :fence"
     " returning interrupt_requested",
     "a session is kept together with its place on the host",
 )
@@ -391,7 +392,9 @@ GIVEN_UP_DELIVERIES = SystemStatement(
 BUSY = SystemStatement(
     """
 select (select count(*) from work_items where state = 'starting' and ended_at is null and lease_until > :now) as claims,
-    (select count(*) from sessions where state = 'running' and ended_at is null and lease_until > :now) as sessions,
+    (select count(*) from sessions s where state = 'running' and ended_at is null and lease_until > :now and not exists (
+        -- left to the hosted service until its next look: it goes on there, whatever runs here
+        select 1 from hosted_sessions h where h.owner_id = s.owner_id and h.session_id = s.id and h.look_at is not null)) as sessions,
     (select count(*) from effects where state = 'applying' and lease_until > :now) as effects
 """,
     "an upgrade waits for every owner's work",

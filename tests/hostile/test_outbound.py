@@ -68,7 +68,7 @@ def test_only_who_proves_the_name_is_spoken_to(
     """`trusted`: by an authority that the machine's operator added, as a company's own issuer has one."""
     file = certificate(tmp_path, name)
     monkeypatch.setenv("SSL_CERT_FILE", str(file if trusted else tmp_path / "none"))
-    outbound._trusted.cache_clear()
+    outbound.trusted.cache_clear()
     with answering(file) as (port, asked):
         url = f"https://id.test:{port}/x"
         work = outbound.exchange("GET", url, address="127.0.0.1", headers={}, most=10, seconds=5, connect=2)
@@ -78,4 +78,4 @@ def test_only_who_proves_the_name_is_spoken_to(
             with pytest.raises(outbound.UnreachableError):
                 asyncio.run(work)
             assert asked == []
-    outbound._trusted.cache_clear()
+    outbound.trusted.cache_clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AwareDatetime, BaseModel, Field
 
 _SHA = Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 
@@ -82,6 +82,7 @@ class PullRequestEvent(BaseModel):
 class Comment(BaseModel):
     body: str = ""
     user: Account
+    created_at: AwareDatetime
 
 
 class Issue(BaseModel):

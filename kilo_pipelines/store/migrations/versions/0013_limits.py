@@ -88,6 +88,7 @@ alter table work_items add column by_person boolean not null default false,
 create index work_items_at_work on work_items (owner_id) where state in ('starting', 'running');
 create index sessions_at_work on sessions (owner_id, item_id) where ended_at is null;
 alter table sessions add column receipt jsonb;
+alter table reviews add column head_since timestamptz not null default now();
 alter table effects add column held_until timestamptz;
 alter table effects drop constraint effects_state_check;
 alter table effects add constraint effects_state_check
@@ -130,6 +131,7 @@ def downgrade() -> None:
     op.execute("delete from switches where kind = 'suggest'")
     op.execute("alter table switches drop constraint switches_kind_check")
     op.execute("alter table switches add constraint switches_kind_check check (kind in ('pause', 'kill'))")
+    op.execute("alter table reviews drop column head_since")
     op.execute("alter table sessions drop column receipt")
     op.execute("drop index work_items_at_work; drop index sessions_at_work")
     op.execute("alter table work_items drop column by_person, drop column reserved_tokens, drop column reserved_micro_usd")

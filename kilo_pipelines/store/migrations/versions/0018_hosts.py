@@ -11,10 +11,8 @@ down_revision = "0016"
 def upgrade() -> None:
     """Adds when a host was seen, and the right to see the revision."""
     op.execute("alter table agent_capacity add column seen_at timestamptz not null default now()")
-    op.execute("grant select on alembic_version to kilo_system")
 
 
 def downgrade() -> None:
     """Removes both."""
-    op.execute("revoke select on alembic_version from kilo_system")
     op.execute("alter table agent_capacity drop column seen_at")

@@ -27,12 +27,10 @@ def upgrade() -> None:
         op.execute(f"create index {name} {place}")
     op.execute("create table heartbeats (name text primary key, at timestamptz not null)")
     op.execute("grant select, insert, update on heartbeats to kilo_system")
-    op.execute("grant select on alembic_version to kilo_system")
 
 
 def downgrade() -> None:
     """Removes them."""
-    op.execute("revoke select on alembic_version from kilo_system")
     op.execute("drop table heartbeats")
     for name in INDEXES:
         op.execute(f"drop index {name}")

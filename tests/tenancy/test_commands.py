@@ -18,7 +18,8 @@ import pytest
 from click.testing import Result
 
 from kilo_pipelines.cli.main import main
-from kilo_pipelines.settings import write_secret
+from kilo_pipelines.cli.roles import ROLES, adopt_secrets
+from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher
 from tests.conftest import Database
 from tests.support.figures import Figures
@@ -214,6 +215,26 @@ def test_the_operators_key_of_this_home_goes_to_no_other_address(
     assert (done.exit_code, json.loads(done.stdout)["reason"]) == (1, "api_key_missing")
 
 
+def test_where_the_admin_listener_runs_by_itself_its_home_makes_the_operators_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, address: str
+) -> None:
+    """With no more than that process has: its own two logins and the encryption key, mounted by an orchestrator."""
+    mounted, home = tmp_path / "mounted", tmp_path / "home"
+    mounted.mkdir()
+    (mounted / "database.json").write_text(json.dumps({name: database.logins[name] for name in ROLES["ingress"].logins}))
+    (mounted / "encryption.key").write_text(Cipher.new_key_file())
+    alone(monkeypatch, home, secrets_from=str(mounted), admin_port=address.rsplit(":", 1)[1])
+    adopt_secrets(Settings())  # as `run ingress` does before it becomes that process
+    assert json.loads(run("owners list").stdout)["reason"] == "api_key_missing"
+    done = run("operator-key rotate")
+    file = Path(json.loads(done.stdout)["file"])
+    first = file.read_text()
+    assert (done.exit_code, file.stat().st_mode & 0o777) == (0, 0o600) and first not in done.output
+    assert run("owners list").exit_code == 0
+    assert run("operator-key rotate").exit_code == 0 and database.store.api_keys.principal(first) is None
+    assert run("owners list").exit_code == 0
+
+
 def test_a_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What answers at the address may not send the key on."""
     asked: list[str] = []
@@ -271,7 +292,7 @@ def test_an_owners_key_commands_its_own_owner_only(
     assert changed["max_parts"] == 4 and told("services", "settings", "code_review", "--set", "max_parts=99", code=2)
     monkeypatch.setenv("KILO_API_KEY", new["key"])
     assert told("members", "add", "eve", "--role", "viewer", code=1)["reason"] == "role_not_allowed"
-    assert [one["id"] for one in told("keys", "list")] == [new["id"], bobs["id"]], "a person sees the own keys"
+    assert {one["id"] for one in told("keys", "list")} == {new["id"], bobs["id"]}, "a person sees the own keys"
     assert {one["action"] for one in database.store.audit.listed(owner_id=a.owner.id, limit=20)} >= {
         "member.add",
         "member.change",

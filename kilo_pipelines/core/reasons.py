@@ -468,7 +468,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.SWITCH_NOT_SET: (
         "Nothing is switched in this scope: it isn't paused or stopped, or isn't in suggest-only mode.",
-        "Name the scope that was switched; `kilo-pipelines status` tells which.",
+        "Name the scope as it was switched.",
     ),
     Reason.SWITCH_HELD: ("The operator switched this scope.", "Ask the operator; only the operator releases it."),
     Reason.SETTINGS_MISSING: ("The owner has no settings of this service.", "Save some first; saving doesn't switch it on."),

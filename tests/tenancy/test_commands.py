@@ -19,6 +19,7 @@ from click.testing import Result
 
 from kilo_pipelines.cli.main import main
 from kilo_pipelines.cli.roles import ROLES, adopt_secrets
+from kilo_pipelines.core.limits import Usage
 from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher
 from tests.conftest import Database
@@ -300,6 +301,37 @@ def test_an_owners_key_commands_its_own_owner_only(
         "key.rotate",
         "config.put",
     }
+
+
+def test_an_owners_key_sets_its_own_limits_and_lets_go_what_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, address: str
+) -> None:
+    a, b = Corner(database, 4_712, "canary-a"), Corner(database, 4_712, "canary-b")
+    mine, theirs = a.item(1), b.item(1)
+    alone(monkeypatch, tmp_path, api_url=address, api_key=api_key(database.store, "owner", a.owner.id))
+
+    def told(*arguments: str, code: int = 0) -> Any:
+        done = invoked(*arguments, "--json")
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    assert told("budgets", "set", "--revision", "0", '{"daily": {"tokens": 10}}') == {"revision": 1}
+    assert told("budgets", "set", "--revision", "0", "{}", code=1)["reason"] == "settings_stale"
+    shown = told("budgets", "show")
+    assert (shown["revision"], shown["limits"]["daily"]["tokens"], shown["today"][0]["tokens"]) == (1, 10, 10)
+    (budget,) = told("spend")["budgets"]
+    assert (budget["owner"], budget["scope"]) == (a.owner.name, "all")
+    usage = {"session_id": None, "service": "code_review", "model": "m", "usage": Usage(11, 0), "price": None}
+    database.store.spend.record(a.owner.id, "meter", item_id=mine, **usage)
+    assert told("spend", code=1)["days"][0]["tokens_in"] == 11, "over the budget"
+    assert told("suggest-only", "on")["scope"] == f"owner:{a.owner.id}"
+    assert told("suggest-only", "on", "--service", "code_review", code=2)["reason"] == "payload_shape_mismatch"
+    assert told("suggest-only", "off")["on"] is False
+    head = a.details(1)["head_sha"]
+    assert "another owner's" in told("reviews", "approve", str(theirs), "--head", head, code=1)["error"]
+    assert told("reviews", "approve", str(mine), "--head", "0" * 40, code=1)["reason"] == "approval_stale"
+    assert told("reviews", "approve", str(mine), "--head", head)["approval"]
+    assert [len(database.store.approvals.of_pull(one.owner.id, 4_712, 1)) for one in (a, b)] == [1, 0]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -74,8 +74,10 @@ def save(
     if not may(by.role, "settings"):
         return Refusal(Reason.ROLE_NOT_ALLOWED, by.role)
     stored = store.owners.config(by.owner_id, service)
+    # What is stored under a name that is none (any more) would be in the way of every save, and nobody could take it away.
+    kept = {name: value for name, value in (stored.config if stored else {}).items() if name in CONFIGS[service].model_fields}
     try:
-        wanted = CONFIGS[service].model_validate({**(stored.config if stored else {}), **changes}).model_dump(mode="json")
+        wanted = CONFIGS[service].model_validate({**kept, **changes}).model_dump(mode="json")
     except ValidationError as failure:
         return Refusal(Reason.SETTINGS_INVALID, security.fields_of(failure))
     if not security.is_storable(wanted):

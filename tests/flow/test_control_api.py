@@ -250,7 +250,7 @@ def test_limits_are_settings_over_a_revision_and_are_never_switched_off(api: Api
     assert api.told("GET", "spend?days=367", status=400)["reason"] == Reason.QUERY_INVALID
     # What cannot be read spends nothing, and says where to begin.
     with api.database.store.database.owner(api.world.owner.id) as connection:
-        connection.execute(text("update service_configs set config = '{\"daily\": 7}' where service = 'limits'"))
+        connection.execute(text("update service_configs set config = '{\"daily\": 7, \"odd\": 1}' where service = 'limits'"))
     unreadable = api.told("GET", path, status=409)
     assert unreadable["reason"] == Reason.LIMITS_INVALID and unreadable["detail"].startswith("at revision 1: daily")
     assert api.told("PUT", path, json={"expected_revision": 1, "settings": {"daily": {}}})["settings"]["daily"]["tokens"] is None

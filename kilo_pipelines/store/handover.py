@@ -50,5 +50,5 @@ class Handover:
             changed(connection, system.NO_HOSTS.sql)
             if not rows(connection, system.PAUSE.sql):
                 reason = f"restored from a backup of {taken_at:%Y-%m-%d %H:%M:%S} UTC"
-                changed(connection, system.SET_SWITCH.sql, scope="all", kind="pause", reason=reason)
+                changed(connection, system.SET_SWITCH.sql, scope="all", kind="pause", reason=reason, actor="operator")
         return counts

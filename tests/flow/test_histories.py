@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import text
 
+from kilo_pipelines.core.limits import SETTINGS, LimitsConfig
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import FINAL, WorkState
@@ -241,6 +242,9 @@ def team(database: Database) -> World:
     world = World(database.store, database.clock)
     config = CodeReviewConfig().model_dump(mode="json")
     database.store.owners.put_config(world.owner.id, "code_review", config, enabled=True, expected_revision=0, actor="test")
+    # All histories are one author's, and time stands still: what an author may start at once has tests of its own.
+    flood = LimitsConfig(author_burst=10_000, author_starts_per_hour=10_000).model_dump(mode="json")
+    database.store.owners.put_config(world.owner.id, SETTINGS, flood, enabled=True, expected_revision=0, actor="test")
     return world
 
 

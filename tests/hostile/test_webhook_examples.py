@@ -69,7 +69,8 @@ def test_for_a_connected_owner_each_has_one_reason_and_only_admitted_pull_reques
     shared.admit()
     expected: dict[str, set[tuple[int, str]]] = {event: {(200, Reason.EVENT_UNKNOWN)} for event, _ in examples}
     expected |= {event: {(200, Reason.LIFECYCLE_APPLIED)} for event in LIFECYCLE}
-    expected |= {"pull_request": {(202, "stored")}, "dependabot_alert": {(202, "stored")}, "ping": {(200, "pong")}}
+    stored = ("pull_request", "issue_comment", "dependabot_alert")
+    expected |= {event: {(202, "stored")} for event in stored} | {"ping": {(200, "pong")}}
     assert found == expected
     items = shared.items()
     figures(tried=len(examples), accepted=sum(1 for one in items if one["event"] != "pull_request"))

@@ -267,6 +267,9 @@ def test_every_non_final_state_has_a_reconciler(database: Database) -> None:
         "unknown",
         "dead",
         "closed",
+        "repaired",
+        "pulled",
+        "gave_up",
     }
     with database.store.database.system() as connection:
         rows = connection.execute(

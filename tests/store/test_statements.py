@@ -37,7 +37,6 @@ def _use_everything(database: Database) -> None:
         store.owners.put_config(owner, "code_review", {}, enabled=True, expected_revision=revision + 1, actor="test")
     assert store.owners.config(owner, "code_review")
     _use_people(store, owner, clock.now())
-    assert store.owners.principal(store.owners.create_api_key("owner", owner)) == (owner, "owner")
     cookie = store.setup_links.open(store.setup_links.make({}))
     assert cookie is not None
     link = store.setup_links.of(cookie)
@@ -235,8 +234,8 @@ REPEATED = sorted(
 def test_no_repeated_statement_reads_the_whole_history(database: Database, full: World, name: str) -> None:
     """What every run, beat and second of recovery asks must not grow with what is finished."""
     now = database.clock.now()
-    values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after", "grace"), now)
-    values |= {"limit": 20, "capacity": 5, "most": 3, "fence": 1, "owner": full.owner.id, "id": uuid4(), "session": uuid4()}
+    values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after", "grace", "seen", "gone"), now)
+    values |= {"limit": 20, "capacity": 5, "most": 3, "fence": 1, "step": 1, "once": ["x"], "owner": full.owner.id, "id": uuid4(), "session": uuid4()}
     values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {
         "result": "{}",
         "evidence": "{}",

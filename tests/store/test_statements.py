@@ -235,7 +235,17 @@ def test_no_repeated_statement_reads_the_whole_history(database: Database, full:
     """What every run, beat and second of recovery asks must not grow with what is finished."""
     now = database.clock.now()
     values: dict[str, Any] = dict.fromkeys(("now", "until", "overlooked", "since", "after", "grace", "seen", "gone"), now)
-    values |= {"limit": 20, "capacity": 5, "most": 3, "fence": 1, "step": 1, "once": ["x"], "owner": full.owner.id, "id": uuid4(), "session": uuid4()}
+    values |= {
+        "limit": 20,
+        "capacity": 5,
+        "most": 3,
+        "fence": 1,
+        "step": 1,
+        "once": ["x"],
+        "owner": full.owner.id,
+        "id": uuid4(),
+        "session": uuid4(),
+    }
     values |= dict.fromkeys(("run", "host", "reason", "lost", "state", "detail", "scope"), "x") | {
         "result": "{}",
         "evidence": "{}",

@@ -324,6 +324,8 @@ def test_an_owners_key_sets_its_own_limits_and_lets_go_what_is_its_own(
     usage = {"session_id": None, "service": "code_review", "model": "m", "usage": Usage(11, 0), "price": None}
     database.store.spend.record(a.owner.id, "meter", item_id=mine, **usage)
     assert told("spend", code=1)["days"][0]["tokens_in"] == 11, "over the budget"
+    assert told("budgets", "set", "--revision", "1", '{"daily": {}}') == {"revision": 2}
+    assert told("spend")["budgets"] == []
     assert told("suggest-only", "on")["scope"] == f"owner:{a.owner.id}"
     assert told("suggest-only", "on", "--service", "code_review", code=2)["reason"] == "payload_shape_mismatch"
     assert told("suggest-only", "off")["on"] is False

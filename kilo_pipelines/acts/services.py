@@ -1,4 +1,4 @@
-"""Settings of every service, and switching services on and off."""
+"""Settings of every service and an owner's limits, and switching services on and off."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from kilo_pipelines.acts import security
 from kilo_pipelines.acts.people import By
+from kilo_pipelines.core.limits import SETTINGS as LIMITS
+from kilo_pipelines.core.limits import LimitsConfig
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.services.code_review.admission import SERVICE as CODE_REVIEW
@@ -20,8 +22,10 @@ from kilo_pipelines.services.security.config import SERVICE as SECURITY
 from kilo_pipelines.services.security.config import SecurityConfig
 from kilo_pipelines.store import StaleRevisionError, Store
 
-# Services with settings; the Security Agent's further services share its own.
-CONFIGS: dict[str, type[BaseModel]] = {CODE_REVIEW: CodeReviewConfig, SECURITY: SecurityConfig}
+# Services with settings, which are switched on and off; the Security Agent's further services share its own.
+SERVICES = frozenset({CODE_REVIEW, SECURITY})
+# What has settings: limits are no service, hold from the start and are never off.
+CONFIGS: dict[str, type[BaseModel]] = {CODE_REVIEW: CodeReviewConfig, SECURITY: SecurityConfig, LIMITS: LimitsConfig}
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,20 @@ class Settings:
     revision: int
 
 
-def settings_of(store: Store, service: str, *, by: By) -> Settings:
+def settings_of(store: Store, service: str, *, by: By) -> Settings | Refusal:
     """The settings as the role sees them: of recipients of notices, whoever may not change them sees the kinds.
 
-    `service` is one of `CONFIGS`.
+    `service` is one of `CONFIGS`. A refusal names the fields where what is stored can't be read, and the revision to mend it over.
     """
     stored = store.owners.config(by.owner_id, service)
-    shown = CONFIGS[service].model_validate(stored.config if stored else {}).model_dump(mode="json")
+    try:
+        shown = CONFIGS[service].model_validate(stored.config if stored else {}).model_dump(mode="json")
+    except ValidationError as failure:
+        unreadable = Reason.LIMITS_INVALID if service == LIMITS else Reason.SETTINGS_INVALID
+        return Refusal(unreadable, f"at revision {stored.revision if stored else 0}: {security.fields_of(failure)}")
     if not may(by.role, "settings") and "notice_recipients" in shown:
         shown["notice_recipients"] = [{"kind": one["kind"]} for one in shown["notice_recipients"]]
-    return Settings(shown, stored.enabled if stored else False, stored.revision if stored else 0)
+    return Settings(shown, stored.enabled if stored else service == LIMITS, stored.revision if stored else 0)
 
 
 def save(
@@ -66,13 +74,15 @@ def save(
     if not may(by.role, "settings"):
         return Refusal(Reason.ROLE_NOT_ALLOWED, by.role)
     stored = store.owners.config(by.owner_id, service)
+    # What is stored under a name that is none (any more) would be in the way of every save, and nobody could take it away.
+    kept = {name: value for name, value in (stored.config if stored else {}).items() if name in CONFIGS[service].model_fields}
     try:
-        wanted = CONFIGS[service].model_validate({**(stored.config if stored else {}), **changes}).model_dump(mode="json")
+        wanted = CONFIGS[service].model_validate({**kept, **changes}).model_dump(mode="json")
     except ValidationError as failure:
         return Refusal(Reason.SETTINGS_INVALID, security.fields_of(failure))
     if not security.is_storable(wanted):
         return Refusal(Reason.SETTINGS_INVALID, "a text holds characters that no database takes")
-    enabled = stored.enabled if stored else False
+    enabled = stored.enabled if stored else service == LIMITS
     try:
         revision = store.owners.put_config(
             by.owner_id, service, wanted, enabled=enabled, expected_revision=expected_revision, actor=by.actor
@@ -83,7 +93,7 @@ def save(
 
 
 def switch(store: Store, service: str, *, enabled: bool, by: By) -> Refusal | None:
-    """Switches a service on, which clears what it waited for, or off.
+    """Switches one of `SERVICES` on, which clears what it waited for, or off.
 
     Whether the provider lets the Security Agent read alerts is not asked here: the sync that follows at once asks, and tells.
     """

@@ -42,7 +42,7 @@ def set_switch(
 
     `owner_id`: whose key acts, which reaches that owner's scope and no other; None for the operator.
     """
-    if not _reaches(scope, owner_id, role):
+    if not reaches(scope, owner_id, role):
         return Refusal(Reason.ROLE_NOT_ALLOWED, role)
     stopped = store.queue.switch(scope, kind, reason, actor=actor)
     return Refusal(Reason.SWITCH_HELD, scope) if stopped is None else stopped
@@ -50,7 +50,7 @@ def set_switch(
 
 def release_switch(store: Store, scope: str, *, owner_id: UUID | None, role: str, actor: str) -> Refusal | None:
     """Releases a pause or kill switch of the same scope."""
-    if not _reaches(scope, owner_id, role):
+    if not reaches(scope, owner_id, role):
         return Refusal(Reason.ROLE_NOT_ALLOWED, role)
     if store.queue.unswitch(scope, actor=actor):
         return None
@@ -58,5 +58,6 @@ def release_switch(store: Store, scope: str, *, owner_id: UUID | None, role: str
     return Refusal(Reason.SWITCH_HELD if scope in held else Reason.SWITCH_NOT_SET, scope)
 
 
-def _reaches(scope: str, owner_id: UUID | None, role: str) -> bool:
+def reaches(scope: str, owner_id: UUID | None, role: str) -> bool:
+    """Whether whoever acts may switch this scope: the operator every one, an owner's key (`owner_id`) its own owner's alone."""
     return may(role, "switch") and (role == "operator" if owner_id is None else scope == f"owner:{owner_id}")

@@ -170,7 +170,10 @@ def status(plain: bool) -> None:
             f"{child['name']:<16} {'runs' if child['alive'] else 'DEAD'}  pid {child['pid']:<8} restarts {child['restarts']}  {child['address']}"
             for child in children
         ]
-        lines += [f"{one['kind']} of {one['scope']} since {one['set_at']:%Y-%m-%d %H:%M}: {one['reason']}" for one in switches]
+        lines += [
+            f"{one['kind']} of {one['scope'].removeprefix('suggest:')} since {one['set_at']:%Y-%m-%d %H:%M}: {one['reason']}"
+            for one in switches
+        ]
         return "\n".join([*lines, "work: " + (", ".join(f"{count} {name}" for name, count in work.items()) or "nothing waits")])
 
     show(plain, report, text)

@@ -33,7 +33,7 @@ def scoped(command: Any) -> Any:
     return command
 
 
-def _scope(owner: UUID | None, service: str | None, plain: bool) -> dict[str, str]:
+def scope_of(owner: UUID | None, service: str | None, plain: bool) -> dict[str, str]:
     """The scope for the operator's key, everything where none is named; an owner's key has its own, and names none."""
     if owner is not None and service is not None:
         end(plain, "give --owner or --service, not both", 2)
@@ -48,7 +48,7 @@ def _scope(owner: UUID | None, service: str | None, plain: bool) -> dict[str, st
 @as_json
 def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
     """Starts nothing new in the scope (everything, an owner, a service); what runs goes on to its end."""
-    done = api(plain).post("/switches/pause", {"reason": reason, **_scope(owner, service, plain)})
+    done = api(plain).post("/switches/pause", {"reason": reason, **scope_of(owner, service, plain)})
     show(plain, done, lambda: f"paused: {done['scope']}; `kilo-pipelines resume` goes on")
 
 
@@ -58,7 +58,7 @@ def pause(owner: UUID | None, service: str | None, reason: str, plain: bool) -> 
 @as_json
 def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> None:
     """The kill switch: cancels what runs in the scope and starts nothing until it is released."""
-    done = api(plain).post("/switches/kill", {"reason": reason, **_scope(owner, service, plain)})
+    done = api(plain).post("/switches/kill", {"reason": reason, **scope_of(owner, service, plain)})
     show(
         plain,
         done,
@@ -71,7 +71,7 @@ def kill(owner: UUID | None, service: str | None, reason: str, plain: bool) -> N
 @as_json
 def resume(owner: UUID | None, service: str | None, plain: bool) -> None:
     """Releases a pause or kill switch of the same scope."""
-    done = api(plain).post("/switches/resume", _scope(owner, service, plain))
+    done = api(plain).post("/switches/resume", scope_of(owner, service, plain))
     show(plain, done, lambda: f"released: {done['scope']}")
 
 

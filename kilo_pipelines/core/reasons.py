@@ -469,10 +469,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Create an organization for several people; name the person's login for an owner of kind `user`.",
     ),
     Reason.SWITCH_NOT_SET: (
-        "Nothing is paused or stopped in this scope.",
-        "`kilo-pipelines resume` names the scope that was switched.",
+        "Nothing is switched in this scope: it isn't paused or stopped, or isn't in suggest-only mode.",
+        "Name the scope as it was switched.",
     ),
-    Reason.SWITCH_HELD: ("The operator paused or stopped this scope.", "Ask the operator; only the operator releases it."),
+    Reason.SWITCH_HELD: ("The operator switched this scope.", "Ask the operator; only the operator releases it."),
     Reason.SETTINGS_MISSING: ("The owner has no settings of this service.", "Save some first; saving doesn't switch it on."),
     Reason.API_ADDRESS_REFUSED: (
         "The control API's address isn't https, or isn't an address: a key would go over the wire in the clear.",
@@ -674,8 +674,8 @@ MEANING: dict[Reason, tuple[str, str]] = {
         "Somebody who may write comments `/ok-to-test`, or `kilo-pipelines reviews approve`.",
     ),
     Reason.APPROVAL_STALE: (
-        "What was approved was another head than the present one.",
-        "Look at the new commits and approve again.",
+        "What was approved isn't what is there now: another head, or another content.",
+        "Look at what is there now and approve that.",
     ),
     Reason.APPROVAL_REFUSED: (
         "Whoever approved may not write to the repository.",

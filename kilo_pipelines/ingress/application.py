@@ -41,6 +41,7 @@ from kilo_pipelines.ingress.bodies import (
 )
 from kilo_pipelines.ingress.control import HANDLERS, ControlRoute, Gate
 from kilo_pipelines.ingress.deliveries import delivery_routes
+from kilo_pipelines.ingress.limits import limit_routes
 from kilo_pipelines.ingress.owners import owner_routes
 from kilo_pipelines.ingress.page import page_routes
 from kilo_pipelines.ingress.security import security_routes
@@ -340,6 +341,7 @@ def admin_application(ingress: Ingress, door: Sequence[BaseRoute] = ()) -> FastA
     router.dependencies.append(Security(HTTPBearer(scheme_name="apiKey", auto_error=False)))
     owner_routes(router, ingress.store, ingress.clock)
     work_routes(router, ingress.store, ingress.clock)
+    limit_routes(router, ingress.store)
     delivery_routes(router, ingress.store)
     security_routes(router, ingress.store, ingress.clock)
     security_work_routes(router, ingress.store)

@@ -392,15 +392,15 @@ def owner_routes(router: APIRouter, store: Store, clock: Clock) -> None:
 
     @router.get("/api/v1/services/{service}/settings", responses=ABOUT_ONE, **act("read"))
     def show_service_settings(who: Who, service: str, asked: Annotated[Asked, Query()]) -> ServiceSettings:
-        """Settings of a service."""
-        return _settings(services.settings_of(store, _service(service), by=by_query(store, who, asked)))
+        """Settings of a service, or the owner's `limits`."""
+        return _settings(given(services.settings_of(store, _setting(service), by=by_query(store, who, asked))))
 
     @router.put("/api/v1/services/{service}/settings", responses=CHANGES | {422: {"model": Refused}}, **act("settings"))
     def save_service_settings(who: Who, service: str, asked: Annotated[Asked, Query()], wish: SettingsWish) -> ServiceSettings:
-        """Changes settings of a service; never switches it on or off."""
+        """Changes settings of a service, or the owner's `limits`; never switches it on or off."""
         by = by_query(store, who, asked)
         saved = services.save(
-            store, _service(service), wish.settings, expected_revision=wish.expected_revision, by=by, now=clock.now()
+            store, _setting(service), wish.settings, expected_revision=wish.expected_revision, by=by, now=clock.now()
         )
         return _settings(given(saved))
 
@@ -435,6 +435,12 @@ def _by_key(store: Store, who: Principal, key: UUID) -> acts.By:
 
 
 def _service(name: str) -> str:
+    if name not in services.SERVICES:
+        raise NotFoundError
+    return name
+
+
+def _setting(name: str) -> str:
     if name not in services.CONFIGS:
         raise NotFoundError
     return name

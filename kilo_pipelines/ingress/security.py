@@ -432,7 +432,7 @@ def security_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     def show_settings(who: Who, asked: Annotated[Asked, Query()]) -> Settings:
         """The owner's settings."""
         by = by_query(store, who, asked)
-        found = services.settings_of(store, SERVICE, by=by)
+        found = given(services.settings_of(store, SERVICE, by=by))
         known = store.owners.services(by.owner_id)
         return Settings(
             settings=ShownConfig.model_validate(found.config),

@@ -280,10 +280,10 @@ class SwitchOn(SwitchWish):
 
 
 class SwitchShown(Strict):
-    """A scope in which nothing is started; `kill`: what ran was cancelled, too."""
+    """A scope in which nothing is started (`kill`: what ran was cancelled, too), or nothing is written unasked (`suggest`)."""
 
     scope: str
-    kind: Literal["pause", "kill"]
+    kind: Literal["pause", "kill", "suggest"]
     reason: str
     set_by: str
     set_at: datetime
@@ -359,14 +359,14 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     @router.get("/api/v1/reviews/{item}", responses=ABOUT_ONE, **act("read"))
     def show_review(who: Who, item: UUID) -> ReviewShown:
         """One review with its evidence: what was sent to the model, what was not."""
-        found = _review(store, who, item)
+        found = review_of(store, who, item)
         events = store.sessions.events(found.session_id) if found.session_id else []
         return ReviewShown.model_validate({**vars(found), "effects": store.outbox.of_item(item), "events": events})
 
     @router.post("/api/v1/reviews/{item}/cancel", responses=CHANGES, **act("work"))
     def cancel_review(who: Who, item: UUID) -> Cancelled:
         """Ends a review that waits or runs."""
-        found = _review(store, who, item)
+        found = review_of(store, who, item)
         if not store.queue.cancel(found.item_id, reason=Reason.USER_CANCELLED, actor=actor_of(who)):
             raise RefusedError(Refusal(Reason.MOVED_ON, str(item)))
         return Cancelled()
@@ -438,9 +438,10 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
 
     @router.get("/api/v1/switches", responses=REFUSALS, **act("read"))
     def list_switches(who: Who) -> SwitchList:
-        """What is paused or stopped."""
-        found = (SwitchShown(**one) for one in store.queue.switches())
-        return SwitchList(switches=[one for one in found if who.owner_id is None or one.scope == f"owner:{who.owner_id}"])
+        """What is paused, stopped or in suggest-only mode."""
+        return SwitchList(
+            switches=[one for one in _switches(store) if who.owner_id is None or one.scope == f"owner:{who.owner_id}"]
+        )
 
     @router.post("/api/v1/switches/pause", responses=CHANGES, **act("switch"))
     def pause(who: Who, wish: SwitchOn) -> Switched:
@@ -455,7 +456,7 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     @router.post("/api/v1/switches/resume", responses=CHANGES, **act("switch"))
     def resume(who: Who, wish: SwitchWish) -> Released:
         """Releases a switch of exactly this scope; the operator's own only by the operator."""
-        scope = _scope(store, who, wish)
+        scope = scope_of(store, who, wish)
         given(acts.release_switch(store, scope, owner_id=who.owner_id, role=who.role, actor=actor_of(who)))
         return Released(scope=scope)
 
@@ -467,7 +468,7 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
             ok=schema.present == schema.wanted,
             version=__version__,
             migration=schema,
-            switches=[SwitchShown(**one) for one in store.queue.switches()],
+            switches=_switches(store),
             work={f"{what}.{state}": count for (what, state), count in store.queue.gauges().items()},
         )
 
@@ -488,14 +489,15 @@ def _item(store: Store, who: Principal, item: UUID) -> ItemRow:
     return found
 
 
-def _review(store: Store, who: Principal, item: UUID) -> ReviewRow:
+def review_of(store: Store, who: Principal, item: UUID) -> ReviewRow:
+    """A review that whoever asks may know of."""
     found = store.reviews.get(item)
     if found is None or who.owner_id not in (None, found.owner_id):
         raise NotFoundError
     return found
 
 
-def _scope(store: Store, who: Principal, wish: SwitchWish) -> str:
+def scope_of(store: Store, who: Principal, wish: SwitchWish) -> str:
     """The scope that is meant; a switch of everything is never meant by saying nothing."""
     if (who.owner_id is None) == (wish.scope is None):
         detail = "scope: name one" if who.owner_id is None else "scope: it is the key's owner"
@@ -507,8 +509,12 @@ def _scope(store: Store, who: Principal, wish: SwitchWish) -> str:
     return wish.scope
 
 
+def _switches(store: Store) -> list[SwitchShown]:
+    return [SwitchShown(**{**one, "scope": one["scope"].removeprefix("suggest:")}) for one in store.queue.switches()]
+
+
 def _switch(store: Store, who: Principal, wish: SwitchOn, kind: Literal["pause", "kill"]) -> Switched:
-    scope = _scope(store, who, wish)
+    scope = scope_of(store, who, wish)
     reason = storable(wish.reason)
     stopped = given(acts.set_switch(store, scope, kind, reason, owner_id=who.owner_id, role=who.role, actor=actor_of(who)))
     return Switched(scope=scope, kind=kind, cancelled=stopped)

@@ -367,13 +367,19 @@ class Queue:
         return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
 
     def suggest_only(self, scope: str, on: bool, reason: str, *, actor: str) -> bool:
-        """Sets or ends suggest-only mode for a scope as in `switch`; False when it wasn't set. What is held stays held."""
+        """Sets or ends suggest-only mode for a scope as in `switch`. What is held stays held.
+
+        False when the operator set it there and somebody else acts, or when it should end and wasn't set.
+        """
         key = f"suggest:{scope}"
-        if not on:
-            return self.unswitch(key, actor=actor)
         with self._database.system() as connection:
-            changed(connection, system.SET_SWITCH.sql, scope=key, kind="suggest", reason=reason, actor=actor)
-        return True
+            if on:
+                done = changed(connection, system.SET_SWITCH.sql, scope=key, kind="suggest", reason=reason, actor=actor)
+            else:
+                done = changed(connection, system.CLEAR_SWITCH.sql, scope=key, actor=actor)
+        if done:
+            self._audit_switch(scope, f"suggest_only.{'on' if on else 'off'}", actor, {"reason": reason} if on else {})
+        return bool(done)
 
     def switches(self) -> list[dict[str, Any]]:
         """Every switch that is set."""

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import create_engine, text
 
+from kilo_pipelines.core.effects import EffectKind
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress.application import Ingress, admin_application
 from kilo_pipelines.store import NewItem
@@ -21,7 +22,7 @@ from tests.conftest import Database
 from tests.support.browser import browser
 from tests.support.keys import api_key
 from tests.support.served import served
-from tests.support.store import World
+from tests.support.store import World, intent
 
 
 @dataclass
@@ -216,3 +217,115 @@ def test_an_item_of_the_queue_is_shown_with_its_attempts(api: Api) -> None:
     assert shown["effects"] == [] and shown["events"] == []
     other = NewItem("security_sync", "sync", api.world.repository, 0, {"repository_id": None, "requested_by": "x"})
     assert api.database.store.queue.open(api.world.owner.id, other, actor="x") is not None
+
+
+def _held(world: World, key: str, kind: EffectKind = EffectKind.GITHUB_REACTION, **payload: Any) -> str:
+    """An effect of a review that ended in suggest-only mode."""
+    claim, held = world.running()
+    world.store.sessions.finish(held, status="completed", reason=None, result={})
+    effect = intent(key, key).model_copy(update={"kind": kind, "payload": payload})
+    with world.store.settlements.open(claim.item_id) as tx:
+        assert tx is not None
+        tx.conclude(state="completed", reason="reviewed", verdict={}, evidence=None, effects=[effect])
+    return str(world.store.outbox.listed(item_id=claim.item_id)[0]["id"])
+
+
+def test_limits_are_settings_over_a_revision_and_are_never_switched_off(api: Api) -> None:
+    path = "services/limits/settings"
+    first = api.told("GET", path, "viewer")
+    assert (first["revision"], first["settings"]["daily"]) == (0, {"tokens": None, "usd": None})
+    wish: dict[str, Any] = {"expected_revision": 0, "settings": {"daily": {"tokens": 1_000, "usd": 2.5}}}
+    for who in ("member", "viewer"):
+        assert api.told("PUT", path, who, status=401, json=wish)["reason"] == Reason.ROLE_NOT_ALLOWED
+    assert api.told("PUT", path, json=wish)["revision"] == 1
+    stale = api.told("PUT", path, status=409, json={"expected_revision": 0, "settings": {"daily": {"tokens": 10**9}}})
+    assert stale["reason"] == Reason.SETTINGS_STALE and api.told("GET", path)["settings"]["daily"]["tokens"] == 1_000
+    for wrong in ({"daily": {"tokens": -1}}, {"outsiders": "everybody"}, {"enabled": False}, {"session_usd": 0}):
+        assert api.told("PUT", path, status=422, json={"expected_revision": 1, "settings": wrong})["reason"] == "settings_invalid"
+    assert api.told("POST", "services/limits/disable", status=404, json={}) == {"outcome": "not_found"}
+    assert "limits" not in {one["service"] for one in api.told("GET", "services")["services"]}
+    (today,) = api.told("GET", "spend", "viewer")["budgets"]
+    assert (today["owner_id"], today["tokens"], today["micro_usd"]) == (str(api.world.owner.id), 1_000, 2_500_000)
+    assert today in api.told("GET", "spend?days=366", "operator")["budgets"]
+    assert api.told("GET", "spend?days=367", status=400)["reason"] == Reason.QUERY_INVALID
+    # What cannot be read spends nothing, and says where to begin.
+    with api.database.store.database.owner(api.world.owner.id) as connection:
+        connection.execute(text("update service_configs set config = '{\"daily\": 7, \"odd\": 1}' where service = 'limits'"))
+    unreadable = api.told("GET", path, status=409)
+    assert unreadable["reason"] == Reason.LIMITS_INVALID and unreadable["detail"].startswith("at revision 1: daily")
+    assert api.told("PUT", path, json={"expected_revision": 1, "settings": {"daily": {}}})["settings"]["daily"]["tokens"] is None
+
+
+def test_what_is_held_is_let_go_as_it_was_shown_by_who_may(api: Api) -> None:
+    own = {"scope": f"owner:{api.world.owner.id}", "on": True}
+    assert api.told("POST", "suggest-only", status=400, json={"on": True})["reason"] == Reason.PAYLOAD_SHAPE_MISMATCH
+    assert api.told("POST", "suggest-only", json={"on": True, "reason": "at first"}) == own
+    (switch,) = api.told("GET", "switches", "viewer")["switches"]
+    assert (switch["kind"], switch["scope"]) == ("suggest", own["scope"])
+    effect, notice = _held(api.world, "one", content="+1"), _held(api.world, "two", EffectKind.NOTICE_WEBHOOK, url="https://x/y")
+    shown = api.told("GET", f"effects/{effect}", "viewer")
+    assert (shown["state"], shown["payload"]) == ("held", {"content": "+1"})
+    for who in ("viewer", "member"):
+        body = {"sha256": shown["sha256"]}
+        assert api.told("POST", f"effects/{effect}/approve", who, status=401, json=body)["reason"] == Reason.ROLE_NOT_ALLOWED
+        secret = api.told("GET", f"effects/{notice}", who)
+        assert (secret["payload"], secret["sha256"]) == ({}, None), "an address may hold a secret"
+    assert api.told("GET", f"effects/{notice}")["payload"] == {"url": "https://x/y"}
+    other = api.told("POST", f"effects/{effect}/approve", status=409, json={"sha256": "0" * 64})
+    assert other["reason"] == Reason.APPROVAL_STALE and api.told("GET", f"effects/{effect}")["state"] == "held"
+    assert api.told("POST", f"effects/{effect}/approve", json={"sha256": shown["sha256"]}) == {"state": "pending"}
+    assert (
+        api.told("POST", f"effects/{effect}/approve", status=409, json={"sha256": shown["sha256"]})["reason"] == "approval_stale"
+    )
+    stranger = api_key(api.database.store, "owner", World(api.database.store, api.database.clock).owner.id)
+    for method, path in (("GET", f"effects/{effect}"), ("POST", f"effects/{effect}/approve")):
+        body = {} if method == "GET" else {"json": {"sha256": shown["sha256"]}}
+        assert api.told(method, path, stranger, status=404, **body) == {"outcome": "not_found"}
+    events = api.told("GET", "audit?limit=1000")["events"]
+    assert [one["action"] for one in events if one["subject"] == effect] == ["effect.approve"]
+
+
+def test_suggest_only_of_the_operator_is_ended_by_the_operator_alone(api: Api) -> None:
+    scope = f"owner:{api.world.owner.id}"
+    api.told("POST", "suggest-only", "operator", json={"on": True, "reason": "abuse", "scope": scope})
+    for on in (True, False):
+        wish = {"on": on, "reason": "mine"}
+        assert api.told("POST", "suggest-only", status=409, json=wish)["reason"] == Reason.SWITCH_HELD
+        assert api.told("POST", "suggest-only", "member", status=401, json=wish)["reason"] == Reason.ROLE_NOT_ALLOWED
+        assert api.told("POST", "suggest-only", status=400, json={**wish, "scope": "all"})["reason"] == "payload_shape_mismatch"
+    assert api.told("GET", "health", "operator")["switches"][0]["set_by"] == "operator"
+    api.told("POST", "suggest-only", "operator", json={"on": False, "scope": scope})
+    assert api.told("POST", "suggest-only", status=409, json={"on": False})["reason"] == Reason.SWITCH_NOT_SET
+    told = [one["action"] for one in api.told("GET", "audit?limit=1000")["events"] if one["subject"] == scope]
+    assert told[:2] == ["suggest_only.off", "suggest_only.on"]
+
+
+def test_an_outsiders_review_is_approved_at_the_head_that_was_looked_at(api: Api) -> None:
+    item = api.world.item()
+    head_sha = api.told("GET", f"reviews/{item}")["head_sha"]
+    assert (
+        api.told("POST", f"reviews/{item}/approve", "viewer", status=401, json={"head": head_sha})["reason"] == "role_not_allowed"
+    )
+    another = "f" * 40 if head_sha[0] != "f" else "e" * 40
+    for wrong, reason, status in ((another, Reason.APPROVAL_STALE, 409), (head_sha[:6], Reason.PAYLOAD_SHAPE_MISMATCH, 400)):
+        assert api.told("POST", f"reviews/{item}/approve", "member", status=status, json={"head": wrong})["reason"] == reason
+    number = api.database.store.reviews.get(item)
+    assert number is not None
+    pull = (api.world.owner.id, number.repository_id, number.pull_number)
+    assert api.database.store.approvals.of_pull(*pull) == []
+    made = api.told("POST", f"reviews/{item}/approve", "member", json={"head": head_sha[:12]})
+    (approval,) = api.database.store.approvals.of_pull(*pull)
+    assert (str(approval.id), approval.head_sha, approval.granted) == (made["approval"], head_sha, True)
+    assert approval.by.startswith("key:")
+    api.told("POST", f"items/{item}/cancel")
+    assert api.told("POST", f"reviews/{item}/approve", status=409, json={"head": head_sha})["reason"] == Reason.MOVED_ON
+
+
+def test_the_operator_says_which_models_an_owner_may_name(api: Api) -> None:
+    path, owner = "models/maker/large-4", f"?owner={api.world.owner.id}"
+    assert api.told("PUT", path, status=401, json={"allowed": True})["reason"] == Reason.ROLE_NOT_ALLOWED
+    api.told("PUT", path + owner, "operator", json={"allowed": True})
+    assert api.told("GET", "models", "viewer") == {"models": ["maker/large-4"]}
+    assert api.told("PUT", f"models/a%20b{owner}", "operator", status=404, json={"allowed": True}) == {"outcome": "not_found"}
+    api.told("PUT", path + owner, "operator", json={"allowed": False})
+    assert api.told("GET", f"models{owner}", "operator") == {"models": []}

@@ -18,7 +18,9 @@ import pytest
 from click.testing import Result
 
 from kilo_pipelines.cli.main import main
-from kilo_pipelines.settings import write_secret
+from kilo_pipelines.cli.roles import ROLES, adopt_secrets
+from kilo_pipelines.core.limits import Usage
+from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher
 from tests.conftest import Database
 from tests.support.figures import Figures
@@ -50,7 +52,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "reviews show": ("api", [str(uuid4())]),
     "reviews dispatch": ("operator", ["--owner", str(uuid4()), "--repository", "o/r", "--pull", "1"]),
     "reviews cancel": ("api", [str(uuid4())]),
-    "reviews approve": ("operator", [str(uuid4()), "--head", "0123456"]),
+    "reviews approve": ("api", [str(uuid4()), "--head", "0123456"]),
     "password reset": ("host", []),
     "audit list": ("api", []),
     "audit seal": ("operator", []),
@@ -72,13 +74,13 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "effects list": ("api", []),
     "effects retry": ("api", [str(uuid4())]),
     "effects drop": ("api", [str(uuid4())]),
-    "effects show": ("operator", [str(uuid4())]),
-    "effects approve": ("operator", [str(uuid4()), "--sha256", "0" * 64]),
-    "spend": ("operator", []),
-    "budgets show": ("operator", ["--owner", str(uuid4())]),
-    "budgets set": ("operator", ["--owner", str(uuid4()), "--revision", "7", "{}"]),
-    "suggest-only on": ("operator", ["--owner", str(uuid4())]),
-    "suggest-only off": ("operator", ["--owner", str(uuid4())]),
+    "effects show": ("api", [str(uuid4())]),
+    "effects approve": ("api", [str(uuid4()), "--sha256", "0" * 64]),
+    "spend": ("api", []),
+    "budgets show": ("api", ["--owner", str(uuid4())]),
+    "budgets set": ("api", ["--owner", str(uuid4()), "--revision", "7", "{}"]),
+    "suggest-only on": ("api", ["--owner", str(uuid4())]),
+    "suggest-only off": ("api", ["--owner", str(uuid4())]),
     "security findings": ("api", ["--owner", str(uuid4())]),
     "security show": ("api", [str(uuid4())]),
     "security notices list": ("api", ["--owner", str(uuid4())]),
@@ -214,6 +216,26 @@ def test_the_operators_key_of_this_home_goes_to_no_other_address(
     assert (done.exit_code, json.loads(done.stdout)["reason"]) == (1, "api_key_missing")
 
 
+def test_where_the_admin_listener_runs_by_itself_its_home_makes_the_operators_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, address: str
+) -> None:
+    """With no more than that process has: its own two logins and the encryption key, mounted by an orchestrator."""
+    mounted, home = tmp_path / "mounted", tmp_path / "home"
+    mounted.mkdir()
+    (mounted / "database.json").write_text(json.dumps({name: database.logins[name] for name in ROLES["ingress"].logins}))
+    (mounted / "encryption.key").write_text(Cipher.new_key_file())
+    alone(monkeypatch, home, secrets_from=str(mounted), admin_port=address.rsplit(":", 1)[1])
+    adopt_secrets(Settings())  # as `run ingress` does before it becomes that process
+    assert json.loads(run("owners list").stdout)["reason"] == "api_key_missing"
+    done = run("operator-key rotate")
+    file = Path(json.loads(done.stdout)["file"])
+    first = file.read_text()
+    assert (done.exit_code, file.stat().st_mode & 0o777) == (0, 0o600) and first not in done.output
+    assert run("owners list").exit_code == 0
+    assert run("operator-key rotate").exit_code == 0 and database.store.api_keys.principal(first) is None
+    assert run("owners list").exit_code == 0
+
+
 def test_a_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What answers at the address may not send the key on."""
     asked: list[str] = []
@@ -271,7 +293,7 @@ def test_an_owners_key_commands_its_own_owner_only(
     assert changed["max_parts"] == 4 and told("services", "settings", "code_review", "--set", "max_parts=99", code=2)
     monkeypatch.setenv("KILO_API_KEY", new["key"])
     assert told("members", "add", "eve", "--role", "viewer", code=1)["reason"] == "role_not_allowed"
-    assert [one["id"] for one in told("keys", "list")] == [new["id"], bobs["id"]], "a person sees the own keys"
+    assert {one["id"] for one in told("keys", "list")} == {new["id"], bobs["id"]}, "a person sees the own keys"
     assert {one["action"] for one in database.store.audit.listed(owner_id=a.owner.id, limit=20)} >= {
         "member.add",
         "member.change",
@@ -279,6 +301,39 @@ def test_an_owners_key_commands_its_own_owner_only(
         "key.rotate",
         "config.put",
     }
+
+
+def test_an_owners_key_sets_its_own_limits_and_lets_go_what_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Database, address: str
+) -> None:
+    a, b = Corner(database, 4_712, "canary-a"), Corner(database, 4_712, "canary-b")
+    mine, theirs = a.item(1), b.item(1)
+    alone(monkeypatch, tmp_path, api_url=address, api_key=api_key(database.store, "owner", a.owner.id))
+
+    def told(*arguments: str, code: int = 0) -> Any:
+        done = invoked(*arguments, "--json")
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    assert told("budgets", "set", "--revision", "0", '{"daily": {"tokens": 10}}') == {"revision": 1}
+    assert told("budgets", "set", "--revision", "0", "{}", code=1)["reason"] == "settings_stale"
+    shown = told("budgets", "show")
+    assert (shown["revision"], shown["limits"]["daily"]["tokens"], shown["today"][0]["tokens"]) == (1, 10, 10)
+    (budget,) = told("spend")["budgets"]
+    assert (budget["owner"], budget["scope"]) == (a.owner.name, "all")
+    usage = {"session_id": None, "service": "code_review", "model": "m", "usage": Usage(11, 0), "price": None}
+    database.store.spend.record(a.owner.id, "meter", item_id=mine, **usage)
+    assert told("spend", code=1)["days"][0]["tokens_in"] == 11, "over the budget"
+    assert told("budgets", "set", "--revision", "1", '{"daily": {}}') == {"revision": 2}
+    assert told("spend")["budgets"] == []
+    assert told("suggest-only", "on")["scope"] == f"owner:{a.owner.id}"
+    assert told("suggest-only", "on", "--service", "code_review", code=2)["reason"] == "payload_shape_mismatch"
+    assert told("suggest-only", "off")["on"] is False
+    head = a.details(1)["head_sha"]
+    assert "another owner's" in told("reviews", "approve", str(theirs), "--head", head, code=1)["error"]
+    assert told("reviews", "approve", str(mine), "--head", "0" * 40, code=1)["reason"] == "approval_stale"
+    assert told("reviews", "approve", str(mine), "--head", head)["approval"]
+    assert [len(database.store.approvals.of_pull(one.owner.id, 4_712, 1)) for one in (a, b)] == [1, 0]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

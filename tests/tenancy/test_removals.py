@@ -223,7 +223,7 @@ def test_without_the_owner_of_a_review_its_route_tells(stage: test_routes.Stage,
             raise NotFoundError
         return found
 
-    monkeypatch.setattr(work, "_review", any_review)
+    monkeypatch.setattr(work, "review_of", any_review)
     assert test_routes.foreign_sees(stage, test_routes.ROUTES[route], route, "owner b") != []
 
 

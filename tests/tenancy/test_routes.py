@@ -238,6 +238,8 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "POST", "/api/v1/items/{item}/cancel"): Entry("work", asks=_ITEMS),
     ("admin", "POST", "/api/v1/items/{item}/retry"): Entry("work", asks=_of("item", lambda stage: stage.a.waiting, {})),
     ("admin", "GET", "/api/v1/effects"): Entry("read"),
+    ("admin", "GET", "/api/v1/effects/{effect}"): Entry("read", asks=_of("effect", _effect)),
+    ("admin", "POST", "/api/v1/effects/{effect}/approve"): Entry("effects", asks=_of("effect", _effect, {"sha256": "0" * 64})),
     ("admin", "POST", "/api/v1/effects/{effect}/retry"): Entry("effects", asks=_of("effect", _effect, {})),
     ("admin", "POST", "/api/v1/effects/{effect}/drop"): Entry("effects", asks=_of("effect", _effect, {})),
     ("admin", "GET", "/api/v1/deliveries"): Entry("read"),
@@ -246,8 +248,16 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "POST", "/api/v1/switches/pause"): Entry("switch", asks=_asking({})),
     ("admin", "POST", "/api/v1/switches/kill"): Entry("switch", asks=_asking({})),
     ("admin", "POST", "/api/v1/switches/resume"): Entry("switch", asks=_asking({})),
+    ("admin", "POST", "/api/v1/suggest-only"): Entry("switch", asks=_asking({"on": True})),
+    ("admin", "GET", "/api/v1/spend"): Entry("read"),
+    ("admin", "GET", "/api/v1/models"): Entry("read"),
+    ("admin", "PUT", "/api/v1/models/{model:path}"): Entry("platform", asks=_named("model:path", "x/y", {"allowed": True})),
     ("admin", "GET", "/api/v1/reviews"): Entry("read"),
     ("admin", "GET", "/api/v1/reviews/{item}"): Entry("read", asks=_ITEMS),
+    # Of a head that no review has: whoever may is told so, and nothing is approved.
+    ("admin", "POST", "/api/v1/reviews/{item}/approve"): Entry(
+        "work", asks=_of("item", lambda stage: stage.a.waiting, {"head": "0" * 40})
+    ),
     ("admin", "POST", "/api/v1/reviews/{item}/cancel"): Entry("work", asks=_ITEMS),
     ("admin", "POST", "/api/v1/reviews/dispatch"): Entry(
         "work", asks={"of A": _pull(ONLY_A), "of nobody": _pull(NOBODYS), "no id": _pull(-1)}

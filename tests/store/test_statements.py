@@ -224,6 +224,7 @@ def full(database: Database) -> World:
 HISTORY = ("work_items", "sessions", "effects", "deliveries")
 # Asked by a person now and then, or once a day: they may look through everything.
 FOR_PEOPLE = {"ITEMS_OF_PEOPLE", "EFFECTS_OF_PEOPLE", "EFFECT_OWNER", "SESSIONS_TO_RESEAL", "KEYS_IN_USE"}
+FOR_PEOPLE |= {"RESTORED_ITEMS", "RESTORED_SESSIONS", "RESTORED_EFFECTS", "RESTORED_ONCE"}  # once after a restore
 FOR_PEOPLE |= {f"SWEEP.{name}" for name in SWEEP}
 REPEATED = sorted(
     name for name, one in STATEMENTS.items() if any(table in one.sql for table in HISTORY) and name not in FOR_PEOPLE

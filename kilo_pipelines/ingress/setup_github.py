@@ -124,7 +124,8 @@ class SetupDesk:
         wanted = link.request
         has_app = settings.github_app_id is not None and held.private_key is not None
         if not has_app or (wanted["new_app"] and "created" not in link.notes):
-            return HTMLResponse(self._create_page(link, settings))
+            # Its form leads to the GitHub that was asked for, which isn't the settings' yet.
+            return HTMLResponse(self._create_page(link, settings), headers=pages.headers(wanted["web_url"]))
         with_app = self._checks(settings, held, link)
         connected = link.notes.get("connected")
         refused = link.notes.get("refused")

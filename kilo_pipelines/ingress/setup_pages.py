@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from typing import Any
 
@@ -88,7 +89,7 @@ def _connected(told: dict[str, Any]) -> str:
     owner = escape(told["owner"])
     made = "A new owner was made for it" if told["made"] else "It belongs to the owner"
     return f"""<div class="done"><p><b>{escape(told["account"])} is connected.</b> GitHub says that {escape(told["person"])} administers it.
-{made}: {escape(told["name"])}, with {int(told["repositories"])} repositories.</p>
+{made}: {escape(told["name"])}. Repositories: {int(told["repositories"])}.</p>
 <p>Nothing is reviewed until you say so:</p>
 <pre>kilo-pipelines services enable code_review --owner {owner}
 kilo-pipelines doctor</pre></div>"""
@@ -128,17 +129,23 @@ def _events() -> str:
 def _check(check: Check) -> str:
     mark = "ok" if check.ok else "bad" if check.required else "note"
     word = {"ok": "fine", "bad": "missing", "note": "note"}[mark]
-    remedy = "" if check.ok else f"<br><code>{escape(check.code)}</code> {escape(check.remedy)}"
+    remedy = "" if check.ok else f"<br><code>{escape(check.code)}</code> {_words(check.remedy)}"
     return f'<tr class="{mark}"><td>{word}</td><td>{escape(check.name)}</td><td>{escape(check.found)}{remedy}</td></tr>'
 
 
 def _refusal(reason: Reason, detail: str) -> str:
     meaning, remedy = MEANING[reason]
-    more = f"<p>{escape(detail)}</p>" if detail else ""
+    more = f"<p>{_words(detail)}</p>" if detail else ""
     return (
         f'<div class="refused" role="alert"><p><code id="reason">{reason}</code> {escape(meaning)}</p>{more}'
-        f"<p><b>What to do:</b> {escape(remedy)}</p></div>"
+        f"<p><b>What to do:</b> {_words(remedy)}</p></div>"
     )
+
+
+def _words(text: str) -> str:
+    """A remedy: escaped, with its commands set as such and its addresses as links."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"https?://[^\s<&;]+", r'<a href="\g<0>">\g<0></a>', marked)
 
 
 def _frame(title: str, body: str) -> str:

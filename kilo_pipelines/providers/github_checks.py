@@ -134,8 +134,9 @@ def _installation(one: InstallationFacts, holder: Holder | None) -> Iterator[Che
     organization = one.target_type == "Organization"
     lacking = missing(holder.services, one.permissions, one.events, organization=organization)
     if not lacking:
-        services = ", ".join(sorted(holder.services)) or "no service yet"
-        yield Check(name, str(Reason.PERMISSION_MISSING), True, f"owner {holder.owner}, grants what {services} needs", "")
+        services = ", ".join(sorted(holder.services))
+        found = f"grants what {services} needs" if services else "no service is on"
+        yield Check(name, str(Reason.PERMISSION_MISSING), True, f"owner {holder.owner}, {found}", "")
         return
     page = f"{one.html_url}/permissions/update"
     yield _fault(name, Reason.PERMISSION_MISSING, _words(lacking), f"an owner of {one.account.login} accepts them at {page}")

@@ -43,6 +43,14 @@ def test_the_command_prints_a_link_that_leads_to_the_reasons(world: SetupWorld) 
     assert Person("mallory").go(told["link"]).status_code == 400, "a link is opened by one browser"
 
 
+def test_the_form_may_lead_to_the_github_that_was_asked_for_and_to_no_other(world: SetupWorld) -> None:
+    asked = {"web_url": "https://github.corp.example", "api_url": "https://github.corp.example/api/v3", "new_app": True}
+    page = Person("grace").go(world.link(**asked))
+    assert "form-action https://github.corp.example;" in page.headers["content-security-policy"]
+    assert 'action="https://github.corp.example/organizations/acme/settings/apps/new?' in page.text
+    assert page.headers["cache-control"] == "no-store" and "default-src 'none'" in page.headers["content-security-policy"]
+
+
 def _click(page: Page, button: str, until: str, person: str = "grace") -> None:
     page.run(f"document.querySelector('#person') && (document.querySelector('#person').value = '{person}')")
     page.run(f"document.querySelector('{button}').click()")

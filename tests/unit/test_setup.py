@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kilo_pipelines.cloud_agent.model_proxy import ModelProxy, Upstream
+from kilo_pipelines.core.checks import Check
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.ingress.setup_pages import app_page
 from kilo_pipelines.providers import github_alerts
 from kilo_pipelines.providers.github_permissions import (
     EVENTS,
@@ -79,6 +81,16 @@ def test_the_manifest_is_private_and_brings_our_state_back_by_our_own_authorizat
     made = manifest(name="n", home="h", webhook="w", created="c", authorized="a", installed="i")
     assert (made["public"], made["request_oauth_on_install"], made["callback_urls"]) == (False, False, ["a"])
     assert json.loads(json.dumps(made)) == made
+
+
+def test_what_comes_from_outside_stays_text_on_a_page() -> None:
+    """Names and GitHub's words are data: no element and no attribute comes out of them, whatever they hold."""
+    hostile = """"><script>x</script>`<img src=x>` https://a.example/"onmouseover=x 'y'"""
+    check = Check(hostile, "signature_invalid", False, hostile, hostile)
+    told = {"owner": hostile, "name": hostile, "made": True, "repositories": 1, "person": hostile, "account": hostile}
+    page = app_page([check], {}, told, ["setup_state_invalid", hostile], Settings())
+    assert not re.search(r"<script|<img|<[^>]* onmouseover", page)
+    assert "&lt;script&gt;" in page
 
 
 # -- the webhook secret ----------------------------------------------------------------------------------------------------

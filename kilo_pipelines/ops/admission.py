@@ -1,5 +1,7 @@
 """Admission: from a stored delivery to a work item or a stored reason; the database only, decided by the services."""
 
+from datetime import timedelta
+
 from pydantic import ValidationError
 
 from kilo_pipelines.core.markers import Marker
@@ -18,6 +20,8 @@ from kilo_pipelines.services.security.sla import SlaPolicy
 from kilo_pipelines.store import AdmissionTx, NewItem
 
 SERVICE = "code_review"
+# GitHub tells the time of a comment in whole seconds.
+CUT = timedelta(seconds=1)
 
 
 def admit(tx: AdmissionTx, marker: Marker) -> None:
@@ -74,7 +78,7 @@ def _comment(tx: AdmissionTx) -> None:
     live = next((one for one in tx.items(SERVICE, subject) if WorkState(one.state) not in FINAL), None)
     if live is None or tx.repository(event.repository.id) is None:
         tx.skip(Reason.ACTION_IGNORED)
-    elif not live.head_sha.startswith(named) or event.comment.created_at < live.head_since:
+    elif not live.head_sha.startswith(named) or event.comment.created_at + CUT < live.head_since:
         # A comment that comes late was written before this head was there: whoever wrote it saw another one (threats, rule 8).
         tx.skip(Reason.APPROVAL_STALE, item_id=live.id)
     else:

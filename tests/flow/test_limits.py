@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -38,9 +38,13 @@ class Desk:
             self.engine.owner, SETTINGS, config, enabled=True, expected_revision=self.revision, actor="test"
         )
 
-    def deliver(self, sent: dict[str, Any], event: str = "pull_request") -> str | None:
-        """The webhook that the twin sent for this, admitted; the reason of its skip."""
+    def deliver(self, sent: dict[str, Any], event: str = "pull_request", written: datetime | None = None) -> str | None:
+        """The webhook that the twin sent for this, admitted; the reason of its skip. `written`: when its comment was."""
         body = self.engine.payload(sent)
+        if written is not None:
+            told = json.loads(body)
+            told["comment"]["created_at"] = f"{written:%Y-%m-%dT%H:%M:%SZ}"
+            body = json.dumps(told).encode()
         new = NewDelivery(self.engine.owner, self.engine.integration, uuid4().hex, event, json.loads(body)["action"], body, {})
         receipt = self.store.inbox.record(new)
         self.store.inbox.admit_next(lambda tx: admit(tx, marker_of(self.store)), 50)
@@ -49,11 +53,13 @@ class Desk:
         assert row.state != "received"
         return cast("str | None", row.reason)
 
-    def comment(self, pull: dict[str, Any], by: str, body: str, action: str = "created") -> str | None:
+    def comment(
+        self, pull: dict[str, Any], by: str, body: str, action: str = "created", written: datetime | None = None
+    ) -> str | None:
         sent = self.engine.control(
             "comment", repository=pull["repository"], number=pull["number"], by=by, body=body, action=action
         )
-        return self.deliver(sent, "issue_comment")
+        return self.deliver(sent, "issue_comment", written)
 
     def item(self, pull: dict[str, Any]) -> UUID:
         rows = self.store.reviews.of_owner(self.engine.owner)
@@ -139,6 +145,14 @@ def test_another_head_than_the_approved_one_asks_again(desk: Desk) -> None:
     )
     desk.deliver(sent)
     assert desk.launch(pull).state == "running"
+
+
+def test_a_comment_that_comes_late_approves_no_head_that_its_author_never_saw(desk: Desk) -> None:
+    pull = desk.engine.control("open-pull", kind="planted", fork=True, author="mallory", head_ref="fork-late")
+    desk.deliver(pull)
+    desk.launch(pull)
+    assert desk.comment(pull, "grace", "/ok-to-test", written=datetime.now(UTC) - timedelta(minutes=10)) == Reason.APPROVAL_STALE
+    assert desk.launch(pull).state == "waiting"
 
 
 @pytest.mark.parametrize(("policy", "state"), [("review", "running"), ("skip", "cancelled")])

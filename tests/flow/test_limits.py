@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -59,7 +59,8 @@ class Desk:
         sent = self.engine.control(
             "comment", repository=pull["repository"], number=pull["number"], by=by, body=body, action=action
         )
-        return self.deliver(sent, "issue_comment", written)
+        # The platform's clock is the test's, the twin's isn't.
+        return self.deliver(sent, "issue_comment", written or self.store.clock.now())
 
     def item(self, pull: dict[str, Any]) -> UUID:
         rows = self.store.reviews.of_owner(self.engine.owner)
@@ -151,7 +152,10 @@ def test_a_comment_that_comes_late_approves_no_head_that_its_author_never_saw(de
     pull = desk.engine.control("open-pull", kind="planted", fork=True, author="mallory", head_ref="fork-late")
     desk.deliver(pull)
     desk.launch(pull)
-    assert desk.comment(pull, "grace", "/ok-to-test", written=datetime.now(UTC) - timedelta(minutes=10)) == Reason.APPROVAL_STALE
+    assert (
+        desk.comment(pull, "grace", "/ok-to-test", written=desk.store.clock.now() - timedelta(minutes=10))
+        == Reason.APPROVAL_STALE
+    )
     assert desk.launch(pull).state == "waiting"
 
 

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from kilo_pipelines.core.markers import Marker
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.text import clean
+from kilo_pipelines.core.text import clean, storable
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.ops.security_sync import SOURCE, AlertTaker, settle_duplicates
 from kilo_pipelines.services.code_review import admission as code_review
@@ -82,7 +82,7 @@ def _comment(tx: AdmissionTx) -> None:
         # A comment that comes late was written before this head was there: whoever wrote it saw another one (threats, rule 8).
         tx.skip(Reason.APPROVAL_STALE, item_id=live.id)
     else:
-        login = clean(event.comment.user.login)
+        login = storable(clean(event.comment.user.login))
         tx.approve(
             event.repository.id, event.issue.number, head_sha=live.head_sha, login=login, how="comment", subject_key=subject
         )

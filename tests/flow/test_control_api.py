@@ -20,6 +20,7 @@ from kilo_pipelines.store import NewItem
 from kilo_pipelines.store.migrate import head
 from tests.conftest import Database
 from tests.support.browser import browser
+from tests.support.ingress import OneSecret
 from tests.support.keys import api_key
 from tests.support.served import served
 from tests.support.store import World, intent
@@ -57,7 +58,7 @@ def api(database: Database) -> Iterator[Api]:
     World(database.store, database.clock)  # several owners: the operator has to name one
     keys = {role: api_key(database.store, role, world.owner.id) for role in ("owner", "member", "viewer")}
     keys["operator"] = api_key(database.store, "operator")
-    ingress = Ingress(database.store, None, frozenset({"localhost"}), database.clock)
+    ingress = Ingress(database.store, OneSecret(None), frozenset({"localhost"}), database.clock)
     yield Api(admin_application(ingress), database, world, keys)
 
 

@@ -41,7 +41,10 @@ from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Ages, Cipher, Repository, Store
 from tests.conftest import Database
+from tests.support.ingress import OneSecret
+from tests.support.keys import api_key
 from tests.support.security import LOG, syncing
+from tests.support.served import served
 from tests.support.sessions import free_port
 from tests.support.twin import Twin
 
@@ -53,7 +56,7 @@ class Front:
     """Our ingress on its port, up or down."""
 
     def __init__(self, store: Store, secret: str, port: int) -> None:
-        self._application = public_application(Ingress(store, secret, frozenset({"localhost"})))
+        self._application = public_application(Ingress(store, OneSecret(secret), frozenset({"localhost"})))
         self._port = port
 
     def up(self) -> None:
@@ -410,11 +413,15 @@ def test_the_commands_show_and_repair(world: World, monkeypatch: pytest.MonkeyPa
         return done.stdout
 
     assert "new" in run("repair")
-    missed, _, received = run("list", "--limit", "1000").partition("received")
-    assert guids[0] in missed
-    world.next_tick()
-    missed, _, received = run("list", "--limit", "1000").partition("received")
-    assert guids[0] in missed and guids[0] in received and "pulled" in received
+    key = api_key(world.store, "viewer", world.owner)
+    monkeypatch.setenv("KILO_API_KEY", key)
+    with served(world.database) as address:
+        monkeypatch.setenv("KILO_API_URL", address)
+        missed, _, received = run("list", "--limit", "1000").partition("received")
+        assert guids[0] in missed
+        world.next_tick()
+        missed, _, received = run("list", "--limit", "1000").partition("received")
+        assert guids[0] in missed and guids[0] in received and "pulled" in received
 
 
 class _Held:

@@ -19,13 +19,16 @@ from kilo_pipelines.cli.main import main
 from kilo_pipelines.cli.world import free_ports
 from kilo_pipelines.ingress.application import Ingress, admin_application
 from tests.conftest import Database
+from tests.support.ingress import OneSecret
 
 
 @contextmanager
 def served(database: Database) -> Iterator[str]:
     """The address of an admin listener over a database, under its clock, for as long as the block lasts."""
     port = free_ports(1)[0]
-    application = admin_application(Ingress(database.store, None, frozenset({"localhost", "127.0.0.1"}), database.clock))
+    application = admin_application(
+        Ingress(database.store, OneSecret(None), frozenset({"localhost", "127.0.0.1"}), database.clock)
+    )
     server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=port, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -15,7 +15,7 @@ from kilo_pipelines.core.approval import LABELS, command_of
 from kilo_pipelines.core.limits import LimitsConfig
 from kilo_pipelines.core.loops import is_marked, is_our_branch
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.core.text import clean
+from kilo_pipelines.core.text import clean, storable
 from kilo_pipelines.core.work import FINAL, WorkState
 from kilo_pipelines.services.code_review.config import CodeReviewConfig
 from kilo_pipelines.services.code_review.events import IssueCommentEvent, PullRequestEvent
@@ -95,7 +95,7 @@ def approval_of(event: PullRequestEvent) -> str | None:
     """Who approves this head by a label, as the signed payload tells it; whether they may is asked of the provider later."""
     if event.label is None or event.label.name.strip().lower() not in LABELS or event.sender is None or not by_person(event):
         return None
-    return clean(event.sender.login)
+    return storable(clean(event.sender.login))
 
 
 def command(event: IssueCommentEvent) -> str | Reason:

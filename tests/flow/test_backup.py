@@ -33,7 +33,7 @@ def test_a_review_at_work_goes_on_in_a_restored_home_and_no_altered_file_is_rest
     assert code == 0 and made["bytes"] == file.stat().st_size, made
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     content = file.read_bytes()
-    for secret in ("encryption.key", "database.json", "github-app.pem", "operator-api-key"):
+    for secret in ("encryption.key", "database.json", "github-app.sealed", "operator-api-key"):
         assert (platform.settings.secrets_dir / secret).read_bytes()[-40:-4] not in content
     platform.stop()
 

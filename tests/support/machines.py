@@ -29,7 +29,7 @@ from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.core.clock import SystemClock
-from kilo_pipelines.settings import Settings
+from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher, Store
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.store.rows import ReviewRow
@@ -184,7 +184,11 @@ class Machines:
         self.env = self._env | {"KILO_GITHUB_APP_ID": str(self.credentials["app_id"])}
         bundle = [*KILO, "bundle", str(self.secrets), "--database", self.admin_url]
         self._run("a", bundle, self.env)
-        setup.adopt_twin(Settings(home=self.secrets), self.credentials)
+        whole = Settings(home=self.secrets)
+        setup.adopt_twin(whole, self.credentials)
+        # As a person puts them there (docs/deploy.md): each process gets its own part of the App's secrets.
+        write_secret(whole.github_private_key_file, self.credentials["private_key_pem"])
+        write_secret(whole.webhook_secret_file, self.credentials["webhook_secret"])
         self._run("a", bundle, self.env)
         (self.home / "broker").mkdir()
         settings = f'bind {ADDRESS["a"]}\nport 6379\ndir {self.home / "broker"}\nappendonly yes\nsave ""\n'

@@ -388,8 +388,8 @@ def _any_signature(patch: pytest.MonkeyPatch) -> None:
 
 
 def _lenient_case(patch: pytest.MonkeyPatch) -> None:
-    strict = application.verify_signature
-    patch.setattr(application, "verify_signature", lambda secret, body, header: strict(secret, body, header.lower()))
+    strict = application.signed_with
+    patch.setattr(application, "signed_with", lambda secrets, body, header: strict(secrets, body, header.lower()))
 
 
 def _first_of_many(patch: pytest.MonkeyPatch) -> None:

@@ -259,17 +259,15 @@ def _late_write(engine: Engine) -> tuple[dict[str, Any], str]:
     engine.control("faults", faults=faults)
     pull, ending = _review(engine)
 
-    def answers_lost() -> int:
-        return len(
-            [one for one in engine.store.outbox.listed() if one["reason"] == Reason.PROVIDER_UNAVAILABLE and one["tries"] == 1]
-        )
+    def answers_lost() -> set[tuple[Any, int]]:
+        return {(one["id"], one["tries"]) for one in engine.store.outbox.listed() if one["reason"] == Reason.PROVIDER_UNAVAILABLE}
 
-    seen = 0
+    seen: set[tuple[Any, int]] = set()
     while not engine.quiet():
         engine.turn()
-        if answers_lost() > seen:  # the wait of real life, which this clock jumps over
+        if answers_lost() - seen:  # the wait of real life, which this clock jumps over
             time.sleep(2 * LATE_SECONDS)
-        seen = answers_lost()
+        seen |= answers_lost()
         engine.clock.advance(timedelta(seconds=5))
     return pull, ending
 

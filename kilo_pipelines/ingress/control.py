@@ -194,6 +194,11 @@ def one_or_all(store: Store, who: Principal, asked: Asked) -> UUID | None:
     return asked.owner
 
 
+def owners_of(store: Store, chosen: UUID | None) -> list[UUID]:
+    """The owners whose things a list shows: the chosen one, or all."""
+    return [one.id for one in store.owners.all()] if chosen is None else [chosen]
+
+
 def by_owner_of(who: Principal, owner_id: UUID | None) -> By:
     """Who asks about a thing of this owner (None: nobody's); the operator asks as its owner's operator."""
     if owner_id is None or who.owner_id not in (None, owner_id):

@@ -35,6 +35,7 @@ from kilo_pipelines.ingress.control import (
     by_query,
     given,
     one_or_all,
+    owners_of,
 )
 from kilo_pipelines.store import ApiKey, NewKey, Principal, Store, prefix_of
 
@@ -368,7 +369,7 @@ def owner_routes(router: APIRouter, store: Store, clock: Clock) -> None:
         return IntegrationList(
             integrations=[
                 IntegrationShown(owner_id=owner, **one)
-                for owner in _owners(store, who, asked)
+                for owner in owners_of(store, one_or_all(store, who, asked))
                 for one in store.owners.integrations(owner)
             ]
         )
@@ -385,7 +386,7 @@ def owner_routes(router: APIRouter, store: Store, clock: Clock) -> None:
         return ServiceList(
             services=[
                 ServiceShown(owner_id=owner, **one)
-                for owner in _owners(store, who, asked)
+                for owner in owners_of(store, one_or_all(store, who, asked))
                 for one in store.owners.services(owner)
             ]
         )
@@ -421,12 +422,6 @@ def owner_routes(router: APIRouter, store: Store, clock: Clock) -> None:
         """Who did what."""
         found = store.audit.listed(owner_id=one_or_all(store, who, asked), limit=asked.limit)
         return AuditList(events=[AuditEvent(**one) for one in found])
-
-
-def _owners(store: Store, who: Principal, asked: Asked) -> list[UUID]:
-    """The owners whose things a list shows."""
-    chosen = one_or_all(store, who, asked)
-    return [one.id for one in store.owners.all()] if chosen is None else [chosen]
 
 
 def _by_key(store: Store, who: Principal, key: UUID) -> acts.By:

@@ -167,6 +167,7 @@ class SetupDesk:
                 settings.webhook_url,
                 holders,
                 again=PING_SECONDS if first else 0.0,
+                only=link.request.get("installation"),
             )
 
     def _github(self, api_url: str, web_url: str) -> GitHubSetup:

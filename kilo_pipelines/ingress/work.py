@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -37,6 +36,7 @@ from kilo_pipelines.ingress.control import (
     by_owner_of,
     given,
     one_or_all,
+    owners_of,
 )
 from kilo_pipelines.store import ItemRow, Principal, ReviewRow, Store
 from kilo_pipelines.store.migrate import head
@@ -334,7 +334,7 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     def list_reviews(who: Who, asked: Annotated[ListQuery, Query()]) -> ReviewList:
         """Reviews: the owner's newest; for the operator those of every owner."""
         chosen = one_or_all(store, who, asked)
-        found = [one for owner in _owners(store, chosen) for one in store.reviews.of_owner(owner, limit=asked.limit)]
+        found = [one for owner in owners_of(store, chosen) for one in store.reviews.of_owner(owner, limit=asked.limit)]
         newest = sorted(found, key=lambda one: one.created_at, reverse=True)[: asked.limit]
         return ReviewList(reviews=[Review(**vars(one)) for one in newest])
 
@@ -343,7 +343,7 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
         """Has a pull request that the platform knows reviewed again."""
         found = [
             one
-            for owner in _owners(store, who.owner_id)
+            for owner in owners_of(store, who.owner_id)
             for one in store.reviews.of_owner(owner, limit=DISPATCH_LOOK_BACK)
             if (one.repository, one.pull_number) == (wish.repository, wish.pull_number)
         ]
@@ -476,10 +476,6 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
     def show_metrics(who: Who) -> Response:
         """Figures for Prometheus, over all owners."""
         return Response(metrics.exposition(store, clock.now()), media_type="text/plain; version=0.0.4")
-
-
-def _owners(store: Store, chosen: UUID | None) -> Iterable[UUID]:
-    return [one.id for one in store.owners.all()] if chosen is None else [chosen]
 
 
 def _item(store: Store, who: Principal, item: UUID) -> ItemRow:

@@ -32,11 +32,19 @@ class Holder:
 
 
 def look(
-    github: GitHubSetup, app_id: int, private_key: str, webhook_url: str, holders: Mapping[int, Holder], *, again: float = 0.0
+    github: GitHubSetup,
+    app_id: int,
+    private_key: str,
+    webhook_url: str,
+    holders: Mapping[int, Holder],
+    *,
+    again: float = 0.0,
+    only: int | None = None,
 ) -> list[Check]:
     """All checks of the App; what can't be asked because of an earlier fault is left out.
 
-    `again`: seconds for which a delivery that failed is sent once more and waited for; 0 only reads.
+    `again`: seconds for which a delivery that failed is sent once more and waited for; 0 only reads. `only`: the one installation that
+    is told of; others are other people's.
     """
     try:
         view = github.as_app(app_id, private_key)
@@ -57,6 +65,9 @@ def look(
         return [*checks, _failed("installations", failure)]
     if not installations:
         checks.append(_fault("installations", Reason.INTEGRATION_UNKNOWN, "the App is installed nowhere", required=False))
+    if only is not None:
+        installations = [one for one in installations if one.id == only]
+        holders = {number: holder for number, holder in holders.items() if number == only}
     there = {one.id for one in installations}
     gone = [
         _fault(f"installation {number}", Reason.INSTALLATION_GONE, f"owner {holder.owner} has it connected", required=False)

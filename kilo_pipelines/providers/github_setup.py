@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import outbound
+from kilo_pipelines.providers.github import LOOPBACK
 
 TIMEOUT_SECONDS = 10.0
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # GitHub's own advice for its App tokens: back-date by a minute; at most ten minutes long.
 _BACKDATE = timedelta(seconds=60)
 _JWT_LIFE = timedelta(minutes=5)

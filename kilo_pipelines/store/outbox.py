@@ -295,16 +295,15 @@ returning e.id, e.item_id, e.kind, e.intent_key, e.subject_key, e.payload, e.tri
 
     def get(self, effect_id: UUID) -> dict[str, Any] | None:
         """One effect with what it would write and the hash that an approval names; None for an unknown one."""
-        with self._database.system() as connection:
-            owner = one(connection, system.EFFECT_OWNER.sql, id=effect_id)
-        if owner is None:
+        owner_id = self.owner_of(effect_id)
+        if owner_id is None:
             return None
-        with self._database.owner(owner["owner_id"]) as connection:
+        with self._database.owner(owner_id) as connection:
             row = one(
                 connection,
                 "select owner_id, id, item_id, kind, subject_key, payload, state, reason, tries, held_until, url, created_at, ended_at"
                 " from effects where owner_id = :owner and id = :id",
-                owner=owner["owner_id"],
+                owner=owner_id,
                 id=effect_id,
             )
         return {**row, "sha256": content_hash(row["kind"], row["subject_key"], row["payload"])} if row else None

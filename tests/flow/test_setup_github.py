@@ -142,6 +142,18 @@ def test_a_spoofed_number_leads_to_the_person_and_no_further(made: SetupWorld, n
     assert "umbrella is connected" in page.text
 
 
+def test_a_link_for_one_installation_shows_and_connects_no_other(made: SetupWorld, number: int) -> None:
+    """It is handed to another organization's owner, who isn't to learn who else is here."""
+    foreign = made.twin.control("install", where="umbrella")["installation_id"]
+    mallory = Person("mallory")
+    page = mallory.go(made.link(installation=foreign))
+    assert "installation umbrella" in page.text and "installation acme" not in page.text
+    state = _state_of(mallory, f"{made.page}/install")
+    assert (
+        mallory.reason(mallory.go(f"{made.page}/installed?installation_id={number}&state={state}")) == Reason.SETUP_STATE_INVALID
+    )
+
+
 def _state_of(person: Person, address: str) -> str:
     answer = person.http.get(address, follow_redirects=False)
     return str(httpx.URL(answer.headers["location"]).params["state"])

@@ -26,6 +26,7 @@ from github.Requester import Requester
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.settings import LOOPBACK
 from kilo_pipelines.telemetry import traces
 
 # Half of an effect's lease (store/outbox.py): a write is over, or its answer lost, before anybody may take the effect over.
@@ -37,7 +38,6 @@ RATE_LIMIT_WAIT = 60.0
 MAX_WAIT = 3_600.0
 # The version of the API that the client was written against.
 HEADERS = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28", "User-Agent": "kilo-pipelines"}
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # A whole body; httpx's own time-out is per read, so that a trickle would never end.
 BODY_SECONDS = 30.0
 

@@ -302,29 +302,46 @@ def _reaction(installation: GitHubInstallation, wanted: ReactionPayload, gate: C
 def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, gate: Callable[[], None]) -> EffectReceipt:
     """`head_moved` for a branch, or a pull request from it, that shows another commit than ours, or leads elsewhere: nobody checked that."""
     repository = _here(installation, wanted.full_name)
-    found = installation.find_pull(wanted.full_name, wanted.head_ref)
+    if (found := _open_already(installation, wanted)) is not None:
+        return found
     with installation.errors():
-        shown = found.head_sha if found is not None else repository.get_commit(f"heads/{wanted.head_ref}").sha
-    moved = ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"{wanted.head_ref} is at another commit")
-    if shown != wanted.head_sha:
-        raise moved
-    if found is not None:
-        if found.base_ref != wanted.base_ref:
-            raise ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"the pull request leads to {found.base_ref}")
-        return EffectReceipt(external_id=str(found.number), url=found.url, created=False)
+        if repository.get_commit(f"heads/{wanted.head_ref}").sha != wanted.head_sha:
+            raise _moved(wanted.head_ref, "is at another commit")
     gate()
-    made = installation.create_pull(
-        wanted.full_name,
-        title=wanted.title,
-        body=cut(wanted.body, MAX_BODY),
-        head=wanted.head_ref,
-        base=wanted.base_ref,
-        draft=wanted.draft,
-    )
+    try:
+        made = installation.create_pull(
+            wanted.full_name,
+            title=wanted.title,
+            body=cut(wanted.body, MAX_BODY),
+            head=wanted.head_ref,
+            base=wanted.base_ref,
+            draft=wanted.draft,
+        )
+    except ProviderError as failure:
+        # GitHub takes no second one from a branch: an earlier write of ours, whose answer was lost, may have landed since we looked.
+        if failure.reason is Reason.PROVIDER_INVALID and (found := _open_already(installation, wanted)) is not None:
+            return found
+        raise
     if made.head_sha != wanted.head_sha:
         installation.close_pull(wanted.full_name, made.number)
-        raise moved
+        raise _moved(wanted.head_ref, "is at another commit")
     return EffectReceipt(external_id=str(made.number), url=made.url, created=True)
+
+
+def _open_already(installation: GitHubInstallation, wanted: PullRequestPayload) -> EffectReceipt | None:
+    """The pull request from our branch, when there is one; `head_moved` as in `_pull_request`."""
+    found = installation.find_pull(wanted.full_name, wanted.head_ref)
+    if found is None:
+        return None
+    if found.head_sha != wanted.head_sha:
+        raise _moved(wanted.head_ref, "is at another commit")
+    if found.base_ref != wanted.base_ref:
+        raise _moved(wanted.head_ref, f"leads to {found.base_ref}")
+    return EffectReceipt(external_id=str(found.number), url=found.url, created=False)
+
+
+def _moved(head_ref: str, how: str) -> ProviderError:
+    return ProviderError(Reason.HEAD_MOVED, retryable=False, detail=f"{head_ref} {how}")
 
 
 def _dismiss_alert(installation: GitHubInstallation, wanted: DismissAlertPayload, gate: Callable[[], None]) -> EffectReceipt:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import outbound
-from kilo_pipelines.providers.github import LOOPBACK
+from kilo_pipelines.settings import LOOPBACK
 
 TIMEOUT_SECONDS = 10.0
 # GitHub's own advice for its App tokens: back-date by a minute; at most ten minutes long.

@@ -25,7 +25,8 @@ import httpx
 from kilo_pipelines.core.effects import EffectIntent, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.providers import outbound
-from kilo_pipelines.providers.github import LOOPBACK, ProviderError, retry_after
+from kilo_pipelines.providers.github import ProviderError, retry_after
+from kilo_pipelines.settings import LOOPBACK
 
 # A whole HTTP exchange: httpx's own time-outs are per read, so that a trickle would never end. It ends within the effect's lease (20 s).
 # Of mail, whose server is the operator's, each step.

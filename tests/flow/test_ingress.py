@@ -29,14 +29,14 @@ def _metric(world: IngressWorld, line: str) -> float:
 
 
 def test_it_starts_fast_and_without_dagster() -> None:
-    """The public listener must be back within a second after a crash, and the orchestrator's imports cost three."""
+    """The public listener must be back soon after a crash, and the orchestrator's imports cost three seconds more."""
     code = (
         "import time, sys; t = time.monotonic(); import kilo_pipelines.ingress.__main__; s = time.monotonic() - t;"
         "print(s); print([m for m in ('dagster', 'pandas', 'github', 'celery') if m in sys.modules])"
     )
     seconds, loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert loaded == "[]"
-    assert float(seconds) < 3  # under a second on a quiet machine; the bound is loose for a busy one
+    assert float(seconds) < 3  # about a second on a quiet machine; the bound is loose for a busy one
 
 
 def test_a_delivery_is_stored_before_it_is_answered(world: IngressWorld) -> None:

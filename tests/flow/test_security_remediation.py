@@ -17,6 +17,7 @@ from kilo_pipelines.acts.remediation import PAGE, Bulk, admit, after_analysis, c
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.retry import CLASS_OF
 from kilo_pipelines.ops.security_remediation import follow_up
+from kilo_pipelines.providers.github import GitHubInstallation
 from kilo_pipelines.resources.github import GitHubResource
 from kilo_pipelines.services.security.remediation import CONFIRMING_SYNCS, REOPENED_WITHIN
 from tests.conftest import Database
@@ -112,6 +113,22 @@ def test_a_lost_answer_of_its_opening_leads_to_one_pull_request(shop: Shop, desk
     desk.work(shop.id)
     row, (pull,) = shop.row(item), shop.pulls()
     assert (row.effect_state, row.pull_number) == ("applied", pull["number"])
+
+
+def test_a_late_opening_that_lands_between_the_look_and_the_next_one_is_ours(
+    shop: Shop, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GitHub's list doesn't show it yet, and it takes no second one from the branch."""
+    shop.twin.fault("POST", f"{shop.full_name}/pulls", "lost")
+    item = shop.asked(shop.finding("twin-unpack"))
+    desk.work(shop.id)
+    find, looks = GitHubInstallation.find_pull, iter([False])
+    monkeypatch.setattr(GitHubInstallation, "find_pull", lambda *args: find(*args) if next(looks, True) else None)
+    shop.clock.advance(timedelta(minutes=5))
+    desk.work(shop.id)
+    row, (pull,) = shop.row(item), shop.pulls()
+    assert (row.effect_state, row.pull_number) == ("applied", pull["number"])
+    assert next(looks, None) is None
 
 
 def test_a_pull_request_that_was_closed_before_its_answer_came_is_not_opened_again(shop: Shop, desk: Dispatcher) -> None:

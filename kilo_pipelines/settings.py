@@ -240,7 +240,7 @@ class Settings(BaseSettings):
                 raise ValueError("redis://host:port/db or rediss://host:port/db without a password is needed")
         return value
 
-    @field_validator("public_origin")
+    @field_validator("public_origin", "admin_origin")
     @classmethod
     def _bare_origin(cls, value: str | None) -> str | None:
         """A scheme and a host, perhaps a port: what follows is ours."""
@@ -386,6 +386,11 @@ class Settings(BaseSettings):
     @property
     def operator_key_file(self) -> Path:
         return self.secrets_dir / "operator-api-key"
+
+    @property
+    def metrics_token_file(self) -> Path:
+        """What a scraper of `/metrics` shows."""
+        return self.secrets_dir / "metrics-token"
 
     @property
     def audit_heads_file(self) -> Path:

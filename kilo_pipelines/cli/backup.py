@@ -291,6 +291,8 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 def _place(settings: Settings, scratch: Path, sealing: bytes, secrets: Path | None, manifest: dict[str, Any]) -> None:
     """Secrets, the offline world and open files into the home."""
     if manifest["secrets"]:
+        if secrets is not None:
+            raise ArchiveError("this backup holds its secrets: leave --secrets out")
         content = (scratch / "sealed").read_bytes()
         try:
             packed = AESGCM(sealing).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], b"sealed")

@@ -9,13 +9,14 @@ import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from json import loads
 from pathlib import Path
 
 import psutil
 from sqlalchemy.exc import ProgrammingError
 
 from kilo_pipelines.acts.installations import services_by_installation
-from kilo_pipelines.cli import setup, supervisor
+from kilo_pipelines.cli import client, setup, supervisor
 from kilo_pipelines.cli.doctor_oidc import login_checks
 from kilo_pipelines.cli.roles import SKEW_SHARE
 from kilo_pipelines.cloud_agent.adapters.kilo import VERSION
@@ -53,6 +54,8 @@ def run(settings: Settings) -> list[Check]:
         _agent(settings),
         *(_hosted(settings) if settings.agent == "hosted" else []),
         _database(settings),
+        *_api_key(settings),
+        *_limits(settings),
         *_github(settings),
         *_model(settings),
         *_schema(settings),
@@ -207,6 +210,36 @@ def _database(settings: Settings) -> Check:
     except SQLAlchemyError as failure:
         return Check("database", code, False, type(failure).__name__, "look at PostgreSQL: `kilo-pipelines status`, postgres.log")
     return Check("database", code, True, f"answers, {owners} owners", "")
+
+
+def _api_key(settings: Settings) -> list[Check]:
+    """Whether the command line's key opens the API that it would ask; nothing where neither was named and nothing runs."""
+    named = settings.api_url is not None or settings.api_key is not None or settings.api_key_file is not None
+    if not named and not supervisor.is_running(settings):
+        return []
+    try:
+        where = client.place(settings)
+        who = loads(where.ask("GET", "/me", {}))
+    except client.ApiError as failure:
+        return [_fault("api key", failure.reason or Reason.API_ANSWER_UNUSABLE, failure.detail)]
+    except ValueError:
+        return [_fault("api key", Reason.API_ANSWER_UNUSABLE, "no JSON")]
+    return [Check("api key", str(Reason.KEY_REFUSED), True, f"{where.base} knows it: {who.get('role')}", "")]
+
+
+def _limits(settings: Settings) -> list[Check]:
+    """Owners for whom nothing that asks a model may run: meant or not, somebody will ask why."""
+    if not _store_expected(settings):
+        return []
+    try:
+        store = setup.open_store(settings)
+        stopped = store.spend.stopped()
+        store.database.dispose()
+    except (SettingsError, CipherError, SQLAlchemyError):
+        return []  # `database` says so
+    if not stopped:
+        return [Check("limits", str(Reason.BUDGET_ZERO), True, "no owner's budget is zero", "", required=False)]
+    return [_fault(f"limits of {owner}", reason, f"budget of {scope}", required=False) for owner, scope, reason in stopped]
 
 
 def _store_expected(settings: Settings) -> bool:

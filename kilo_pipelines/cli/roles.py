@@ -60,7 +60,8 @@ _DAGSTER = Role(("encryption.key", "broker-password", "otlp-headers"), _ENGINE)
 
 ROLES: dict[str, Role] = {
     "ingress": Role(
-        ("encryption.key", "github-webhook-secret", "operator-password", "oidc-client-secret", "otlp-headers"), ("app", "system")
+        ("encryption.key", "github-webhook-secret", "operator-password", "oidc-client-secret", "otlp-headers", "metrics-token"),
+        ("app", "system"),
     ),
     "model-proxy": Role(("model-api-key", "otlp-headers")),
     "dagster-code": _DAGSTER,

@@ -32,9 +32,9 @@ def prepare_secrets(settings: Settings) -> str | None:
     private_dir(settings.secrets_dir)
     if not settings.encryption_key_file.exists():
         write_secret(settings.encryption_key_file, Cipher.new_key_file())
-    password = settings.secrets_dir / "broker-password"
-    if not password.exists():
-        write_secret(password, secrets.token_urlsafe(24))
+    for path, size in ((settings.secrets_dir / "broker-password", 24), (settings.metrics_token_file, 32)):
+        if not path.exists():
+            write_secret(path, secrets.token_urlsafe(size))
     if settings.operator_password_file.exists():
         return None
     return new_password(settings.operator_password_file, settings.operator_sessions_file)

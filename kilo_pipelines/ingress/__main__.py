@@ -15,7 +15,7 @@ from kilo_pipelines.core.clock import Clock, SystemClock
 from kilo_pipelines.core.operators import OperatorRule
 from kilo_pipelines.ingress.application import Ingress, admin_application, public_application
 from kilo_pipelines.ingress.door import Door
-from kilo_pipelines.ingress.metrics import Counted
+from kilo_pipelines.ingress.metrics import Counted, Scraped, exposition, own_counts
 from kilo_pipelines.ingress.oidc import OidcLogin, registration_of
 from kilo_pipelines.ingress.operators import Operators, Ways
 from kilo_pipelines.ingress.setup_github import SetupDesk
@@ -67,11 +67,16 @@ async def serve(settings: Settings) -> None:
     ingress = Ingress(store, WebhookSecrets(settings), frozenset(hosts))
     door = make_door(settings, frozenset(origins), SystemClock())
     servers = []
+    token = settings.metrics_token_file
     if settings.listeners != "admin":
-        servers.append(_server(Counted(public_application(ingress), "public"), settings.host, settings.public_port))
+        public: ASGIApp = public_application(ingress)
+        if settings.listeners == "public":  # beside the admin listener, that one tells both listeners' counts
+            public = Scraped(public, token, own_counts)
+        servers.append(_server(Counted(public, "public"), settings.host, settings.public_port))
     if settings.listeners != "public":
         pages = [*SetupDesk(store, current, SystemClock()).routes(), *door.routes()]
-        servers.append(_server(Counted(admin_application(ingress, pages), "admin"), settings.host, settings.admin_port))
+        admin = Scraped(admin_application(ingress, pages), token, lambda: exposition(store, ingress.clock.now()))
+        servers.append(_server(Counted(admin, "admin"), settings.host, settings.admin_port))
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

@@ -6,25 +6,37 @@ Every name is documented in docs/observability.md; a test holds both lists toget
 
 from __future__ import annotations
 
+import hmac
+import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kilo_pipelines import __version__
 from kilo_pipelines.core.limits import MICRO
-from kilo_pipelines.store import BOUNDS, Ended, Now, Store
+from kilo_pipelines.core.reasons import Reason
+from kilo_pipelines.store import BOUNDS, Ended, Now, SQLAlchemyError, Store
+
+log = logging.getLogger(__name__)
 
 # Several scrapers, or an impatient one, cost the database one look in this time.
 FRESH = timedelta(seconds=5)
 
+# What this process counts itself.
 registry = CollectorRegistry()
+# What the database holds: the same whichever process tells it.
+figures = CollectorRegistry()
 
 deliveries = Counter("kilo_deliveries", "Webhook deliveries by outcome or reason.", ["outcome"], registry=registry)
 signatures = Counter(
@@ -47,20 +59,20 @@ for _outcome in ("stored", "duplicate"):
 for _listener in ("public", "admin"):
     for _status in ("500", "503"):
         responses.labels(_listener, _status)
-live = Gauge("kilo_live", "Live rows by what and state.", ["what", "state"], registry=registry)
+live = Gauge("kilo_live", "Live rows by what and state.", ["what", "state"], registry=figures)
 spent_tokens = Gauge(
     "kilo_spent_tokens",
     "Tokens of this UTC day by service, model and direction.",
     ["service", "model", "direction"],
-    registry=registry,
+    registry=figures,
 )
 spent_usd = Gauge(
     "kilo_spent_usd",
     "USD of this UTC day by service and model, as far as prices are known.",
     ["service", "model"],
-    registry=registry,
+    registry=figures,
 )
-counted = Gauge("kilo_counted", "Counted oddities, such as late writes that changed nothing.", ["name"], registry=registry)
+counted = Gauge("kilo_counted", "Counted oddities, such as late writes that changed nothing.", ["name"], registry=figures)
 
 
 class Counted:
@@ -275,10 +287,46 @@ class Platform(Collector):
 
 
 platform = Platform()
-registry.register(platform)
+figures.register(platform)
+
+
+def own_counts() -> bytes:
+    """What this process counted, in Prometheus' text form."""
+    return generate_latest(registry)
 
 
 def exposition(store: Store, at: datetime) -> bytes:
     """All metrics in Prometheus' text form; the database's figures are of `at`, or a few seconds older."""
     platform.look(store, at)
-    return generate_latest(registry)
+    return own_counts() + generate_latest(figures)
+
+
+class Scraped:
+    """Answers `GET /metrics` before a listener's application does, for whoever holds the scrapers' token, which opens nothing else.
+
+    The token lies in a file that is read at each scrape: whoever replaces it has changed it. The request's host is not asked for:
+    Prometheus calls processes by their addresses, and no browser holds the token.
+    """
+
+    def __init__(self, application: ASGIApp, token_file: Path, told: Callable[[], bytes]) -> None:
+        self._application, self._token_file, self._told = application, token_file, told
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One scrape, or what the application says."""
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("GET", "/metrics"):
+            await self._application(scope, receive, send)
+            return
+        answer = await self._answer(Headers(scope=scope).get("authorization", ""))
+        await answer(scope, receive, send)
+
+    async def _answer(self, shown: str) -> Response:
+        token = self._token_file.read_text().strip() if self._token_file.is_file() else ""
+        if not token or not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
+            refused = {"outcome": "refused", "reason": str(Reason.KEY_REFUSED)}
+            return JSONResponse(refused, 401, headers={"WWW-Authenticate": "Bearer"})
+        try:
+            text = await anyio.to_thread.run_sync(self._told)
+        except SQLAlchemyError:
+            log.exception("the figures could not be read")
+            return JSONResponse({"outcome": "refused", "reason": str(Reason.STORE_UNAVAILABLE)}, 503)
+        return Response(text, media_type="text/plain; version=0.0.4")

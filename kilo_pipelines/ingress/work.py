@@ -8,7 +8,6 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 from pydantic import Field
-from starlette.responses import Response
 
 from kilo_pipelines import __version__
 from kilo_pipelines.acts import work as acts
@@ -18,7 +17,6 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.core.text import storable
 from kilo_pipelines.core.work import WorkState
-from kilo_pipelines.ingress import metrics
 from kilo_pipelines.ingress.control import (
     ABOUT_ONE,
     CHANGES,
@@ -471,11 +469,6 @@ def work_routes(router: APIRouter, store: Store, clock: Clock) -> None:
             switches=_switches(store),
             work={f"{what}.{state}": count for (what, state), count in store.queue.gauges().items()},
         )
-
-    @router.get("/metrics", responses=REFUSALS, response_class=Response, response_model=None, **act("platform"))
-    def show_metrics(who: Who) -> Response:
-        """Figures for Prometheus, over all owners."""
-        return Response(metrics.exposition(store, clock.now()), media_type="text/plain; version=0.0.4")
 
 
 def _item(store: Store, who: Principal, item: UUID) -> ItemRow:

@@ -84,6 +84,9 @@ def _launch(
         store.queue.conclude(claim, WorkState.CANCELLED, stop)
         say(context, item_id, stop)
         return
+    if cloud_agent.is_hosted() and eligibility.goes_deep(claim.details["mode"], config, needs_deep=False):
+        _refuse_hosted(context, store, claim)
+        return
     models = store.owners.models(claim.owner_id)
     if not all(cloud_agent.may_use(one, models) for one in (config.triage_model, config.analysis_model)):
         _model_refused(context, store, claim, Reason.MODEL_NOT_ALLOWED)
@@ -93,8 +96,11 @@ def _launch(
     except _RefusedError as refusal:
         _model_refused(context, store, claim, refusal.reason)
         return
-    if not eligibility.goes_deep(claim.details["mode"], config, found.needs_deep):
+    if not eligibility.goes_deep(claim.details["mode"], config, needs_deep=found.needs_deep):
         _complete(context, store, claim, finding, found)
+        return
+    if cloud_agent.is_hosted():
+        _refuse_hosted(context, store, claim)
         return
     try:
         branch = github.default_branch(claim.installation_id, claim.repository_id, _full_name(store, claim))
@@ -125,6 +131,12 @@ def _launch(
         cap_s=cloud_agent.cap_seconds(),
     )
     say(context, item_id, "launched" if launched else Reason.MOVED_ON)
+
+
+def _refuse_hosted(context: OpExecutionContext, store: Store, claim: Claimed) -> None:
+    """The repository would be read where nobody of us watches (docs/cloud-agent.md)."""
+    store.queue.conclude(claim, WorkState.FAILED, Reason.HOSTED_WORK_REFUSED)
+    say(context, claim.item_id, Reason.HOSTED_WORK_REFUSED)
 
 
 def _full_name(store: Store, claim: Claimed) -> str:

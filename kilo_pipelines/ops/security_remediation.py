@@ -70,6 +70,9 @@ def _launch(
     if not isinstance(claim, Claimed):
         say(context, item_id, claim.outcome)
         return
+    if cloud_agent.is_hosted():  # a change made where nobody of us watches
+        _stop(context, store, claim, Reason.HOSTED_WORK_REFUSED)
+        return
     finding = store.findings.get(claim.owner_id, UUID(claim.details["finding_id"]))
     assert finding is not None  # noqa: S101  # a foreign key holds it
     ((_, case),) = cases(store, claim.owner_id, [finding], apart_from=item_id)

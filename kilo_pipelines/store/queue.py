@@ -25,6 +25,7 @@ from kilo_pipelines.store.rows import Claimed, ItemRow, NewItem, Offer, Refused
 from kilo_pipelines.store.standing import (
     automatic_starts,
     lock_budget,
+    lock_switches,
     mark,
     put_off_service,
     read_limits,
@@ -359,6 +360,7 @@ class Queue:
         only the operator changes.
         """
         with self._database.system() as connection:
+            lock_switches(connection, to_set=True)
             if not changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason, actor=actor):
                 return None
             live = rows(connection, system.LIVE_ITEMS.sql, scope=scope) if kind == "kill" else []
@@ -481,6 +483,7 @@ class Queue:
                 return Refused(Reason.MOVED_ON, "unknown")
             if item["state"] != "waiting":
                 return Refused(Reason.MOVED_ON, item["state"], item["session_id"])
+            lock_switches(connection)
             blocked = one(
                 connection,
                 # The kill switch speaks before a pause, whichever of their scopes is the wider one.

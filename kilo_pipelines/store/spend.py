@@ -7,10 +7,12 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.limits import Amount, Budget, Grant, LimitsConfig, Price, Usage, cost, day_of, is_near
+from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, one, rows
 from kilo_pipelines.store.queue import audit
@@ -222,6 +224,21 @@ class Spend:
         """Today's spend over all owners, by service and model."""
         with self._database.system() as connection:
             return [dict(row) for row in rows(connection, system.SPEND_GAUGES.sql, day=day_of(self._clock.now()))]
+
+    def stopped(self) -> list[tuple[str, str, Reason]]:
+        """Whose settings let nothing run that asks a model: the owner's name, the scope, `budget_zero` or `limits_invalid`."""
+        with self._database.system() as connection:
+            found = rows(connection, system.LIMITS_OF_OWNERS.sql)
+        stopped = []
+        for row in found:
+            try:
+                config = LimitsConfig.model_validate(row["config"])
+            except ValidationError:
+                stopped.append((row["owner"], "all", Reason.LIMITS_INVALID))
+                continue
+            named = [("all", config.daily), *config.services.items()]
+            stopped += [(row["owner"], scope, Reason.BUDGET_ZERO) for scope, budget in named if budget.is_zero]
+        return stopped
 
     def over_budget(self) -> list[dict[str, Any]]:
         """Owners past a budget of today whose work spends all the same."""

@@ -49,6 +49,12 @@ def lock_budget(connection: Connection, owner_id: UUID) -> None:
     connection.exec_driver_sql("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"budget:{owner_id}",))
 
 
+def lock_switches(connection: Connection, *, to_set: bool = False) -> None:
+    """Whoever sets a switch waits for the claims that have looked for one already; claims don't wait for each other. Until commit."""
+    kind = "" if to_set else "_shared"
+    connection.exec_driver_sql(f"select pg_advisory_xact_lock{kind}(hashtextextended(%s, 0))", ("switches",))
+
+
 def standings(connection: Connection, owner_id: UUID, scopes: Sequence[tuple[str, Budget]], now: datetime) -> list[Standing]:
     """Each budget with what of it is spent today, and what running work holds; as one statement sees them.
 
@@ -136,22 +142,23 @@ def take_author(
 ) -> datetime | None:
     """One start of an author in a repository; None when it may be, else when (threats, rule 21)."""
     place = {"owner": owner_id, "repository": repository_id, "author": author}
-    where = "where owner_id = :owner and repository_id = :repository and author = :author"
     fresh = full(rate, now)
-    changed(
+    row = one(
         connection,
+        # The update changes nothing and locks the row, which the sweep of old ones then leaves alone.
         "insert into author_buckets (owner_id, repository_id, author, tokens, refilled_at)"
-        " values (:owner, :repository, :author, :tokens, :refilled) on conflict do nothing",
+        " values (:owner, :repository, :author, :tokens, :refilled)"
+        " on conflict (owner_id, repository_id, author) do update set author = excluded.author returning tokens, refilled_at",
         **place,
         tokens=fresh.tokens,
         refilled=fresh.refilled_at,
     )
-    row = one(connection, f"select tokens, refilled_at from author_buckets {where} for update", **place)
-    assert row is not None  # noqa: S101  # it was just made, and buckets are never deleted
+    assert row is not None  # noqa: S101  # an upsert returns its row
     taken = take(Bucket(**row), rate, 1, now)
     changed(
         connection,
-        f"update author_buckets set tokens = :tokens, refilled_at = :refilled {where}",
+        "update author_buckets set tokens = :tokens, refilled_at = :refilled"
+        " where owner_id = :owner and repository_id = :repository and author = :author",
         **place,
         tokens=taken.bucket.tokens,
         refilled=taken.bucket.refilled_at,

@@ -468,6 +468,11 @@ SWEEP = {
         " where c.expires_at < :before and s.ended_at is not null limit :limit)",
         "retention is the platform's, for every owner",
     ),
+    "author_buckets": SystemStatement(
+        "delete from author_buckets where (owner_id, repository_id, author) in (select owner_id, repository_id, author from author_buckets"
+        " where refilled_at < :before limit :limit for update skip locked)",
+        "retention is the platform's, for every owner",
+    ),
     "delivery_gaps": SystemStatement(
         "delete from delivery_gaps where (owner_id, id) in (select owner_id, id from delivery_gaps where ended_at < :before limit :limit)",
         "retention is the platform's, for every owner",
@@ -765,6 +770,10 @@ SPEND_GAUGES = SystemStatement(
 SPENDING_OWNERS = SystemStatement(
     "select distinct owner_id from spend_days where day >= :since order by owner_id",
     "one schedule shows the spend of every owner that has any",
+)
+LIMITS_OF_OWNERS = SystemStatement(
+    "select o.name as owner, c.config from service_configs c join owners o on o.id = c.owner_id where c.service = 'limits' order by o.name, o.id",
+    "`doctor` names every owner whose limits let nothing run",
 )
 OVER_BUDGET = SystemStatement(
     """

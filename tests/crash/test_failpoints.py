@@ -73,6 +73,7 @@ NO_STEP = {
     "store.spend.Spend.of_owner",
     "store.spend.Spend.of_session",
     "store.spend.Spend.over_budget",
+    "store.spend.Spend.stopped",
     "store.spend.Spend.owners_today",
     "store.spend.Spend.record",  # a meter only grows: what a death keeps back is told with the next reading
     "store.spend.Spend.standing",

@@ -62,7 +62,10 @@ def test_a_review_at_work_goes_on_in_a_restored_home_and_no_altered_file_is_rest
         held = restored.store.sessions.get(row.session_id) if row.session_id else None
         assert held is not None and held.ended_at is None, "nothing goes on before a person says so"
         key = (platform.home / "secrets" / "operator-api-key").read_text()
-        assert httpx.get(f"{restored.settings.admin_url}/metrics", headers={"authorization": f"Bearer {key}"}).status_code == 200
+        assert (
+            httpx.get(f"{restored.settings.admin_url}/api/v1/health", headers={"authorization": f"Bearer {key}"}).status_code
+            == 200
+        )
         assert restored.cli("resume")[0] == 0
         ended = restored.settled(pull, 120)
         assert (ended.item_id, ended.state, ended.reason, ended.attempt) == (row.item_id, "completed", "reviewed", 1)

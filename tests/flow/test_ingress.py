@@ -22,7 +22,7 @@ __all__ = ["world"]
 
 
 def _metric(world: IngressWorld, line: str) -> float:
-    for row in world.api("GET", "/metrics", world.operator_key).text.splitlines():
+    for row in world.scrape(world.admin).text.splitlines():
         if row.startswith(line + " "):
             return float(row.rsplit(" ", 1)[1])
     return 0.0
@@ -258,7 +258,6 @@ def test_a_late_callback_is_410(world: IngressWorld) -> None:
 
 
 ROUTES = {
-    ("GET", "/metrics"): {"operator"},
     ("GET", "/api/v1/reviews"): {"operator", "owner", "viewer", "stranger"},
     ("GET", "/api/v1/owners"): {"operator", "owner", "viewer", "stranger"},
     ("GET", "/api/v1/integrations"): {"operator", "owner", "viewer", "stranger"},
@@ -345,6 +344,15 @@ def test_the_public_listener_has_no_admin_route_and_the_other_way_round(world: I
     assert world.api("POST", "/webhooks/github", world.operator_key).status_code == 404
 
 
+@pytest.mark.parametrize("who", ["nobody", "forger", "operator"])
+def test_metrics_are_told_for_the_scrapers_token_alone(world: IngressWorld, who: str) -> None:
+    keys = {"nobody": None, "forger": "forged", "operator": world.operator_key}
+    assert world.api("GET", "/metrics", keys[who]).status_code == 401
+    assert world.api("GET", "/api/v1/health", world.metrics_token).status_code == 401, "it opens nothing else"
+    told = world.scrape(world.admin, Host="10.1.2.3:8081")  # by a pod's address
+    assert (told.status_code, "kilo_http_responses_total" in told.text, "kilo_schema_info" in told.text) == (200, True, True)
+
+
 def test_metrics_count_what_was_refused(world: IngressWorld) -> None:
     before = _metric(world, 'kilo_deliveries_total{outcome="signature_invalid"}')
     world.webhook(pull_request(), **{"X-Hub-Signature-256": "sha256=" + "0" * 64})
@@ -359,7 +367,7 @@ def test_the_operators_key_is_made_once_and_renewed_when_the_database_forgot_it(
     key = ensure_operator_key(world.store, path)
     assert ensure_operator_key(world.store, path) == key
     assert path.stat().st_mode & 0o777 == 0o600
-    assert world.api("GET", "/metrics", key).status_code == 200
+    assert world.api("GET", "/api/v1/health", key).status_code == 200
     path.write_text("kilo_of_another_database")
     assert ensure_operator_key(world.store, path) not in ("kilo_of_another_database", key)
 

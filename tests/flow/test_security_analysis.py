@@ -96,6 +96,23 @@ def test_what_a_session_says_that_saw_nothing_is_not_believed(
     assert (other.reason, other.deep and other.deep["exploitable"]) == (Reason.ANALYSED, False)
 
 
+def test_a_hosted_agent_reads_no_repository_and_nothing_is_paid_to_learn_that(
+    database: Database, twin: Twin, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILO_AGENT", "hosted")
+    shop = Storefront(database, twin)
+    shop.sync()
+    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    _asked(shop, reached, deep=True)
+    _asked(shop, unused)
+    desk.work(shop.id)
+    asked, judged = _only(shop, reached), _only(shop, unused)
+    assert (asked.state, asked.reason, asked.triage) == ("failed", Reason.HOSTED_WORK_REFUSED, None)
+    assert (judged.state, judged.reason, judged.deep) == ("failed", Reason.HOSTED_WORK_REFUSED, None)
+    assert judged.triage and judged.triage["needs_deep"], "whether it has to be read is asked first"
+    assert shop.store.spend.of_item(shop.id, asked.item_id) == [] and "agent_session" not in desk.runs
+
+
 def test_an_alert_that_its_metadata_settle_takes_no_session(database: Database, twin: Twin, desk: Dispatcher) -> None:
     owner = Owner(database, twin, 1, 120)
     owner.sync()

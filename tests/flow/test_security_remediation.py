@@ -115,6 +115,15 @@ def test_a_lost_answer_of_its_opening_leads_to_one_pull_request(shop: Shop, desk
     assert (row.effect_state, row.pull_number) == ("applied", pull["number"])
 
 
+def test_a_hosted_agent_changes_nothing(shop: Shop, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = shop.asked(shop.finding("twin-unpack"))
+    monkeypatch.setenv("KILO_AGENT", "hosted")
+    desk.work(shop.id)
+    row = shop.row(item)
+    assert (row.state, row.reason) == ("cancelled", Reason.HOSTED_WORK_REFUSED)
+    assert "agent_session" not in desk.runs and shop.pulls() == [] and _slots(shop) == 0
+
+
 def test_a_late_opening_that_lands_between_the_look_and_the_next_one_is_ours(
     shop: Shop, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,12 +130,12 @@ def test_every_line_of_our_processes_is_json_with_its_ids_and_without_secrets(
 
 
 def test_a_scrape_tells_of_every_process(trace: list[Seen], platform: RunningPlatform) -> None:
-    key = platform.settings.operator_key_file.read_text().strip()
-    answer = httpx.get(f"{platform.settings.admin_url}/metrics", headers={"authorization": f"Bearer {key}"})
+    token = platform.settings.metrics_token_file.read_text().strip()
+    answer = httpx.get(f"{platform.settings.admin_url}/metrics", headers={"authorization": f"Bearer {token}"})
     values = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
     assert float(values['kilo_claims_total{outcome="claimed",service="code_review"}']) >= 1
     assert float(values['kilo_heartbeat_age_seconds{name="recovery"}']) < 60
     assert float(values['kilo_heartbeat_age_seconds{name="work"}']) < 60
     assert float(values['kilo_http_responses_total{listener="public",status="202"}']) >= 1
-    assert 'kilo_schema_info{revision="0019"}' in values and 'kilo_agent_places{host="' in answer.text
+    assert 'kilo_schema_info{revision="0020"}' in values and 'kilo_agent_places{host="' in answer.text
     assert str(platform.owner) not in answer.text

@@ -138,6 +138,20 @@ def test_doctor_finds_a_running_platform_well(platform: RunningPlatform) -> None
     assert missing <= {"memory_short", "disk_short"}
 
 
+def test_doctor_names_a_refused_key_and_owners_for_whom_nothing_may_run(platform: RunningPlatform) -> None:
+    code, shown = platform.cli("budgets", "show", "--owner", str(platform.owner))
+    set_budget = ("budgets", "set", "--owner", str(platform.owner), "--revision")
+    assert code == 0 and platform.cli(*set_budget, str(shown["revision"]), '{"daily": {"tokens": 0}}')[0] == 0
+    code, report = platform.cli("doctor", KILO_API_KEY="kilo_00000000_nobodys")
+    assert platform.cli(*set_budget, str(shown["revision"] + 1), '{"daily": {"tokens": null}}')[0] == 0
+    bad = {one["name"]: one for one in report["checks"] if not one["ok"] and one["code"] not in ("memory_short", "disk_short")}
+    assert {name: (one["code"], one["required"]) for name, one in bad.items()} == {
+        "api key": ("key_refused", True),
+        "limits of acme": ("budget_zero", False),
+    }
+    assert code == 1 and "nobodys" not in json.dumps(report) and all(one["remedy"] for one in bad.values())
+
+
 def test_doctor_names_everything_that_a_real_app_still_lacks(tmp_path: Any, platform: RunningPlatform) -> None:
     env = {**platform.env, "KILO_HOME": str(tmp_path), "KILO_OFFLINE": "false"}
     argv = [sys.executable, "-m", "kilo_pipelines.cli.main", "doctor", "--json"]

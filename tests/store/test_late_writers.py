@@ -223,6 +223,24 @@ def test_the_kill_switch_stops_what_runs_and_leaves_what_waits(world: World, sco
         world.store.queue.unswitch(place)
 
 
+def test_a_kill_waits_for_a_claim_that_has_looked_already_and_stops_it(world: World) -> None:
+    """Otherwise the item would start unseen behind the kill, and work on once that is lifted."""
+    item, place, stopped = world.item(), f"owner:{world.owner.id}", list[int | None]()
+    killer = threading.Thread(target=lambda: stopped.append(world.store.queue.switch(place, "kill", "test", actor="test")))
+
+    def pools(_kind: str, _plan: str) -> dict[str, int]:
+        """Asked within the claim, after its look at the switches."""
+        killer.start()
+        killer.join(0.5)
+        return {"code_review": 20}
+
+    claim = world.store.queue.claim(item, "code_review", run_id="r", pools=pools, lease_s=30)
+    killer.join(10)
+    world.store.queue.unswitch(place)
+    assert isinstance(claim, Claimed) and stopped == [1]
+    assert world.state(item) == "cancelled"
+
+
 def test_reopening_waits_for_an_admission_of_the_same_subject(world: World) -> None:
     """Both at once would leave two live items of one pull request."""
     number = 4711

@@ -125,7 +125,7 @@ def _use_everything(database: Database) -> None:
     store.figures.beat("test")
     assert store.figures.now().heartbeats and store.figures.ended(clock.now() - timedelta(hours=1)).sessions == []
     assert store.spend.owners_today() == [] and store.spend.gauges() == []
-    assert store.spend.over_budget() == []
+    assert store.spend.over_budget() == [] and store.spend.stopped() == []
     assert store.findings.posture() == [] and store.findings.owners() == [] and store.findings.owner_of(uuid4()) is None
     assert store.analyses.owners() == [] and store.notices.owners() == [] and store.findings.changed_owners(10) == []
     assert all(store.findings.offenders(name) == [] for name in SECURITY_CHECKS)

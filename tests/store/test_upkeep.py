@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from kilo_pipelines.core.rates import Rate
 from kilo_pipelines.store import Ages, Cipher, Store
 from kilo_pipelines.store import retention as retention_module
 from kilo_pipelines.store.crypto import CipherError
+from kilo_pipelines.store.standing import take_author
 from tests.conftest import Database
 from tests.support.store import World
 
@@ -47,6 +49,22 @@ def test_what_is_old_goes_and_what_is_live_or_young_stays(world: World) -> None:
     with world.store.database.owner(world.owner.id) as connection:
         assert connection.execute(text(kept), {"a": waiting.delivery_id, "b": young.delivery_id}).scalar() == 2
     assert _count(world, "select count(*) from work_items") == 2 and _count(world, "select count(*) from sessions") == 2
+
+
+def test_a_bucket_that_nobody_used_for_long_goes_and_a_used_one_stays(world: World) -> None:
+    rate = Rate(1.0, 2)
+
+    def start(author: str) -> bool:
+        with world.store.database.owner(world.owner.id) as connection:
+            return take_author(connection, world.owner.id, world.repository, author, rate, world.clock.now()) is None
+
+    assert [start("once") for _ in range(3)] == [True, True, False]
+    world.clock.advance(timedelta(days=99))
+    assert start("again") and world.store.retention.sweep(AGES)["author_buckets"] == 0
+    world.clock.advance(timedelta(days=2))
+    assert world.store.retention.sweep(AGES)["author_buckets"] == 1
+    assert _count(world, "select count(*) from author_buckets where author = 'again'") == 1
+    assert [start("again") for _ in range(3)] == [True, True, False], "what is left goes on as it was"
 
 
 def test_a_redelivery_is_known_after_its_body_is_gone(world: World) -> None:

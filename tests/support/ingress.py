@@ -116,6 +116,8 @@ class IngressWorld:
         write_secret(secrets / "database.json", json.dumps(logins))
         write_secret(secrets / "encryption.key", Cipher.new_key_file())
         write_secret(secrets / "github-webhook-secret", SECRET)
+        self.metrics_token = "scraped"
+        write_secret(secrets / "metrics-token", self.metrics_token)
         self.store = Store(logins["app"], logins["system"], Cipher.from_file(secrets / "encryption.key"), SystemClock())
         self.owner = self.store.owners.create("organization", "octo")
         self.other = self.store.owners.create("user", "stranger")
@@ -218,6 +220,11 @@ class IngressWorld:
         """One request to the admin listener."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.request(method, f"http://127.0.0.1:{self.admin}{path}", headers=headers, timeout=30, **more)
+
+    def scrape(self, port: int, **headers: str) -> httpx.Response:
+        """What Prometheus is told by a listener."""
+        shown = {"Authorization": f"Bearer {self.metrics_token}"}
+        return httpx.get(f"http://127.0.0.1:{port}/metrics", headers=shown | headers, timeout=30)
 
     def deliveries(self) -> list[dict[str, Any]]:
         """Stored deliveries of the owner."""

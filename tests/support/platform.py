@@ -156,11 +156,11 @@ class RunningPlatform:
 
         return read_back(self.settings.twin_url, self.credentials, pull["repository"], pull["number"])
 
-    def cli(self, *arguments: str) -> tuple[int, Any]:
-        """Exit status and JSON of a command."""
+    def cli(self, *arguments: str, **env: str) -> tuple[int, Any]:
+        """Exit status and JSON of a command; `env` is what only this one finds in its environment."""
         done = subprocess.run(
             [sys.executable, "-m", "kilo_pipelines.cli.main", *arguments, "--json"],
-            env=self.env,
+            env=self.env | env,
             capture_output=True,
             text=True,
             check=False,

@@ -205,7 +205,6 @@ ROUTES: dict[tuple[str, str, str], Entry] = {
     ("admin", "GET", "/health"): Entry(everybody=True),
     ("admin", "GET", "/api/docs"): Entry(everybody=True),
     ("admin", "GET", "/api/docs/{name}"): Entry(everybody=True, asks=_named("name", "page.js")),
-    ("admin", "GET", "/metrics"): Entry("platform"),
     ("admin", "GET", "/api/v1/openapi.json"): Entry("read"),
     ("admin", "GET", "/api/v1/health"): Entry("platform"),
     ("admin", "GET", "/api/v1/me"): Entry("read"),

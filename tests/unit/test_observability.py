@@ -7,14 +7,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import click
+import httpx
 import pytest
 import yaml
 from prometheus_client.metrics_core import Metric
 
 from kilo_pipelines.cli import reference
 from kilo_pipelines.cli.main import main
+from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.ingress import metrics
+from kilo_pipelines.ingress.application import Ingress, public_application
+from kilo_pipelines.store import Cipher, Store
+from tests.support.ingress import OneSecret
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "observability.md").read_text()
@@ -25,7 +31,27 @@ RULES = [
 ]
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "kilo-pipelines.json").read_text())
 # Words of the query language and of Prometheus itself; what else looks like a name in an expression is taken for a metric.
-LANGUAGE = {"sum", "min", "max", "by", "rate", "increase", "histogram_quantile", "absent", "and", "or", "le", "up"}
+LANGUAGE = {
+    "sum",
+    "min",
+    "max",
+    "by",
+    "rate",
+    "increase",
+    "histogram_quantile",
+    "absent",
+    "and",
+    "or",
+    "le",
+    "up",
+    "offset",
+    "h",
+    "vector",
+}
+
+
+def _families() -> list[Metric]:
+    return [*metrics.registry.collect(), *metrics.figures.collect()]
 
 
 def _series() -> dict[str, set[str]]:
@@ -34,7 +60,7 @@ def _series() -> dict[str, set[str]]:
     rows = dict(re.findall(r"^\| `(kilo_[a-z_]+)` \|([^|]*)\|", PAGE, re.MULTILINE))
     return {
         family.name + ending: {*re.findall(r"`([a-z_]+)`", rows[_documented(family)]), *(["le"] if ending == "_bucket" else [])}
-        for family in metrics.registry.collect()
+        for family in _families()
         for ending in kinds[family.type]
     }
 
@@ -57,17 +83,39 @@ def _expressions() -> Iterator[str]:
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
-    names = {_documented(family) for family in metrics.registry.collect()}
+    names = {_documented(family) for family in _families()}
     assert set(re.findall(r"^\| `(kilo_[a-z_]+)`", PAGE, re.MULTILINE)) == names
 
 
 def test_units_stand_in_names_and_no_label_names_an_owner() -> None:
-    for family in metrics.registry.collect():
+    for family in _families():
         assert family.type != "histogram" or family.name.endswith("_seconds")
         assert not re.search(r"milli|_ms$|_minutes", family.name)
-    labels = {label for family in metrics.registry.collect() for sample in family.samples for label in sample.labels}
+    labels = {label for family in _families() for sample in family.samples for label in sample.labels}
     documented = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| `kilo_[a-z_]+` \|([^|]*)\|", PAGE, re.MULTILINE))))
     assert not (labels | documented) & {"owner", "owner_id", "repository", "subject", "item", "session", "login"}
+
+
+def test_a_public_listener_by_itself_tells_its_own_counts_and_asks_no_database(tmp_path: Path) -> None:
+    token = tmp_path / "metrics-token"
+    token.write_text("scraped\n")
+    nowhere = "postgresql+psycopg://nobody@/nothing"  # engines connect at their first use: never here
+    store = Store(nowhere, nowhere, Cipher({"00000000": bytes(32)}, "00000000"), SystemClock())
+    listener = metrics.Scraped(
+        public_application(Ingress(store, OneSecret(None), frozenset({"localhost"}))), token, metrics.own_counts
+    )
+
+    async def scrape(shown: str) -> httpx.Response:
+        transport = httpx.ASGITransport(listener)
+        async with httpx.AsyncClient(transport=transport, base_url="http://10.1.2.3:8080") as client:
+            return await client.get("/metrics", headers={"Authorization": f"Bearer {shown}"})
+
+    told = anyio.run(scrape, "scraped")
+    assert (told.status_code, "kilo_deliveries_total" in told.text, "kilo_schema_info" in told.text) == (200, True, False)
+    token.write_text("another")
+    assert anyio.run(scrape, "scraped").status_code == 401, "a token that was replaced has ended"
+    token.unlink()
+    assert anyio.run(scrape, "").status_code == anyio.run(scrape, "another").status_code == 401
 
 
 @pytest.mark.parametrize("expression", sorted(set(_expressions())))

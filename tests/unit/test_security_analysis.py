@@ -95,7 +95,7 @@ def test_who_may_ask_for_an_analysis(role: str, status: str, refusal: Reason | N
 @pytest.mark.parametrize("asked", ["auto", "shallow", "deep"])
 @pytest.mark.parametrize("owners", ["auto", "shallow", "deep"])
 def test_what_was_asked_for_wins_over_the_owners_mode(asked: str, owners: Any, needs: bool) -> None:
-    deep = eligibility.goes_deep(asked, SecurityConfig(analysis_mode=owners), needs)
+    deep = eligibility.goes_deep(asked, SecurityConfig(analysis_mode=owners), needs_deep=needs)
     wanted = owners if asked == "auto" else asked
     assert deep == {"deep": True, "shallow": False, "auto": needs}[wanted]
 

@@ -37,7 +37,7 @@ def by_person(role: str, finding_status: str) -> Reason | None:
     return None if finding_status == "open" else Reason.FINDING_NOT_OPEN
 
 
-def goes_deep(mode: str, config: SecurityConfig, needs_deep: bool) -> bool:
+def goes_deep(mode: str, config: SecurityConfig, *, needs_deep: bool) -> bool:
     """Whether the repository is read: a mode that was asked for wins over the owner's (contract 9)."""
     wanted = config.analysis_mode if mode == "auto" else mode
     return wanted == "deep" or (wanted == "auto" and needs_deep)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from kilo_pipelines.acts import security
 from kilo_pipelines.acts.people import By
+from kilo_pipelines.core.limits import CAP, SPENDING_SETTINGS, Budget, LimitsConfig
 from kilo_pipelines.core.limits import SETTINGS as LIMITS
-from kilo_pipelines.core.limits import LimitsConfig
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.refusal import Refusal
 from kilo_pipelines.services.code_review.admission import SERVICE as CODE_REVIEW
@@ -24,8 +24,8 @@ from kilo_pipelines.store import StaleRevisionError, Store
 
 # Services with settings, which are switched on and off; the Security Agent's further services share its own.
 SERVICES = frozenset({CODE_REVIEW, SECURITY})
-# What has settings: limits are no service, hold from the start and are never off.
-CONFIGS: dict[str, type[BaseModel]] = {CODE_REVIEW: CodeReviewConfig, SECURITY: SecurityConfig, LIMITS: LimitsConfig}
+# What has settings, a revision and an audit event for each change.
+CONFIGS: dict[str, type[BaseModel]] = {CODE_REVIEW: CodeReviewConfig, SECURITY: SecurityConfig, LIMITS: LimitsConfig, CAP: Budget}
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def settings_of(store: Store, service: str, *, by: By) -> Settings | Refusal:
     try:
         shown = CONFIGS[service].model_validate(stored.config if stored else {}).model_dump(mode="json")
     except ValidationError as failure:
-        unreadable = Reason.LIMITS_INVALID if service == LIMITS else Reason.SETTINGS_INVALID
+        unreadable = Reason.LIMITS_INVALID if service in SPENDING_SETTINGS else Reason.SETTINGS_INVALID
         return Refusal(unreadable, f"at revision {stored.revision if stored else 0}: {security.fields_of(failure)}")
     if not may(by.role, "settings") and "notice_recipients" in shown:
         shown["notice_recipients"] = [{"kind": one["kind"]} for one in shown["notice_recipients"]]
-    return Settings(shown, stored.enabled if stored else service == LIMITS, stored.revision if stored else 0)
+    return Settings(shown, stored.enabled if stored else service in SPENDING_SETTINGS, stored.revision if stored else 0)
 
 
 def save(
@@ -71,7 +71,8 @@ def save(
         if isinstance(saved, Refusal):
             return saved
         return Settings(saved.config.model_dump(mode="json"), saved.enabled, saved.revision)
-    if not may(by.role, "settings"):
+    # What an owner may spend at most is not for the owner to say.
+    if not may(by.role, "platform" if service == CAP else "settings"):
         return Refusal(Reason.ROLE_NOT_ALLOWED, by.role)
     stored = store.owners.config(by.owner_id, service)
     # What is stored under a name that is none (any more) would be in the way of every save, and nobody could take it away.
@@ -82,7 +83,7 @@ def save(
         return Refusal(Reason.SETTINGS_INVALID, security.fields_of(failure))
     if not security.is_storable(wanted):
         return Refusal(Reason.SETTINGS_INVALID, "a text holds characters that no database takes")
-    enabled = stored.enabled if stored else service == LIMITS
+    enabled = stored.enabled if stored else service in SPENDING_SETTINGS
     try:
         revision = store.owners.put_config(
             by.owner_id, service, wanted, enabled=enabled, expected_revision=expected_revision, actor=by.actor

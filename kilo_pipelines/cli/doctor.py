@@ -239,7 +239,7 @@ def _limits(settings: Settings) -> list[Check]:
         return []  # `database` says so
     if not stopped:
         return [Check("limits", str(Reason.BUDGET_ZERO), True, "no owner's budget is zero", "", required=False)]
-    return [_fault(f"limits of {owner}", reason, f"budget of {scope}", required=False) for owner, scope, reason in stopped]
+    return [_fault(f"limits of {owner}", reason, scope, required=False) for owner, scope, reason in stopped]
 
 
 def _store_expected(settings: Settings) -> bool:

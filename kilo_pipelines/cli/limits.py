@@ -16,7 +16,7 @@ from kilo_pipelines.cli.client import api
 from kilo_pipelines.cli.common import as_json, end, show
 from kilo_pipelines.cli.people import owner_option
 from kilo_pipelines.cli.work import effects, scope_of, scoped
-from kilo_pipelines.core.limits import MICRO, SETTINGS
+from kilo_pipelines.core.limits import CAP, MICRO, SETTINGS
 
 
 def _usd(micro: int | None) -> str:
@@ -65,9 +65,10 @@ def budgets() -> None:
 def budgets_show(owner: UUID | None, plain: bool) -> None:
     """Shows an owner's limits with their revision, and how today stands."""
     asked = api(plain)
-    kept = asked.get(f"/services/{SETTINGS}/settings", owner=owner)
+    kept, cap = (asked.get(f"/services/{name}/settings", owner=owner) for name in (SETTINGS, CAP))
     today = asked.get("/spend", owner=owner)["budgets"]
-    value = {"revision": kept["revision"], "limits": kept["settings"], "today": today}
+    value = {"revision": kept["revision"], "limits": kept["settings"], "cap_revision": cap["revision"], "cap": cap["settings"]}
+    value["today"] = today
     show(plain, value, lambda: json.dumps(value, indent=2))
 
 
@@ -78,6 +79,20 @@ def budgets_show(owner: UUID | None, plain: bool) -> None:
 @as_json
 def budgets_set(owner: UUID | None, revision: int, changes: str, plain: bool) -> None:
     """Lays CHANGES (JSON, such as '{"daily": {"tokens": 5000000}}') over an owner's limits; what isn't named stays."""
+    _save(SETTINGS, owner, revision, changes, plain)
+
+
+@budgets.command("cap")
+@owner_option
+@click.option("--revision", type=int, required=True, help="The `cap_revision` that `budgets show` told; 0 while there is no cap.")
+@click.argument("changes")
+@as_json
+def budgets_cap(owner: UUID | None, revision: int, changes: str, plain: bool) -> None:
+    """Lays CHANGES (JSON: '{"tokens": 20000000, "usd": null}') over what the operator lets an owner spend in a day, whatever its own limits say."""
+    _save(CAP, owner, revision, changes, plain)
+
+
+def _save(name: str, owner: UUID | None, revision: int, changes: str, plain: bool) -> None:
     try:
         wanted = json.loads(changes)
     except ValueError:
@@ -85,7 +100,7 @@ def budgets_set(owner: UUID | None, revision: int, changes: str, plain: bool) ->
     if not isinstance(wanted, dict):
         end(plain, "CHANGES is one JSON object", 2)
     body = {"expected_revision": revision, "settings": wanted}
-    kept = api(plain).put(f"/services/{SETTINGS}/settings", body, owner=owner)
+    kept = api(plain).put(f"/services/{name}/settings", body, owner=owner)
     show(plain, {"revision": kept["revision"]}, lambda: f"revision {kept['revision']}")
 
 

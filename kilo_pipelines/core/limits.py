@@ -18,6 +18,10 @@ from kilo_pipelines.core.reasons import Reason
 
 # Under which name an owner's limits stand beside the settings of its services.
 SETTINGS = "limits"
+# And what the operator lets it spend at most, which its own limits don't lift.
+CAP = "cap"
+# Both hold from the start, are no services, and are never off.
+SPENDING_SETTINGS = (SETTINGS, CAP)
 # Services that call a model; the others (dismissals, notices, syncs) spend nothing and meet no budget.
 SPENDING = frozenset({"code_review", "security_analysis", "remediation"})
 Spender = Literal["code_review", "security_analysis", "remediation"]
@@ -144,6 +148,12 @@ class LimitsConfig(BaseModel):
                 if mine is not None and whole is not None and mine > whole:
                     raise ValueError(f"services.{name}.{kind} is above daily.{kind}")
         return self
+
+    def under(self, cap: Budget) -> LimitsConfig:
+        """The same, with no more for the day than the operator's cap."""
+        tokens = [one for one in (self.daily.tokens, cap.tokens) if one is not None]
+        usd = [one for one in (self.daily.usd, cap.usd) if one is not None]
+        return self.model_copy(update={"daily": Budget(tokens=min(tokens, default=None), usd=min(usd, default=None))})
 
     def scopes(self, service: str) -> list[tuple[str, Budget]]:
         """The budgets that work of a service meets, by scope: the owner's whole (``), then the service's own."""

@@ -393,12 +393,12 @@ def owner_routes(router: APIRouter, store: Store, clock: Clock) -> None:
 
     @router.get("/api/v1/services/{service}/settings", responses=ABOUT_ONE, **act("read"))
     def show_service_settings(who: Who, service: str, asked: Annotated[Asked, Query()]) -> ServiceSettings:
-        """Settings of a service, or the owner's `limits`."""
+        """Settings of a service, the owner's `limits`, or the operator's `cap` on them."""
         return _settings(given(services.settings_of(store, _setting(service), by=by_query(store, who, asked))))
 
     @router.put("/api/v1/services/{service}/settings", responses=CHANGES | {422: {"model": Refused}}, **act("settings"))
     def save_service_settings(who: Who, service: str, asked: Annotated[Asked, Query()], wish: SettingsWish) -> ServiceSettings:
-        """Changes settings of a service, or the owner's `limits`; never switches it on or off."""
+        """Changes settings of a service, the owner's `limits`, or (the operator) the `cap` on them; never switches anything on or off."""
         by = by_query(store, who, asked)
         saved = services.save(
             store, _setting(service), wish.settings, expected_revision=wish.expected_revision, by=by, now=clock.now()

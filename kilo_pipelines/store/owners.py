@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.core.effects import EffectKind
-from kilo_pipelines.core.limits import SETTINGS as LIMITS
+from kilo_pipelines.core.limits import SPENDING_SETTINGS
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.work import SETTINGS_OF
 from kilo_pipelines.store import system_statements as system
@@ -291,9 +291,9 @@ class Owners:
                 "select c.service, c.enabled, c.revision, coalesce(c.action_required, (select b.action_required from service_blocks b"
                 "   where b.owner_id = c.owner_id and b.action_required is not null"
                 "     and coalesce(cast(:settings_of as jsonb) ->> b.service, b.service) = c.service order by b.service, b.call limit 1)) as action_required"
-                " from service_configs c where c.owner_id = :owner and c.service <> :limits order by c.service",
+                " from service_configs c where c.owner_id = :owner and c.service <> all(:settings) order by c.service",
                 owner=owner_id,
-                limits=LIMITS,
+                settings=list(SPENDING_SETTINGS),
                 settings_of=json.dumps(SETTINGS_OF),
             )
         return [dict(row) for row in found]
@@ -363,7 +363,7 @@ class Owners:
                 {"revision": row["revision"], "enabled": enabled},
                 self._clock.now(),
             )
-            if service == LIMITS and wake(connection, owner_id, BUDGET_REASONS, self._clock.now()):
+            if service in SPENDING_SETTINGS and wake(connection, owner_id, BUDGET_REASONS, self._clock.now()):
                 notify(connection, f"service:{service}")
         return int(row["revision"])
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from kilo_pipelines.core.clock import Clock
-from kilo_pipelines.core.limits import Amount, Budget, Grant, LimitsConfig, Price, Usage, cost, day_of, is_near
+from kilo_pipelines.core.limits import CAP, Amount, Budget, Grant, LimitsConfig, Price, Usage, cost, day_of, is_near
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, one, rows
@@ -232,11 +232,14 @@ class Spend:
         stopped = []
         for row in found:
             try:
-                config = LimitsConfig.model_validate(row["config"])
+                if row["service"] == CAP:
+                    named: list[tuple[str, Budget]] = [("the operator's cap", Budget.model_validate(row["config"]))]
+                else:
+                    config = LimitsConfig.model_validate(row["config"])
+                    named = [("all services", config.daily), *config.services.items()]
             except ValidationError:
-                stopped.append((row["owner"], "all", Reason.LIMITS_INVALID))
+                stopped.append((row["owner"], row["service"], Reason.LIMITS_INVALID))
                 continue
-            named = [("all", config.daily), *config.services.items()]
             stopped += [(row["owner"], scope, Reason.BUDGET_ZERO) for scope, budget in named if budget.is_zero]
         return stopped
 

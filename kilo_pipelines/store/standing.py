@@ -31,15 +31,17 @@ TOGETHER = 1_000
 
 
 def read_limits(connection: Connection, owner_id: UUID) -> LimitsConfig | None:
-    """The owner's limits, the defaults when it set none; None when what is stored can't be read: then nothing is spent."""
-    row = one(
+    """The owner's limits under the operator's cap, the defaults where none are set; None when what is stored can't be read: then nothing is spent."""
+    found = rows(
         connection,
-        "select config from service_configs where owner_id = :owner and service = :service",
+        "select service, config from service_configs where owner_id = :owner and service = any(:services)",
         owner=owner_id,
-        service=limits.SETTINGS,
+        services=list(limits.SPENDING_SETTINGS),
     )
+    configs = {row["service"]: row["config"] for row in found}
     try:
-        return LimitsConfig.model_validate(row["config"] if row else {})
+        cap = Budget.model_validate(configs.get(limits.CAP, {}))
+        return LimitsConfig.model_validate(configs.get(limits.SETTINGS, {})).under(cap)
     except ValidationError:
         return None
 

@@ -772,13 +772,15 @@ SPENDING_OWNERS = SystemStatement(
     "one schedule shows the spend of every owner that has any",
 )
 LIMITS_OF_OWNERS = SystemStatement(
-    "select o.name as owner, c.config from service_configs c join owners o on o.id = c.owner_id where c.service = 'limits' order by o.name, o.id",
+    "select o.name as owner, c.service, c.config from service_configs c join owners o on o.id = c.owner_id where c.service in ('limits', 'cap')"
+    " order by o.name, o.id, c.service",
     "`doctor` names every owner whose limits let nothing run",
 )
 OVER_BUDGET = SystemStatement(
     """
 with budgets as (
     select c.owner_id, '' as scope, c.config -> 'daily' as budget from service_configs c where c.service = 'limits'
+    union all select c.owner_id, '', c.config from service_configs c where c.service = 'cap'
     union all select c.owner_id, b.key, b.value from service_configs c cross join lateral jsonb_each(c.config -> 'services') b
     where c.service = 'limits'
 ), spent as (

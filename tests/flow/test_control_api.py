@@ -259,6 +259,22 @@ def test_limits_are_settings_over_a_revision_and_are_never_switched_off(api: Api
     assert api.told("PUT", path, json={"expected_revision": 1, "settings": {"daily": {}}})["settings"]["daily"]["tokens"] is None
 
 
+def test_a_cap_is_the_operators_and_its_owner_reads_it(api: Api) -> None:
+    path, owner = "services/cap/settings", f"?owner={api.world.owner.id}"
+    wish: dict[str, Any] = {"expected_revision": 0, "settings": {"tokens": 5_000}}
+    for who in ("owner", "member", "viewer"):
+        assert api.told("PUT", path, who, status=401, json=wish)["reason"] == Reason.ROLE_NOT_ALLOWED
+    assert api.told("PUT", path + owner, "operator", json=wish)["revision"] == 1
+    assert api.told("PUT", path + owner, "operator", status=409, json=wish)["reason"] == Reason.SETTINGS_STALE
+    shown = api.told("GET", path, "viewer")
+    assert (shown["revision"], shown["settings"]) == (1, {"tokens": 5_000, "usd": None})
+    above = {"expected_revision": 0, "settings": {"daily": {"tokens": 10**9}}}
+    api.told("PUT", "services/limits/settings", json=above)
+    (today,) = api.told("GET", "spend", "viewer")["budgets"]
+    assert today["tokens"] == 5_000
+    assert api.told("POST", "services/cap/disable", status=404, json={}) == {"outcome": "not_found"}
+
+
 def test_what_is_held_is_let_go_as_it_was_shown_by_who_may(api: Api) -> None:
     own = {"scope": f"owner:{api.world.owner.id}", "on": True}
     assert api.told("POST", "suggest-only", status=400, json={"on": True})["reason"] == Reason.PAYLOAD_SHAPE_MISMATCH

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import text
 
-from kilo_pipelines.core.limits import SETTINGS, Ask, LimitsConfig, Price, Usage
+from kilo_pipelines.core.limits import CAP, SETTINGS, Ask, LimitsConfig, Price, Usage
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import Claimed, Refused, StaleRevisionError
 from kilo_pipelines.store.queue import SERVICE_TABLES
@@ -130,6 +130,32 @@ def test_a_raised_budget_wakes_what_waits_at_once(day: World) -> None:
     _limit(day, revision, daily={})
     assert any(item in offer.ids for offer in day.store.queue.offers(100))
     assert isinstance(_claim(day, item), Claimed)
+
+
+def test_an_owners_own_limits_lift_no_cap_and_a_raised_cap_wakes_what_waits(day: World) -> None:
+    _limit(day, daily={"tokens": 10**9}, services={"code_review": {"tokens": 10**9}})
+
+    def cap(tokens: int, revision: int) -> None:
+        config = {"tokens": tokens, "usd": None}
+        day.store.owners.put_config(day.owner.id, CAP, config, enabled=True, expected_revision=revision, actor="operator")
+
+    cap(50_000, 0)
+    first, second = day.item(), day.item()
+    claim = _claim(day, first)
+    assert isinstance(claim, Claimed) and claim.granted is not None and claim.granted.tokens == 50_000
+    _spend(day, claim, Usage(40_000, 5_000))
+    day.store.queue.conclude(claim, "cancelled", Reason.PULL_CLOSED)
+    assert _refused(_claim(day, second)) == (Reason.BUDGET_EXHAUSTED, "waiting")
+    (whole, _) = day.store.spend.standing(day.owner.id)
+    assert (whole["tokens"], whole["spent_tokens"]) == (50_000, 45_000)
+    cap(0, 1)
+    assert (day.owner.name, "the operator's cap", Reason.BUDGET_ZERO) in day.store.spend.stopped()
+    cap(100_000, 2)
+    assert isinstance(_claim(day, second), Claimed)
+    assert CAP not in {one["service"] for one in day.store.owners.services(day.owner.id)}
+    with day.store.database.owner(day.owner.id) as connection:
+        connection.execute(text("update service_configs set config = '{\"tokens\": \"many\"}' where service = 'cap'"))
+    assert _refused(_claim(day, day.item())) == (Reason.LIMITS_INVALID, "waiting"), "a cap that can't be read lets nothing run"
 
 
 def test_a_meter_counts_once_and_over_midnight_on_both_days(day: World) -> None:

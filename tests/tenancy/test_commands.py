@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "effects approve": ("api", [str(uuid4()), "--sha256", "0" * 64]),
     "spend": ("api", []),
     "budgets show": ("api", ["--owner", str(uuid4())]),
+    "budgets cap": ("api", ["--owner", str(uuid4()), "--revision", "7", "{}"]),
     "budgets set": ("api", ["--owner", str(uuid4()), "--revision", "7", "{}"]),
     "suggest-only on": ("api", ["--owner", str(uuid4())]),
     "suggest-only off": ("api", ["--owner", str(uuid4())]),

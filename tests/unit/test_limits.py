@@ -92,6 +92,17 @@ def test_zero_unset_and_small_budgets_mean_what_they_say() -> None:
     assert grant([rest], Ask(), LimitsConfig()) is Reason.BUDGET_EXHAUSTED
 
 
+_TOKENS = st.none() | st.integers(0, 10**9)
+_USD = st.none() | st.decimals(0, 10_000, places=2)
+
+
+@given(st.builds(Budget, tokens=_TOKENS, usd=_USD), st.builds(Budget, tokens=_TOKENS, usd=_USD))
+def test_the_lower_of_owners_and_operators_word_holds(daily: Budget, cap: Budget) -> None:
+    found = LimitsConfig(daily=daily).under(cap).daily
+    for mine, theirs, both in ((daily.tokens, cap.tokens, found.tokens), (daily.usd, cap.usd, found.usd)):
+        assert both == (mine if theirs is None else theirs if mine is None else min(mine, theirs))
+
+
 def test_money_without_a_price_is_refused_and_tokens_go_on() -> None:
     assert grant([_standing(usd="5")], Ask(), LimitsConfig()) is Reason.PRICE_UNKNOWN
     assert grant([], Ask(), LimitsConfig(session_usd=Decimal(1))) is Reason.PRICE_UNKNOWN

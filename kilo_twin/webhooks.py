@@ -28,6 +28,8 @@ class Webhooks:
         self.url = url
         self.shapes = Shapes(twin)
         self._outage: dict[str, Any] = {"status": "", "code": 0, "left": 0}
+        # One client, since making one costs more than a delivery; it keeps no connection, since receivers are restarted.
+        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, limits=httpx.Limits(max_keepalive_connections=0))
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="webhooks")
 
     def pull_request(self, repository: dict[str, Any], pull: dict[str, Any], action: str, **more: Any) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Webhooks:
             "x-hub-signature-256": "sha256=" + hmac.new(secret, body, hashlib.sha256).hexdigest(),
         }
         try:
-            answer = httpx.post(self.hook()["url"], content=body, headers=headers, timeout=TIMEOUT_SECONDS)
+            answer = self._http.post(self.hook()["url"], content=body, headers=headers)
             code, status, text = answer.status_code, answer.reason_phrase or "OK", answer.text[:2000]
         except httpx.TimeoutException:
             code, status, text = 504, "timed out", ""

@@ -31,6 +31,7 @@ import psutil
 import psycopg
 
 from kilo_pipelines.cloud_agent.model_proxy import control_socket
+from kilo_pipelines.providers.outbound import trusted
 from kilo_pipelines.settings import Settings, SettingsError, private_dir
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.telemetry import logs
@@ -108,7 +109,7 @@ def answers(url: str) -> Callable[[], bool]:
 
     def probe() -> bool:
         try:
-            return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+            return httpx.get(url, timeout=2, trust_env=False, verify=trusted()).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
 
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.providers.github import GitHubInstallation, ProviderError
 from kilo_pipelines.providers.github_alerts import READ_ALERTS, fetch_alerts
 from kilo_pipelines.providers.github_effects import apply
+from tests.support.http import HTTP
 from tests.support.twin import Twin
 
 REMEDIATION = {"metadata": "read", "contents": "write", "pull_requests": "write"}
@@ -125,9 +125,9 @@ def test_what_the_registry_serves_is_what_the_lock_file_names(shop: Storefront) 
     unpack = json.loads((shop.clone / "node_modules/twin-unpack/package.json").read_text())
     assert (unpack["name"], unpack["version"]) == ("twin-unpack", "1.4.2")
     registry = f"http://localhost:{shop.twin.port}/npm"
-    assert httpx.get(f"{registry}/left-pad").status_code == 404
-    assert httpx.get(f"{registry}/twin-unpack/-/twin-unpack-9.9.9.tgz").status_code == 404
-    assert httpx.put(f"{registry}/twin-unpack", json={}).status_code == 405
+    assert HTTP.get(f"{registry}/left-pad").status_code == 404
+    assert HTTP.get(f"{registry}/twin-unpack/-/twin-unpack-9.9.9.tgz").status_code == 404
+    assert HTTP.put(f"{registry}/twin-unpack", json={}).status_code == 405
 
 
 def test_a_branch_is_pushed_only_with_contents_write(shop: Storefront, branch: str) -> None:
@@ -162,7 +162,7 @@ def test_pull_requests_that_cannot_be_are_refused_and_a_lost_answer_is_found(sho
     with pytest.raises(ProviderError) as twice:
         create()
     assert twice.value.reason == "provider_invalid"
-    shown = httpx.get(
+    shown = HTTP.get(
         found.url.replace("/acme/", "/api/v3/repos/acme/").replace("/pull/", "/pulls/"), headers=_bearer(shop)
     ).json()
     shop.twin.fault("GET", f"{shop.full_name}/pulls", "raw", text=json.dumps([shown]))

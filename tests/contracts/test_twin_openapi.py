@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import jwt
 import pytest
 from openapi_schema_validator import OAS30Validator
 from referencing import Registry
 from referencing.jsonschema import DRAFT4
 
+from tests.support.http import HTTP
 from tests.support.sessions import SessionWorld
 
 DESCRIPTION = Path(__file__).parents[2] / ".cache/openapi/node_modules/@octokit/openapi/generated/api.github.com.json"
@@ -68,7 +68,7 @@ class Api:
 
     def ask(self, method: str, path: str, *, expected: int, body: Any = None, app: bool = False, token: str | None = None) -> Any:
         bearer = token if token is not None else self.app if app else self.token
-        answer = httpx.request(method, self.base + path, json=body, headers={"authorization": f"Bearer {bearer}"}, timeout=30)
+        answer = HTTP.request(method, self.base + path, json=body, headers={"authorization": f"Bearer {bearer}"}, timeout=30)
         assert answer.status_code == expected, answer.text
         decoded = answer.json()
         template = self._template(path.split("?")[0])
@@ -205,7 +205,7 @@ def _told_of_the_repository(api: Api, full_name: str) -> None:
     headers = {"authorization": f"Bearer {api.app}"}
     for one in api.ask("GET", "/app/hook/deliveries?per_page=100", expected=200, app=True):
         if (one["event"], one["action"]) == ("installation_repositories", "added"):
-            found = httpx.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers=headers).json()["request"]["payload"]
+            found = HTTP.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers=headers).json()["request"]["payload"]
             if full_name in [repository["full_name"] for repository in found["repositories_added"]]:
                 return
     raise AssertionError("the App was not told")
@@ -239,7 +239,7 @@ def test_webhooks_about_alerts_follow_githubs_description(world: SessionWorld, d
         time.sleep(0.05)
     assert [one["action"] for one in sent()] == expected
     for one in sent():
-        found = httpx.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers={"authorization": f"Bearer {api.app}"}).json()
+        found = HTTP.get(f"{api.base}/app/hook/deliveries/{one['id']}", headers={"authorization": f"Bearer {api.app}"}).json()
         schema = {"$ref": f"urn:github#/components/schemas/webhook-dependabot-alert-{one['action'].replace('_', '-')}"}
         problems = list(OAS30Validator(schema, registry=api.registry).iter_errors(found["request"]["payload"]))
         assert not problems, [f"{'/'.join(map(str, each.absolute_path))}: {each.message[:200]}" for each in problems[:5]]
@@ -263,7 +263,7 @@ def test_the_twin_refuses_what_github_refuses(
     api.token = api.ask(
         "POST", f"/app/installations/{world.credentials['installation_id']}/access_tokens", expected=201, app=True, body={}
     )["token"]
-    answer = httpx.request(
+    answer = HTTP.request(
         method,
         f"{api.base}/repos/{pull['repository']}{path.replace('{n}', str(pull['number']))}",
         json=body,
@@ -281,8 +281,8 @@ def test_tokens_are_bound_to_repository_permission_and_time(world: SessionWorld,
     foreign = {"iat": at, "exp": at + 300, "iss": "1"}
     for claims in (stale, foreign):
         forged = jwt.encode(claims, world.credentials["private_key_pem"], algorithm="RS256")
-        assert httpx.post(api.base + path, headers={"authorization": f"Bearer {forged}"}).status_code == 401
-    assert httpx.post(api.base + path, headers={"authorization": f"Bearer {api.app[:-3]}xyz"}).status_code == 401
+        assert HTTP.post(api.base + path, headers={"authorization": f"Bearer {forged}"}).status_code == 401
+    assert HTTP.post(api.base + path, headers={"authorization": f"Bearer {api.app[:-3]}xyz"}).status_code == 401
     reader = api.ask(
         "POST",
         path,
@@ -291,10 +291,10 @@ def test_tokens_are_bound_to_repository_permission_and_time(world: SessionWorld,
         body={"repository_ids": [pull["repository_id"]], "permissions": {"metadata": "read"}},
     )
     headers = {"authorization": f"Bearer {reader['token']}"}
-    assert httpx.get(f"{api.base}/repos/{pull['repository']}", headers=headers).status_code == 200
-    assert httpx.get(f"{api.base}/repos/{pull['repository']}/pulls/{pull['number']}", headers=headers).status_code == 403
+    assert HTTP.get(f"{api.base}/repos/{pull['repository']}", headers=headers).status_code == 200
+    assert HTTP.get(f"{api.base}/repos/{pull['repository']}/pulls/{pull['number']}", headers=headers).status_code == 403
     assert (
-        httpx.get(f"http://localhost:{world.port}/git/{pull['repository']}.git/info/refs?service=git-upload-pack").status_code
+        HTTP.get(f"http://localhost:{world.port}/git/{pull['repository']}.git/info/refs?service=git-upload-pack").status_code
         == 401
     )
 

@@ -17,6 +17,7 @@ from kilo_pipelines.providers.github_permissions import manifest
 from kilo_pipelines.providers.github_setup import GitHubSetup
 from kilo_twin.state import new_private_key
 from tests.contracts.test_twin_openapi import Api, description
+from tests.support.http import HTTP
 from tests.support.twin import Twin
 
 __all__ = ["description"]
@@ -39,17 +40,17 @@ def test_answers_of_the_set_up_follow_githubs_description(twin: Twin, descriptio
     made = manifest(name="n", home="http://localhost:9", webhook="http://localhost:9/w", **asked)
     web = f"http://localhost:{twin.port}"
     sent = {"manifest": json.dumps(made), "name": "n", "state": "s", "org": "acme", "person": "grace"}
-    back = httpx.post(f"{web}/settings/apps", data=sent).headers["location"]
+    back = HTTP.post(f"{web}/settings/apps", data=sent).headers["location"]
     code = httpx.URL(back).params["code"]
     new = api.ask("POST", f"/app-manifests/{code}/conversions", expected=201, token="none")
     api.ask("POST", f"/app-manifests/{code}/conversions", expected=404, token="none")
     twin.control("install", where="acme")
     chosen = {"person": "grace", "state": "s", "redirect_uri": asked["authorized"]}
-    code = httpx.URL(httpx.post(f"{web}/login/oauth/authorize", data=chosen).headers["location"]).params["code"]
+    code = httpx.URL(HTTP.post(f"{web}/login/oauth/authorize", data=chosen).headers["location"]).params["code"]
     exchange = {"client_id": new["client_id"], "client_secret": new["client_secret"], "code": code}
     exchange["redirect_uri"] = asked["authorized"]
-    token = httpx.post(f"{web}/login/oauth/access_token", json=exchange).json()["access_token"]
-    assert httpx.post(f"{web}/login/oauth/access_token", json=exchange).json()["error"] == "bad_verification_code", "once"
+    token = HTTP.post(f"{web}/login/oauth/access_token", json=exchange).json()["access_token"]
+    assert HTTP.post(f"{web}/login/oauth/access_token", json=exchange).json()["error"] == "bad_verification_code", "once"
     api.ask("GET", "/user", expected=200, token=token)
     (seen,) = api.ask("GET", "/user/installations", expected=200, token=token)["installations"]
     assert seen["account"]["login"] == "acme"

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.support.http import HTTP
 from tests.support.platform import RunningPlatform
 
 
@@ -63,7 +63,7 @@ def test_a_review_at_work_goes_on_in_a_restored_home_and_no_altered_file_is_rest
         assert held is not None and held.ended_at is None, "nothing goes on before a person says so"
         key = (platform.home / "secrets" / "operator-api-key").read_text()
         assert (
-            httpx.get(f"{restored.settings.admin_url}/api/v1/health", headers={"authorization": f"Bearer {key}"}).status_code
+            HTTP.get(f"{restored.settings.admin_url}/api/v1/health", headers={"authorization": f"Bearer {key}"}).status_code
             == 200
         )
         assert restored.cli("resume")[0] == 0

@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.ingress.keys import ensure_operator_key
+from tests.support.http import HTTP
 from tests.support.ingress import INSTALLATION, REPOSITORY, SECRET, IngressWorld, lifecycle, pull_request, sign, world
 
 __all__ = ["world"]
@@ -332,14 +333,14 @@ def test_a_review_is_cancelled_and_dispatched_by_its_owner_only(world: IngressWo
 def test_requests_under_a_foreign_name_are_refused_on_both_listeners(world: IngressWorld) -> None:
     """A page in somebody's browser that points its own name at us gets nothing."""
     for port in (world.public, world.admin):
-        answer = httpx.get(f"http://127.0.0.1:{port}/health", headers={"Host": "evil.example"})
+        answer = HTTP.get(f"http://127.0.0.1:{port}/health", headers={"Host": "evil.example"})
         assert 400 <= answer.status_code < 500
-        assert httpx.get(f"http://localhost:{port}/health").status_code == 200
+        assert HTTP.get(f"http://localhost:{port}/health").status_code == 200
 
 
 def test_the_public_listener_has_no_admin_route_and_the_other_way_round(world: IngressWorld) -> None:
     for path in ("/metrics", "/api/v1/reviews", "/api/v1/owners"):
-        answer = httpx.get(f"http://127.0.0.1:{world.public}{path}", headers={"Authorization": f"Bearer {world.operator_key}"})
+        answer = HTTP.get(f"http://127.0.0.1:{world.public}{path}", headers={"Authorization": f"Bearer {world.operator_key}"})
         assert answer.status_code == 404
     assert world.api("POST", "/webhooks/github", world.operator_key).status_code == 404
 

@@ -14,6 +14,7 @@ from kilo_pipelines.core.checks import Check
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import app_secrets
 from tests.support.browser import Page, browser
+from tests.support.http import HTTP
 from tests.support.ingress import sign
 from tests.support.setup import Person, SetupWorld
 
@@ -27,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SetupWorld]:
 
 def test_without_a_link_nobody_sees_the_set_up(world: SetupWorld) -> None:
     for tail in ("", "?link=guessed", "/created?code=x&state=y", "/install", "/authorize", "/authorized?code=x&state=y"):
-        answer = httpx.get(world.page + tail)
+        answer = HTTP.get(world.page + tail)
         assert answer.status_code == 400 and Reason.SETUP_LINK_INVALID in answer.text, tail
 
 

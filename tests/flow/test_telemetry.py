@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from uuid import UUID
 
-import httpx
 import pytest
 
 from kilo_pipelines.settings import write_secret
+from tests.support.http import HTTP
 from tests.support.otlp import Collector, Seen, collector
 from tests.support.platform import RunningPlatform
 
@@ -131,7 +131,7 @@ def test_every_line_of_our_processes_is_json_with_its_ids_and_without_secrets(
 
 def test_a_scrape_tells_of_every_process(trace: list[Seen], platform: RunningPlatform) -> None:
     token = platform.settings.metrics_token_file.read_text().strip()
-    answer = httpx.get(f"{platform.settings.admin_url}/metrics", headers={"authorization": f"Bearer {token}"})
+    answer = HTTP.get(f"{platform.settings.admin_url}/metrics", headers={"authorization": f"Bearer {token}"})
     values = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
     assert float(values['kilo_claims_total{outcome="claimed",service="code_review"}']) >= 1
     assert float(values['kilo_heartbeat_age_seconds{name="recovery"}']) < 60

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
 
 from kilo_pipelines.cloud_agent import git as ours
@@ -27,6 +26,7 @@ from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.verdict import EvidenceKey, fault_of
 from tests.support.figures import Figures
 from tests.support.git import git
+from tests.support.http import HTTP
 from tests.support.sessions import ChangeTask, Control, Provider, SessionWorld
 
 EDITED = [("100644", "package-lock.json"), ("100644", "package.json")]
@@ -272,7 +272,7 @@ class Cut(BaseHTTPRequestHandler):
             for name, value in self.headers.items()
             if name.lower() not in ("host", "content-length", "accept-encoding")
         }
-        answer = httpx.request(self.command, f"http://localhost:{self.twin}{self.path}", headers=kept, content=body)
+        answer = HTTP.request(self.command, f"http://localhost:{self.twin}{self.path}", headers=kept, content=body)
         if self.path.endswith("/git-receive-pack"):
             return
         self.send_response(answer.status_code)

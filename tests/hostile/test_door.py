@@ -18,6 +18,7 @@ from websockets.sync.client import connect
 
 from tests.support.browser import browser
 from tests.support.figures import Figures
+from tests.support.http import HTTP
 from tests.support.platform import RunningPlatform
 
 QUERY = {"query": "{ version }"}
@@ -64,9 +65,9 @@ def test_without_a_session_nothing_of_dagster_is_seen(stranger: httpx.Client, fi
 
 
 def test_a_browser_is_led_to_the_login_and_in(platform: RunningPlatform) -> None:
-    page = httpx.get(f"{platform.settings.admin_url}/dagster/runs", headers={"accept": "text/html"})
+    page = HTTP.get(f"{platform.settings.admin_url}/dagster/runs", headers={"accept": "text/html"})
     assert (page.status_code, page.headers["location"]) == (303, "/login?next=%2Fdagster%2Fruns")
-    form = httpx.get(f"{platform.settings.admin_url}/login")
+    form = HTTP.get(f"{platform.settings.admin_url}/login")
     assert "Operator password" in form.text and form.headers["x-frame-options"] == "DENY"
     shown = platform.browser.get("/dagster/runs")
     assert shown.status_code == 200 and "/dagster" in shown.text
@@ -152,7 +153,7 @@ def test_mutations_by_get_and_by_forms_are_refused_from_our_own_page_too(platfor
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.", ""])
 def test_a_foreign_host_name_is_refused(platform: RunningPlatform, host: str) -> None:
     """DNS rebinding: the page's own name points here."""
-    answer = httpx.get(f"{platform.settings.admin_url}/login", headers={"host": host})
+    answer = HTTP.get(f"{platform.settings.admin_url}/login", headers={"host": host})
     assert answer.status_code == 400
 
 
@@ -224,7 +225,7 @@ def test_every_port_asks_who_is_there_and_every_socket_lies_in_a_private_directo
     }.items():
         for path in paths:
             for method in ("GET", "POST"):
-                answer = httpx.request(method, f"http://127.0.0.1:{port}{path}", json={}, follow_redirects=False)
+                answer = HTTP.request(method, f"http://127.0.0.1:{port}{path}", json={}, follow_redirects=False)
                 tried, accepted = tried + 1, accepted + (answer.status_code < 300)
     sockets = [path for path in settings.sockets.rglob("*") if stat.S_ISSOCK(path.stat().st_mode)]
     assert sockets and stat.S_IMODE(settings.sockets.stat().st_mode) == 0o700

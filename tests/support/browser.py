@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from websockets.sync.client import ClientConnection, connect
+
+from tests.support.http import HTTP
 
 # Without the last ones it looks up hosts of its maker at every start.
 FLAGS = (
@@ -84,7 +85,7 @@ def browser() -> Iterator[Page]:
             assert time.monotonic() < deadline and process.poll() is None, "the browser didn't start"
             time.sleep(0.1)
         address = f"http://127.0.0.1:{port.read_text().splitlines()[0]}/json"
-        (page,) = [one for one in httpx.get(address).json() if one["type"] == "page"]
+        (page,) = [one for one in HTTP.get(address).json() if one["type"] == "page"]
         with connect(page["webSocketDebuggerUrl"], max_size=2**24) as socket:
             yield Page(socket)
     finally:

@@ -42,6 +42,7 @@ from kilo_pipelines.sensors import RECOVERY_INTERVAL_SECONDS, work_once
 from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher, NewDelivery, SessionClaim, Store
 from kilo_twin.__main__ import read_back
+from tests.support.http import HTTP
 from tests.support.sessions import free_port
 
 LEASE_SECONDS = 10.0
@@ -113,7 +114,7 @@ class Engine:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", trust_env=False).status_code == 200
+            return HTTP.get(f"{self.url}/health").status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -133,9 +134,7 @@ class Engine:
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         """What a person does at GitHub."""
         headers = {"authorization": f"Bearer {self.credentials['control_token']}"}
-        answer: dict[str, Any] = httpx.post(
-            f"{self.url}/_twin/{call}", json=body, headers=headers, timeout=60, trust_env=False
-        ).json()
+        answer: dict[str, Any] = HTTP.post(f"{self.url}/_twin/{call}", json=body, headers=headers, timeout=60).json()
         assert "error" not in answer, answer
         return answer
 
@@ -147,11 +146,10 @@ class Engine:
             self.credentials["private_key_pem"],
             "RS256",
         )
-        found = httpx.get(
+        found = HTTP.get(
             f"{self.url}/api/v3/app/hook/deliveries/{pull['delivery']['id']}",
             headers={"authorization": f"Bearer {token}"},
             timeout=30,
-            trust_env=False,
         ).json()
         return json.dumps(found["request"]["payload"]).encode()
 
@@ -279,7 +277,7 @@ class Engine:
                 {"metadata": "read", "pull_requests": "read"},
             )
         )
-        files = httpx.get(f"{pull}/files", headers={"authorization": f"Bearer {token}"}, timeout=30, trust_env=False).json()
+        files = HTTP.get(f"{pull}/files", headers={"authorization": f"Bearer {token}"}, timeout=30).json()
         ledger, findings = [], []
         for number, file in enumerate(files):
             hunks = hunks_of(file["patch"])

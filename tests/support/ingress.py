@@ -31,6 +31,7 @@ from kilo_pipelines.store.app_secrets import WebhookSecret
 from kilo_pipelines.store.crypto import Cipher
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.store.migrate import migrate, provision
+from tests.support.http import HTTP
 from tests.support.keys import api_key
 
 SECRET = "canary-webhook-secret-5f1c"
@@ -164,7 +165,7 @@ class IngressWorld:
         for port in (self.public, self.admin):
             while True:
                 try:
-                    httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+                    HTTP.get(f"http://127.0.0.1:{port}/health", timeout=5)
                     break
                 except httpx.TransportError:
                     if self._ingress.poll() is not None or time.monotonic() - began > 30:
@@ -201,7 +202,7 @@ class IngressWorld:
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> httpx.Response:
         """One request to the public listener."""
-        return httpx.post(f"http://127.0.0.1:{self.public}{path}", content=body, headers=headers, timeout=60)
+        return HTTP.post(f"http://127.0.0.1:{self.public}{path}", content=body, headers=headers, timeout=60)
 
     def webhook(
         self, payload: Any, event: str = "pull_request", *, delivery: str | None = None, body: bytes | None = None, **headers: str
@@ -219,12 +220,12 @@ class IngressWorld:
     def api(self, method: str, path: str, key: str | None = None, **more: Any) -> httpx.Response:
         """One request to the admin listener."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.request(method, f"http://127.0.0.1:{self.admin}{path}", headers=headers, timeout=30, **more)
+        return HTTP.request(method, f"http://127.0.0.1:{self.admin}{path}", headers=headers, timeout=30, **more)
 
     def scrape(self, port: int, **headers: str) -> httpx.Response:
         """What Prometheus is told by a listener."""
         shown = {"Authorization": f"Bearer {self.metrics_token}"}
-        return httpx.get(f"http://127.0.0.1:{port}/metrics", headers=shown | headers, timeout=30)
+        return HTTP.get(f"http://127.0.0.1:{port}/metrics", headers=shown | headers, timeout=30)
 
     def deliveries(self) -> list[dict[str, Any]]:
         """Stored deliveries of the owner."""

@@ -33,6 +33,7 @@ from kilo_pipelines.settings import Settings, write_secret
 from kilo_pipelines.store import Cipher, Store
 from kilo_pipelines.store.embedded import EmbeddedPostgres
 from kilo_pipelines.store.rows import ReviewRow
+from tests.support.http import HTTP
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
@@ -217,7 +218,7 @@ class Machines:
             home=self.secrets, github_api_url=self.env["KILO_GITHUB_API_URL"], github_app_id=self.credentials["app_id"]
         )
         with self.inside():
-            self.wait(lambda: httpx.get("http://localhost:8090/health").status_code == 200, 30)
+            self.wait(lambda: HTTP.get("http://localhost:8090/health").status_code == 200, 30)
             self.owner = setup.ensure_demo_owner(self.settings, self.store, self.credentials, "critical")
 
     # -- looking -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from kilo_pipelines.core.clock import Clock
 from kilo_pipelines.ingress.__main__ import make_door
 from kilo_pipelines.settings import Settings
+from tests.support.http import HTTP
 from tests.support.twin import Twin
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class Browser:
     def choose(self, address: str, person: str) -> str:
         """At the issuer: who one is. The path and query with which the issuer sends the browser back."""
         asked = {name: values[0] for name, values in parse_qs(urlsplit(address).query).items()}
-        answer = httpx.post(f"http://localhost:{self.twin.port}/oidc/authorize", data={**asked, "person": person})
+        answer = HTTP.post(f"http://localhost:{self.twin.port}/oidc/authorize", data={**asked, "person": person})
         assert answer.status_code == 303, answer.text
         return answer.headers["location"].removeprefix(ADMIN)
 

@@ -24,6 +24,7 @@ from kilo_pipelines.cli import setup, supervisor
 from kilo_pipelines.settings import Settings
 from kilo_pipelines.store import Store
 from kilo_pipelines.store.rows import ReviewRow
+from tests.support.http import HTTP
 from tests.support.sessions import free_port
 
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class RunningPlatform:
 
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {self.credentials['control_token']}"}
-        answer: dict[str, Any] = httpx.post(
+        answer: dict[str, Any] = HTTP.post(
             f"{self.settings.twin_url}/_twin/{call}", json=body, headers=headers, timeout=60
         ).json()
         assert "error" not in answer, answer

@@ -36,6 +36,7 @@ from kilo_pipelines.services.code_review.launch import task_of
 from kilo_pipelines.services.code_review.outcome import Interpretation, ReviewSubject, SessionEnd, interpret
 from kilo_pipelines.settings import Settings, write_secret
 from tests.support.git import BareRepository, git
+from tests.support.http import HTTP
 
 
 class Control:
@@ -113,7 +114,7 @@ class SessionWorld:
         self.twin_home = self.home / "twin"
         argv = [sys.executable, "-m", "kilo_twin", "serve", "--home", str(self.twin_home), "--port", str(self.port)]
         self._twin = subprocess.Popen([*argv, "--webhook-url", "http://127.0.0.1:9/nobody"])
-        self._wait(lambda: httpx.get(f"http://localhost:{self.port}/health").status_code == 200)
+        self._wait(lambda: HTTP.get(f"http://localhost:{self.port}/health").status_code == 200)
         self.credentials = json.loads((self.twin_home / "credentials.json").read_text())
         self.settings = Settings(home=self.home, run_dir=self.home / "s", model_base_url=f"http://localhost:{self.port}/model/v1")
         write_secret(self.settings.model_key_file, self.credentials["model_api_key"])
@@ -143,7 +144,7 @@ class SessionWorld:
 
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {self.credentials['control_token']}"}
-        answer: dict[str, Any] = httpx.post(
+        answer: dict[str, Any] = HTTP.post(
             f"http://localhost:{self.port}/_twin/{call}", json=body, headers=headers, timeout=60
         ).json()
         assert "error" not in answer, answer

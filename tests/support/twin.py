@@ -16,6 +16,7 @@ import httpx
 from kilo_pipelines.core.clock import SystemClock
 from kilo_pipelines.core.effects import EffectIntent, EffectKind
 from kilo_pipelines.providers.github import GitHubApp, GitHubInstallation
+from tests.support.http import HTTP
 
 READ = {"metadata": "read", "pull_requests": "read", "contents": "read"}
 POST = {"metadata": "read", "pull_requests": "write", "issues": "write", "checks": "write"}
@@ -41,7 +42,7 @@ class Twin:
         deadline = time.monotonic() + 30
         while True:
             try:
-                httpx.get(f"http://localhost:{self.port}/health")
+                HTTP.get(f"http://localhost:{self.port}/health")
                 break
             except httpx.TransportError:
                 assert self.process.poll() is None and time.monotonic() < deadline, "the twin doesn't start"
@@ -60,7 +61,7 @@ class Twin:
     def control(self, call: str, **body: Any) -> dict[str, Any]:
         """One call of the twin's control API."""
         headers = {"Authorization": f"Bearer {self.credentials['control_token']}"}
-        answer: dict[str, Any] = httpx.post(
+        answer: dict[str, Any] = HTTP.post(
             f"http://localhost:{self.port}/_twin/{call}", json=body, headers=headers, timeout=60
         ).json()
         assert "error" not in answer, answer

@@ -7,7 +7,7 @@ the operator's own key never leaves its machine by itself.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -48,7 +48,7 @@ class Place:
     """Where the control API is, and the key for it."""
 
     base: str
-    key: str
+    key: str = field(repr=False)
     # Whether this home's own platform is asked, beside which its secrets and its store are at hand.
     local: bool
 

@@ -54,6 +54,7 @@ def run(settings: Settings) -> list[Check]:
         _agent(settings),
         *(_hosted(settings) if settings.agent == "hosted" else []),
         _database(settings),
+        *_metrics_token(settings),
         *_api_key(settings),
         *_limits(settings),
         *_github(settings),
@@ -212,6 +213,17 @@ def _database(settings: Settings) -> Check:
     return Check("database", code, True, f"answers, {owners} owners", "")
 
 
+def _metrics_token(settings: Settings) -> list[Check]:
+    """Nothing before the first start, which makes it."""
+    if not settings.secrets_dir.exists():
+        return []
+    kept, remedy = (
+        _kept(settings.metrics_token_file),
+        "the next start makes it; where secrets come from a bundle: repeat `bundle`",
+    )
+    return [Check("metrics token", "metrics_token_missing", kept, "stored" if kept else "none", remedy, required=False)]
+
+
 def _api_key(settings: Settings) -> list[Check]:
     """Whether the command line's key opens the API that it would ask; nothing where neither was named and nothing runs."""
     named = settings.api_url is not None or settings.api_key is not None or settings.api_key_file is not None
@@ -219,12 +231,12 @@ def _api_key(settings: Settings) -> list[Check]:
         return []
     try:
         where = client.place(settings)
-        who = loads(where.ask("GET", "/me", {}))
+        role = str(loads(where.ask("GET", "/me", {}))["role"])
     except client.ApiError as failure:
         return [_fault("api key", failure.reason or Reason.API_ANSWER_UNUSABLE, failure.detail)]
-    except ValueError:
-        return [_fault("api key", Reason.API_ANSWER_UNUSABLE, "no JSON")]
-    return [Check("api key", str(Reason.KEY_REFUSED), True, f"{where.base} knows it: {who.get('role')}", "")]
+    except (ValueError, KeyError, TypeError) as failure:
+        return [_fault("api key", Reason.API_ANSWER_UNUSABLE, type(failure).__name__)]
+    return [Check("api key", str(Reason.KEY_REFUSED), True, f"{where.base} knows it: {role}", "")]
 
 
 def _limits(settings: Settings) -> list[Check]:

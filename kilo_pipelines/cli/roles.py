@@ -73,7 +73,8 @@ ROLES: dict[str, Role] = {
 }
 # The one that makes and changes tables; it runs and ends.
 INIT = Role(
-    ("encryption.key", "broker-password", "operator-password", "database-admin-url"), ("migrator", "app", "system", "dagster")
+    ("encryption.key", "broker-password", "operator-password", "metrics-token", "database-admin-url"),
+    ("migrator", "app", "system", "dagster"),
 )
 
 

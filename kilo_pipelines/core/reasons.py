@@ -643,7 +643,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.USER_CANCELLED: ("A person cancelled it.", "Re-execute to review after all."),
     Reason.BUDGET_ZERO: (
         "A daily budget of the owner or of this service is zero: nothing that asks a model runs.",
-        "Raise it or unset it: `kilo-pipelines budgets set`.",
+        "Raise it or unset it: `kilo-pipelines budgets set`; the operator's cap: `kilo-pipelines budgets cap`.",
     ),
     Reason.BUDGET_RESERVED: (
         "What is left of the day's budget is reserved by running sessions.",
@@ -651,7 +651,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.BUDGET_EXHAUSTED: (
         "The day's budget of the owner or of this service is spent.",
-        "Wait for the next UTC day, or raise it: `kilo-pipelines budgets set`; waiting work is looked at again at once.",
+        "Wait for the next UTC day, or raise it: `kilo-pipelines budgets set` (the operator's cap: `budgets cap`); waiting work is looked at again at once.",
     ),
     Reason.PRICE_UNKNOWN: (
         "Money is bounded, and nobody knows what this model costs.",
@@ -659,7 +659,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.LIMITS_INVALID: (
         "The owner's stored limits can't be read, so nothing is spent.",
-        "Set them anew: `kilo-pipelines budgets set`.",
+        "Set them anew: `kilo-pipelines budgets set`; the operator's cap: `kilo-pipelines budgets cap`.",
     ),
     Reason.AUTHOR_RATE_LIMITED: (
         "This author started more in this repository than the owner's settings allow.",
@@ -772,7 +772,7 @@ MEANING: dict[Reason, tuple[str, str]] = {
     ),
     Reason.HOSTED_UNMETERED: (
         "What a hosted session uses can't be counted, and the owner has a budget.",
-        "Let this platform's own agents review (KILO_AGENT), or take the owner's budgets away: `kilo-pipelines budgets set`.",
+        "Let this platform's own agents review (KILO_AGENT), or take the owner's budgets away: `kilo-pipelines budgets set`, `budgets cap`.",
     ),
     Reason.SETUP_ELSEWHERE: (
         "This process has its secrets from an orchestrator: what a set-up stores here would be lost, and no other process would see it.",

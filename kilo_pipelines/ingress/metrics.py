@@ -37,6 +37,8 @@ FRESH = timedelta(seconds=5)
 registry = CollectorRegistry()
 # What the database holds: the same whichever process tells it.
 figures = CollectorRegistry()
+# Whether it could be asked for them.
+look = CollectorRegistry()
 
 deliveries = Counter("kilo_deliveries", "Webhook deliveries by outcome or reason.", ["outcome"], registry=registry)
 signatures = Counter(
@@ -288,6 +290,9 @@ class Platform(Collector):
 
 platform = Platform()
 figures.register(platform)
+database_up = Gauge(
+    "kilo_database_up", "Whether the figures of the database could be read at this scrape: 1 or 0.", registry=look
+)
 
 
 def own_counts() -> bytes:
@@ -296,9 +301,18 @@ def own_counts() -> bytes:
 
 
 def exposition(store: Store, at: datetime) -> bytes:
-    """All metrics in Prometheus' text form; the database's figures are of `at`, or a few seconds older."""
-    platform.look(store, at)
-    return own_counts() + generate_latest(figures)
+    """All metrics in Prometheus' text form; the database's figures are of `at`, or a few seconds older.
+
+    Without the database this process's own counts are told all the same: they say what its callers meet meanwhile.
+    """
+    try:
+        platform.look(store, at)
+    except SQLAlchemyError:
+        log.exception("the figures could not be read")
+        database_up.set(0)
+        return own_counts() + generate_latest(look)
+    database_up.set(1)
+    return own_counts() + generate_latest(look) + generate_latest(figures)
 
 
 class Scraped:
@@ -324,9 +338,4 @@ class Scraped:
         if not token or not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
             refused = {"outcome": "refused", "reason": str(Reason.KEY_REFUSED)}
             return JSONResponse(refused, 401, headers={"WWW-Authenticate": "Bearer"})
-        try:
-            text = await anyio.to_thread.run_sync(self._told)
-        except SQLAlchemyError:
-            log.exception("the figures could not be read")
-            return JSONResponse({"outcome": "refused", "reason": str(Reason.STORE_UNAVAILABLE)}, 503)
-        return Response(text, media_type="text/plain; version=0.0.4")
+        return Response(await anyio.to_thread.run_sync(self._told), media_type="text/plain; version=0.0.4")

@@ -259,8 +259,7 @@ def _settle(context: OpExecutionContext, store: Store, item_id: UUID) -> None:
             return
         session = tx.session()
         if WorkState(tx.item.state) in FINAL and not tx.item.announced:
-            tx.announce({"conclusion": tx.item.state, "reason": tx.item.reason}, None, [])
-            said = tx.item.reason or tx.item.state
+            said = _told(tx)
         elif WorkState(tx.item.state) is not WorkState.RUNNING or session is None or session.ended_at is None:
             said = Reason.MOVED_ON
         elif session.state == "completed":
@@ -272,6 +271,18 @@ def _settle(context: OpExecutionContext, store: Store, item_id: UUID) -> None:
         store.queue.unblock_service(analysed[0], SERVICE, "session")
         follow(store, *analysed, context.log)
     say(context, item_id, said)
+
+
+def _told(tx: SettleTx) -> str:
+    """An end that no settle made; one that failed at the launch is the finding's affair, too (contract 14)."""
+    reason, item, now = tx.item.reason or tx.item.state, tx.item, datetime.now(UTC)
+    note = None
+    if WorkState(item.state) is WorkState.FAILED:
+        finding_id = UUID(item.details["finding_id"])
+        step = _step(item.owner_id, finding_id, item.id, item.attempt, "analysis_failed", None, None, reason)
+        note = noted(item.owner_id, finding_id, [step], actor="platform", now=now)
+    tx.announce({"conclusion": item.state, "reason": item.reason}, None, [], also=note)
+    return reason
 
 
 def follow(store: Store, owner_id: UUID, finding_id: UUID, log: Log) -> None:

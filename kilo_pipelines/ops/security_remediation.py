@@ -71,7 +71,8 @@ def _launch(
         say(context, item_id, claim.outcome)
         return
     if cloud_agent.is_hosted():  # a change made where nobody of us watches
-        _stop(context, store, claim, Reason.HOSTED_WORK_REFUSED)
+        store.queue.conclude(claim, WorkState.FAILED, Reason.HOSTED_WORK_REFUSED)
+        say(context, item_id, Reason.HOSTED_WORK_REFUSED)
         return
     finding = store.findings.get(claim.owner_id, UUID(claim.details["finding_id"]))
     assert finding is not None  # noqa: S101  # a foreign key holds it

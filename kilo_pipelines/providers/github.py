@@ -56,6 +56,17 @@ class ProviderError(Exception):
 _NO_DRAFTS = "Draft pull requests are not supported"
 
 
+# The same of a pull request between two branches that has one.
+_HAS_ONE = "A pull request already exists"
+
+
+class PullExistsError(ProviderError):
+    """A pull request from this branch is open; GitHub's list may not show it yet."""
+
+    def __init__(self) -> None:
+        super().__init__(Reason.PROVIDER_INVALID, retryable=True, detail=_HAS_ONE)
+
+
 @dataclass(frozen=True)
 class PullState:
     """A pull request as GitHub tells it now."""
@@ -419,14 +430,17 @@ class GitHubInstallation:
         """Opens a pull request from branch `head` to branch `base` of this repository; needs pull_requests:write.
 
         A repository without drafts (private ones of some plans) gets an ordinary one. Raises ProviderError: `provider_invalid` when
-        a branch is missing, nothing lies between them, or one is open already.
+        a branch is missing or nothing lies between them, PullExistsError when one is open already.
         """
         repository = self.repository(full_name)
         with self.errors():
             try:
                 made = repository.create_pull(base, head, title=title, body=body, draft=draft)
             except GithubException as failure:
-                if not (draft and failure.status == 422 and _NO_DRAFTS in json.dumps(failure.data)):
+                told = json.dumps(failure.data) if failure.status == 422 else ""
+                if _HAS_ONE in told:
+                    raise PullExistsError from None
+                if not (draft and _NO_DRAFTS in told):
                     raise
                 made = repository.create_pull(base, head, title=title, body=body, draft=False)
             return _pull_state(repository, made)

@@ -23,7 +23,7 @@ from kilo_pipelines.core.effects import EffectIntent, EffectKind, EffectReceipt
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.core.text import cut, one_line
 from kilo_pipelines.providers import github_alerts
-from kilo_pipelines.providers.github import GitHubInstallation, ProviderError
+from kilo_pipelines.providers.github import GitHubInstallation, ProviderError, PullExistsError
 
 # GitHub refuses longer bodies of reviews, comments and check summaries (65,536 characters); the rest is for the cut's own note.
 MAX_BODY = 65_000
@@ -302,7 +302,7 @@ def _reaction(installation: GitHubInstallation, wanted: ReactionPayload, gate: C
 def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, gate: Callable[[], None]) -> EffectReceipt:
     """`head_moved` for a branch, or a pull request from it, that shows another commit than ours, or leads elsewhere: nobody checked that."""
     repository = _here(installation, wanted.full_name)
-    if (found := _open_already(installation, wanted)) is not None:
+    if (found := _already_there(installation, wanted)) is not None:
         return found
     with installation.errors():
         if repository.get_commit(f"heads/{wanted.head_ref}").sha != wanted.head_sha:
@@ -317,19 +317,19 @@ def _pull_request(installation: GitHubInstallation, wanted: PullRequestPayload, 
             base=wanted.base_ref,
             draft=wanted.draft,
         )
-    except ProviderError as failure:
-        # GitHub takes no second one from a branch: an earlier write of ours, whose answer was lost, may have landed since we looked.
-        if failure.reason is Reason.PROVIDER_INVALID and (found := _open_already(installation, wanted)) is not None:
-            return found
-        raise
+    except PullExistsError:
+        # An earlier write of ours, whose answer was lost, has landed since we looked.
+        if (found := _already_there(installation, wanted)) is None:
+            raise
+        return found
     if made.head_sha != wanted.head_sha:
         installation.close_pull(wanted.full_name, made.number)
         raise _moved(wanted.head_ref, "is at another commit")
     return EffectReceipt(external_id=str(made.number), url=made.url, created=True)
 
 
-def _open_already(installation: GitHubInstallation, wanted: PullRequestPayload) -> EffectReceipt | None:
-    """The pull request from our branch, when there is one; `head_moved` as in `_pull_request`."""
+def _already_there(installation: GitHubInstallation, wanted: PullRequestPayload) -> EffectReceipt | None:
+    """The pull request from our branch, when there is one, open or not; `head_moved` as in `_pull_request`."""
     found = installation.find_pull(wanted.full_name, wanted.head_ref)
     if found is None:
         return None

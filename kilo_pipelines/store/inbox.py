@@ -23,7 +23,7 @@ from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.findings import Alert, Decide, Dispose, Findings, read_duplicates, write_alerts
 from kilo_pipelines.store.queue import end_item, intend, lock_subject, open_item, reopen_item
 from kilo_pipelines.store.rows import DeliveryRow, FindingRow, ItemView, NewDelivery, NewItem, Receipt, Repository, ServiceConfig
-from kilo_pipelines.store.standing import read_limits
+from kilo_pipelines.store.standing import own_limits
 from kilo_pipelines.telemetry import traces
 
 log = logging.getLogger(__name__)
@@ -291,7 +291,7 @@ class AdmissionTx:
 
     def limits(self) -> LimitsConfig:
         """The owner's limits; defaults where none can be read: its claims spend nothing then."""
-        return read_limits(self._connection, self.delivery.owner_id) or LimitsConfig()
+        return own_limits(self._connection, self.delivery.owner_id) or LimitsConfig()
 
     @property
     def now(self) -> datetime:

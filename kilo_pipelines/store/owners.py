@@ -17,7 +17,7 @@ from kilo_pipelines.store import system_statements as system
 from kilo_pipelines.store.database import Database, changed, notify, one, rows
 from kilo_pipelines.store.queue import audit, end_item, owner_of_item
 from kilo_pipelines.store.rows import Claimed, Integration, Owner, Repository, ReviewRow, ServiceConfig, SyncTarget
-from kilo_pipelines.store.standing import BUDGET_REASONS, wake
+from kilo_pipelines.store.standing import BUDGET_REASONS, wait_for_claims, wake
 
 
 class AmbiguousInstallationError(Exception):
@@ -338,6 +338,9 @@ class Owners:
     ) -> int:
         """Compare-and-set of validated settings (revision 0: none yet); the new revision or StaleRevisionError."""
         with self._database.owner(owner_id) as connection:
+            if service in SPENDING_SETTINGS:
+                # A claim that has read the old ones puts its item off: that has to be there when what waits is woken.
+                wait_for_claims(connection, f"limits:{owner_id}")
             row = one(
                 connection,
                 "insert into service_configs (owner_id, service, config, enabled, updated_at) select :owner, :service, cast(:config as jsonb), :enabled, :now"

@@ -24,14 +24,15 @@ from kilo_pipelines.store.figures import told_of_claims
 from kilo_pipelines.store.rows import Claimed, ItemRow, NewItem, Offer, Refused
 from kilo_pipelines.store.standing import (
     automatic_starts,
+    claims_under_way,
     lock_budget,
-    lock_switches,
     mark,
     put_off_service,
     read_limits,
     standings,
     suggests_only,
     take_author,
+    wait_for_claims,
 )
 from kilo_pipelines.telemetry import traces
 
@@ -360,11 +361,15 @@ class Queue:
         only the operator changes.
         """
         with self._database.system() as connection:
-            lock_switches(connection, to_set=True)
             if not changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason, actor=actor):
                 return None
-            live = rows(connection, system.LIVE_ITEMS.sql, scope=scope) if kind == "kill" else []
             notify(connection, f"switch:{scope}")
+        live: Sequence[Any] = []
+        if kind == "kill":
+            with self._database.system() as connection:
+                # A claim that looked before the switch was there may not have committed: its item would work on, unseen.
+                wait_for_claims(connection, scope)
+                live = rows(connection, system.LIVE_ITEMS.sql, scope=scope)
         self._audit_switch(scope, f"switch.{kind}", actor, {"reason": reason})
         return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
 
@@ -462,6 +467,8 @@ class Queue:
             return Refused(Reason.MOVED_ON, "unknown")
         now = self._clock.now()
         with self._database.owner(owner_id) as connection:
+            # Before any row: who changes limits waits for claims, and then for the rows that these put off.
+            claims_under_way(connection, "all", f"service:{service}", f"owner:{owner_id}", f"limits:{owner_id}")
             item = one(
                 connection,
                 "select w.*, i.installation_id, i.id as integration_id, o.kind, o.plan, o.enabled,"
@@ -483,7 +490,6 @@ class Queue:
                 return Refused(Reason.MOVED_ON, "unknown")
             if item["state"] != "waiting":
                 return Refused(Reason.MOVED_ON, item["state"], item["session_id"])
-            lock_switches(connection)
             blocked = one(
                 connection,
                 # The kill switch speaks before a pause, whichever of their scopes is the wider one.

@@ -13,8 +13,6 @@ from kilo_pipelines.store.database import Database, changed
 BATCH = 1_000
 # Transactions of one run and table: a year's backlog is worked off over some days, beside the work.
 MOST_BATCHES = 200
-# At the slowest rate that makes sense, one start a day, a bucket of a hundred is full by then, as a new one is.
-BUCKET_DAYS = 100.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ class Retention:
                 ("callbacks", ages.callbacks),
                 # a gap says of a delivery what its body can't say any more
                 ("delivery_gaps", ages.delivery_bodies),
-                ("author_buckets", BUCKET_DAYS),
+                # a full one says nothing
+                ("author_buckets", 0.0),
             )
         }
 

@@ -31,19 +31,27 @@ TOGETHER = 1_000
 
 
 def read_limits(connection: Connection, owner_id: UUID) -> LimitsConfig | None:
-    """The owner's limits under the operator's cap, the defaults where none are set; None when what is stored can't be read: then nothing is spent."""
-    found = rows(
-        connection,
-        "select service, config from service_configs where owner_id = :owner and service = any(:services)",
-        owner=owner_id,
-        services=list(limits.SPENDING_SETTINGS),
-    )
-    configs = {row["service"]: row["config"] for row in found}
+    """The owner's limits under the operator's cap; None when what is stored of either can't be read: then nothing is spent."""
+    own = own_limits(connection, owner_id)
     try:
-        cap = Budget.model_validate(configs.get(limits.CAP, {}))
-        return LimitsConfig.model_validate(configs.get(limits.SETTINGS, {})).under(cap)
+        cap = Budget.model_validate(_config(connection, owner_id, limits.CAP))
     except ValidationError:
         return None
+    return own.under(cap) if own is not None else None
+
+
+def own_limits(connection: Connection, owner_id: UUID) -> LimitsConfig | None:
+    """What the owner says itself, the defaults when it said nothing; None when that can't be read."""
+    try:
+        return LimitsConfig.model_validate(_config(connection, owner_id, limits.SETTINGS))
+    except ValidationError:
+        return None
+
+
+def _config(connection: Connection, owner_id: UUID, service: str) -> dict[str, Any]:
+    sql = "select config from service_configs where owner_id = :owner and service = :service"
+    row = one(connection, sql, owner=owner_id, service=service)
+    return row["config"] if row else {}
 
 
 def lock_budget(connection: Connection, owner_id: UUID) -> None:
@@ -51,10 +59,15 @@ def lock_budget(connection: Connection, owner_id: UUID) -> None:
     connection.exec_driver_sql("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"budget:{owner_id}",))
 
 
-def lock_switches(connection: Connection, *, to_set: bool = False) -> None:
-    """Whoever sets a switch waits for the claims that have looked for one already; claims don't wait for each other. Until commit."""
-    kind = "" if to_set else "_shared"
-    connection.exec_driver_sql(f"select pg_advisory_xact_lock{kind}(hashtextextended(%s, 0))", ("switches",))
+def claims_under_way(connection: Connection, *scopes: str) -> None:
+    """Until commit, whoever waits for the claims of one of these scopes (`owner:…`, `service:…`, `all`, `limits:…`) waits for this one."""
+    sql = "select pg_advisory_xact_lock_shared(hashtextextended('claims:' || scope, 0)) from unnest(%s::text[]) as scope"
+    connection.exec_driver_sql(sql, (list(scopes),))
+
+
+def wait_for_claims(connection: Connection, scope: str) -> None:
+    """Waits for the claims under way in a scope; those that come meanwhile wait, until commit. Claims don't wait for each other."""
+    connection.exec_driver_sql("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"claims:{scope}",))
 
 
 def standings(connection: Connection, owner_id: UUID, scopes: Sequence[tuple[str, Budget]], now: datetime) -> list[Standing]:

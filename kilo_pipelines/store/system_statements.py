@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kilo_pipelines.core.limits import LimitsConfig
+
 
 class SystemStatement(NamedTuple):
     """SQL and why it may not be scoped to one owner."""
@@ -451,6 +453,8 @@ AUDIT_OF_PEOPLE = SystemStatement(
     " where (cast(:owner as uuid) is null or owner_id = :owner) order by id desc limit :limit",
     "the operator reads the audit of all owners",
 )
+_DEFAULTS = LimitsConfig()
+_SET = "case when jsonb_typeof(c.config -> '{0}') = 'number' then (c.config ->> '{0}')::float else {1} end"
 SWEEP = {
     "delivery_bodies": SystemStatement(
         "update deliveries set body = '', headers = '{}' where (owner_id, id) in (select owner_id, id from deliveries"
@@ -469,8 +473,11 @@ SWEEP = {
         "retention is the platform's, for every owner",
     ),
     "author_buckets": SystemStatement(
-        "delete from author_buckets where (owner_id, repository_id, author) in (select owner_id, repository_id, author from author_buckets"
-        " where refilled_at < :before limit :limit for update skip locked)",
+        "delete from author_buckets where (owner_id, repository_id, author) in (select b.owner_id, b.repository_id, b.author"
+        " from author_buckets b left join service_configs c on c.owner_id = b.owner_id and c.service = 'limits' where b.refilled_at < :before"
+        " and b.tokens + extract(epoch from (cast(:before as timestamptz) - b.refilled_at)) / 3600"
+        f" * {_SET.format('author_starts_per_hour', _DEFAULTS.author_starts_per_hour)} >= {_SET.format('author_burst', _DEFAULTS.author_burst)}"
+        " limit :limit for update of b skip locked)",
         "retention is the platform's, for every owner",
     ),
     "delivery_gaps": SystemStatement(
@@ -662,7 +669,7 @@ WORK_GAUGES = SystemStatement(
     " union all select 'effects', state, count(*) from effects where state in ('dead', 'unknown') group by state"
     " union all select 'effects', state, count(*) from effects where state = 'held' group by state"
     " union all select 'deliveries', state, count(*) from deliveries where state = 'received' group by state"
-    " union all select 'delivery_gaps', state, count(*) from delivery_gaps where ended_at is null or state = 'gave_up' group by state",
+    " union all select 'delivery_gaps', state, count(*) from delivery_gaps where ended_at is null or (state = 'gave_up' and ended_at > now() - interval '1 hour') group by state",
     "metrics are the operator's, over all owners",
 )
 COUNTERS = SystemStatement(
@@ -776,18 +783,23 @@ LIMITS_OF_OWNERS = SystemStatement(
     " order by o.name, o.id, c.service",
     "`doctor` names every owner whose limits let nothing run",
 )
+# What can't be read stops every claim, and is no number here.
+_NUMBER = "case when budget ->> '{0}' ~ '^[0-9]+([.][0-9]+)?$' then (budget ->> '{0}')::numeric end"
 OVER_BUDGET = SystemStatement(
-    """
-with budgets as (
+    f"""
+with stored as (
     select c.owner_id, '' as scope, c.config -> 'daily' as budget from service_configs c where c.service = 'limits'
     union all select c.owner_id, '', c.config from service_configs c where c.service = 'cap'
-    union all select c.owner_id, b.key, b.value from service_configs c cross join lateral jsonb_each(c.config -> 'services') b
-    where c.service = 'limits'
+    union all select c.owner_id, b.key, b.value from service_configs c cross join lateral jsonb_each(
+        case when jsonb_typeof(c.config -> 'services') = 'object' then c.config -> 'services' else '{{}}' end) b where c.service = 'limits'
+), budgets as (
+    select owner_id, scope, min({_NUMBER.format("tokens")}) as tokens, min({_NUMBER.format("usd")}) * 1000000 as micro_usd
+    from stored group by owner_id, scope
 ), spent as (
-    select b.owner_id, b.scope, (b.budget ->> 'tokens')::numeric as tokens, (b.budget ->> 'usd')::numeric * 1000000 as micro_usd,
-        sum(d.tokens_in + d.tokens_out) as spent_tokens, sum(d.micro_usd) as spent_micro_usd, max(d.last_at) as last_at
+    select b.owner_id, b.scope, b.tokens, b.micro_usd, sum(d.tokens_in + d.tokens_out) as spent_tokens, sum(d.micro_usd) as spent_micro_usd,
+        max(d.last_at) as last_at
     from budgets b join spend_days d on d.owner_id = b.owner_id and d.day = :day and b.scope in ('', d.service)
-    group by b.owner_id, b.scope, b.budget
+    group by b.owner_id, b.scope, b.tokens, b.micro_usd
 )
 select o.name as owner, s.scope, s.tokens, s.spent_tokens, s.micro_usd, s.spent_micro_usd, s.last_at from spent s
 join owners o on o.id = s.owner_id

@@ -345,13 +345,28 @@ def test_the_public_listener_has_no_admin_route_and_the_other_way_round(world: I
     assert world.api("POST", "/webhooks/github", world.operator_key).status_code == 404
 
 
-@pytest.mark.parametrize("who", ["nobody", "forger", "operator"])
-def test_metrics_are_told_for_the_scrapers_token_alone(world: IngressWorld, who: str) -> None:
-    keys = {"nobody": None, "forger": "forged", "operator": world.operator_key}
-    assert world.api("GET", "/metrics", keys[who]).status_code == 401
+def test_metrics_are_told_for_the_scrapers_token_alone(world: IngressWorld) -> None:
+    for key in (None, "forged", world.operator_key, world.owner_key, world.viewer_key, world.stranger_key):
+        answer = world.api("GET", "/metrics", key)
+        assert (answer.status_code, answer.json()["reason"]) == (401, "key_refused")
     assert world.api("GET", "/api/v1/health", world.metrics_token).status_code == 401, "it opens nothing else"
     told = world.scrape(world.admin, Host="10.1.2.3:8081")  # by a pod's address
     assert (told.status_code, "kilo_http_responses_total" in told.text, "kilo_schema_info" in told.text) == (200, True, True)
+
+
+def test_a_public_listener_by_itself_tells_what_it_counts(world: IngressWorld) -> None:
+    world.stop_ingress()
+    world.start("public")
+    try:
+        assert world.webhook(pull_request()).status_code == 202
+        assert HTTP.get(f"http://127.0.0.1:{world.public}/metrics").status_code == 401
+        told = world.scrape(world.public)
+        assert 'kilo_deliveries_total{outcome="stored"} 1.0' in told.text and "kilo_schema_info" not in told.text
+        with pytest.raises(httpx.ConnectError):
+            world.scrape(world.admin)
+    finally:
+        world.stop_ingress()
+        world.start()
 
 
 def test_metrics_count_what_was_refused(world: IngressWorld) -> None:
@@ -381,6 +396,9 @@ def test_without_the_database_a_delivery_is_503_and_taken_when_it_is_back(world:
         answer = world.webhook(payload)
         assert (answer.status_code, answer.json()["reason"]) == (503, "store_unavailable")
         assert world.api("GET", "/api/v1/reviews", world.operator_key).status_code == 503
+        told = world.scrape(world.admin).text
+        assert "kilo_database_up 0.0" in told and 'kilo_deliveries_total{outcome="store_unavailable"}' in told
+        assert "kilo_schema_info" not in told
     finally:
         world.start_database()
     assert world.webhook(payload).status_code == 202

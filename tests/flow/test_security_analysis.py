@@ -110,6 +110,7 @@ def test_a_hosted_agent_reads_no_repository_and_nothing_is_paid_to_learn_that(
     assert (asked.state, asked.reason, asked.triage) == ("failed", Reason.HOSTED_WORK_REFUSED, None)
     assert (judged.state, judged.reason, judged.deep) == ("failed", Reason.HOSTED_WORK_REFUSED, None)
     assert judged.triage and judged.triage["needs_deep"], "whether it has to be read is asked first"
+    assert sorted(one["reason"] for one in shop.audited("security.finding.analysis_failed")) == ["hosted_work_refused"] * 2
     assert shop.store.spend.of_item(shop.id, asked.item_id) == [] and "agent_session" not in desk.runs
 
 

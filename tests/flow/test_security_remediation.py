@@ -120,7 +120,8 @@ def test_a_hosted_agent_changes_nothing(shop: Shop, desk: Dispatcher, monkeypatc
     monkeypatch.setenv("KILO_AGENT", "hosted")
     desk.work(shop.id)
     row = shop.row(item)
-    assert (row.state, row.reason) == ("cancelled", Reason.HOSTED_WORK_REFUSED)
+    assert (row.state, row.reason) == ("failed", Reason.HOSTED_WORK_REFUSED)
+    assert [one["reason"] for one in shop.audited("security.remediation.failed")] == ["hosted_work_refused"]
     assert "agent_session" not in desk.runs and shop.pulls() == [] and _slots(shop) == 0
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from kilo_pipelines.core.limits import CAP, SETTINGS, Ask, LimitsConfig, Price, Usage
 from kilo_pipelines.core.reasons import Reason
-from kilo_pipelines.store import Claimed, Refused, StaleRevisionError
+from kilo_pipelines.store import Claimed, Refused, StaleRevisionError, standing
 from kilo_pipelines.store.queue import SERVICE_TABLES
 from tests.conftest import Database
 from tests.support.store import World, intent
@@ -261,6 +261,46 @@ def test_an_owner_over_its_budget_that_still_spends_is_told(day: World) -> None:
     assert [one for one in day.store.spend.over_budget() if one["owner"] == day.owner.name] == []
     _spend(day, claim, Usage(1_100, 0), session, "meter")
     assert {one["scope"] for one in day.store.spend.over_budget() if one["owner"] == day.owner.name} == {"", "code_review"}
+
+
+def test_a_cap_like_the_owners_budget_counts_what_was_spent_once(day: World) -> None:
+    _limit(day, daily={"tokens": 1_000})
+
+    def cap(config: dict[str, Any], revision: int) -> None:
+        day.store.owners.put_config(day.owner.id, CAP, config, enabled=True, expected_revision=revision, actor="operator")
+
+    def told() -> list[tuple[str, int]]:
+        return [(one["scope"], int(one["tokens"])) for one in day.store.spend.over_budget() if one["owner"] == day.owner.name]
+
+    cap({"tokens": 1_000, "usd": None}, 0)
+    claim, session = day.launched()
+    _spend(day, claim, Usage(600, 0), session, "meter")
+    assert told() == []
+    cap({"tokens": 500, "usd": None}, 1)
+    assert told() == [("", 500)]
+    cap({"tokens": "many"}, 2)
+    assert told() == [], "what is no number is nobody's budget; the claims stop"
+
+
+def test_who_raises_a_budget_wakes_also_what_a_claim_puts_off_meanwhile(day: World) -> None:
+    """The claim has read the old budget and commits later."""
+    revision = _limit(day, daily={"tokens": 0})
+    item = day.item()
+    raising = threading.Thread(target=lambda: _limit(day, revision, daily={}))
+    read = standing.read_limits
+
+    def reading(*args: Any) -> LimitsConfig | None:
+        found = read(*args)
+        raising.start()
+        raising.join(0.5)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kilo_pipelines.store.queue.read_limits", reading)
+        assert _refused(_claim(day, item)) == (Reason.BUDGET_ZERO, "waiting")
+    raising.join(10)
+    assert isinstance(_claim(day, item), Claimed)
+    assert _not_before(day, item) <= day.clock.now()
 
 
 def _raw(world: World, service: str, *, by_person: bool = False) -> UUID:

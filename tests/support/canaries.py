@@ -27,6 +27,7 @@ def of_home(settings: Settings) -> dict[str, str]:
         "client secret": app.client_secret or "",
         "model key": settings.model_key_file.read_text().strip().rpartition("-")[2],
         "operator key": settings.operator_key_file.read_text().strip().partition("_")[2],
+        "metrics token": settings.metrics_token_file.read_text().strip(),
         "broker password": (held / "broker-password").read_text().strip(),
         "twin's control token": json.loads((settings.home / "twin/credentials.json").read_text())["control_token"],
     }

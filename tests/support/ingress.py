@@ -149,20 +149,21 @@ class IngressWorld:
         """Everything that the ingress wrote."""
         return (self.home / "ingress.log").read_text(errors="replace")
 
-    def start(self) -> None:
-        """Starts the ingress and waits until both listeners answer."""
+    def start(self, listeners: str = "both") -> None:
+        """Starts the ingress and waits until its listeners answer."""
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("KILO_")},
             "KILO_HOME": str(self.home),
             "KILO_PUBLIC_PORT": str(self.public),
             "KILO_ADMIN_PORT": str(self.admin),
+            "KILO_LISTENERS": listeners,
         }
         began = time.monotonic()
         with (self.home / "ingress.log").open("ab") as log:
             self._ingress = subprocess.Popen(
                 [sys.executable, "-m", "kilo_pipelines.ingress"], env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        for port in (self.public, self.admin):
+        for port in (self.public, self.admin) if listeners == "both" else (self.public,):
             while True:
                 try:
                     HTTP.get(f"http://127.0.0.1:{port}/health", timeout=5)

@@ -31,27 +31,11 @@ RULES = [
 ]
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "kilo-pipelines.json").read_text())
 # Words of the query language and of Prometheus itself; what else looks like a name in an expression is taken for a metric.
-LANGUAGE = {
-    "sum",
-    "min",
-    "max",
-    "by",
-    "rate",
-    "increase",
-    "histogram_quantile",
-    "absent",
-    "and",
-    "or",
-    "le",
-    "up",
-    "offset",
-    "h",
-    "vector",
-}
+LANGUAGE = {"sum", "min", "max", "by", "rate", "increase", "histogram_quantile", "absent", "and", "or", "le", "up"}
 
 
 def _families() -> list[Metric]:
-    return [*metrics.registry.collect(), *metrics.figures.collect()]
+    return [one for registry in (metrics.registry, metrics.look, metrics.figures) for one in registry.collect()]
 
 
 def _series() -> dict[str, set[str]]:

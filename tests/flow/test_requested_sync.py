@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -41,9 +40,9 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
 
 
 @pytest.fixture
-def instance(database: Database, tmp_path: Path) -> Iterator[DagsterInstance]:
+def instance(database: Database) -> Iterator[DagsterInstance]:
     Held.store = database.store
-    with DagsterInstance.local_temp(str(tmp_path)) as made:
+    with DagsterInstance.ephemeral() as made:
         yield made
 
 

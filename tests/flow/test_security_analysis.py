@@ -37,8 +37,8 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
 
 
 @pytest.fixture(scope="module")
-def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
-    with DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as found:
+def instance() -> Iterator[DagsterInstance]:
+    with DagsterInstance.ephemeral() as found:
         yield found
 
 

@@ -43,8 +43,8 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
 
 
 @pytest.fixture
-def desk(database: Database, tmp_path: Path) -> Iterator[Dispatcher]:
-    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+def desk(database: Database) -> Iterator[Dispatcher]:
+    with DagsterInstance.ephemeral() as instance:
         yield Dispatcher(database, instance)
 
 

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -47,8 +46,8 @@ def told(monkeypatch: pytest.MonkeyPatch, twin: Twin) -> Iterator[Channels]:
 
 
 @pytest.fixture
-def desk(database: Database, tmp_path: Path) -> Iterator[Dispatcher]:
-    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+def desk(database: Database) -> Iterator[Dispatcher]:
+    with DagsterInstance.ephemeral() as instance:
         yield Dispatcher(database, instance)
 
 

@@ -45,6 +45,7 @@ LESS: dict[str, dict[str, frozenset[str]]] = {
     "repository_syncs": {SYSTEM: frozenset({"SELECT"})},
     "quarantined_alerts": {SYSTEM: frozenset({"SELECT"})},
     "delivery_gaps": {SYSTEM: frozenset({"SELECT", "DELETE"})},
+    "author_buckets": {SYSTEM: WRITE | {"DELETE"}},
 }
 SCOPE = "(NULLIF(current_setting('kilo.owner_id'::text, true), ''::text))::uuid"
 

@@ -225,14 +225,20 @@ class Stage:
         return [(one["state"], one["reason"]) for one in self.database.store.outbox.of_item(item)]
 
 
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
+    with DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as found:
+        yield found
+
+
 @pytest.fixture
-def stage(database: Database, postgres_admin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(
+    database: Database, postgres_admin: str, instance: DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Stage]:
     monkeypatch.setenv("KILO_HOME", str(tmp_path))
     monkeypatch.setenv("KILO_AGENT", "scripted")
     Held.store, Held.asked = database.store, []
-    dagster = tmp_path / "dagster"
-    dagster.mkdir()
-    with connect(database, postgres_admin) as admin, DagsterInstance.local_temp(str(dagster)) as instance:
+    with connect(database, postgres_admin) as admin:
         yield Stage(database, admin, instance)
         # The next test's owners have the same subjects; sessions that wait would be offered there.
         admin.execute("update work_items set state = 'cancelled', ended_at = now(), announced = true where ended_at is null")

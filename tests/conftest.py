@@ -36,20 +36,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Summary(config.getoption("suite")), "figures-summary")
 
 
-# Files that keep a worker for a minute and more, the longest first: begun last they would run alone while the other one waits.
+# Files that keep a worker for half a minute and more, the longest first: begun last they would run alone while the other one waits.
 LONG = (
-    "crash/test_kill.py",
-    "crash/test_failpoints.py",
     "flow/test_platform.py",
     "flow/test_up.py",
+    "crash/test_kill.py",
+    "crash/test_failpoints.py",
     "flow/test_security_remediation.py",
-    "hostile/test_injections.py",
+    "flow/test_backup.py",
+    "flow/test_sessions.py",
+    "flow/test_two_machines.py",
     "flow/test_security_analysis.py",
-    "hostile/test_ingress_bodies.py",
-    "flow/test_security_dismissal.py",
+    "hostile/test_changes.py",
     "hostile/test_door.py",
+    "flow/test_security_dismissal.py",
     "crash/test_security_work.py",
     "flow/test_engine.py",
+    "hostile/test_injections.py",
+    "crash/test_security_remediation.py",
+    "tenancy/test_ops.py",
+    "contracts/test_github_provider.py",
+    "flow/test_hosted.py",
 )
 
 

@@ -181,8 +181,9 @@ def test_random_kills_leave_one_review_each(platform: RunningPlatform, full: boo
 @pytest.mark.timeout(3_600)
 def test_the_daemon_dies_at_its_own_crash_points(platform: RunningPlatform, full: bool, figures: Figures) -> None:
     """Between the tick's rows and the runs that it asks for: what was offered is offered again."""
-    points = ("TICK_CREATED", "TICK_HELD", "RUN_CREATED", "RUN_LAUNCHED")
-    for point in points if full else ("RUN_CREATED",):
+    if not full:  # a minute: what the dead one had offered is offered again only when that has lapsed
+        pytest.skip("killed in the full form: make suite-crash")
+    for point in ("TICK_CREATED", "TICK_HELD", "RUN_CREATED", "RUN_LAUNCHED"):
         daemon = platform.child("dagster-daemon")
         daemon.suspend()
         try:

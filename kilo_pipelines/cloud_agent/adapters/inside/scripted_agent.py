@@ -168,7 +168,7 @@ def blind(prompt):
 
 def slow(prompt):
     """Honest, but long enough at work to be interrupted."""
-    time.sleep(8)
+    time.sleep(5)
     converse(prompt)
 
 

@@ -261,6 +261,7 @@ class Reason(StrEnum):
     WEBHOOK_NOT_SEEN_YET = "webhook_not_seen_yet"
     CLOCK_SKEW = "clock_skew"
     SECRET_UNREADABLE = "secret_unreadable"  # noqa: S105
+    METRICS_TOKEN_MISSING = "metrics_token_missing"
     MODEL_MISSING = "model_missing"
     MODEL_KEY_MISSING = "model_key_missing"
     MODEL_KEY_REFUSED = "model_key_refused"
@@ -922,6 +923,10 @@ MEANING: dict[Reason, tuple[str, str]] = {
     Reason.SECRET_UNREADABLE: (
         "A stored secret can't be opened: its file may be read by others, is damaged, or was sealed with another key.",
         "Restore it together with `encryption.key` from one backup, or run the set-up again.",
+    ),
+    Reason.METRICS_TOKEN_MISSING: (
+        "There is no token for scrapers: every scrape is refused.",
+        "The next start makes it; where secrets come from a bundle, repeat `kilo-pipelines bundle`.",
     ),
     Reason.MODEL_MISSING: (
         "No model is set up.",

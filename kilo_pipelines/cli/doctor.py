@@ -217,11 +217,9 @@ def _metrics_token(settings: Settings) -> list[Check]:
     """Nothing before the first start, which makes it."""
     if not settings.secrets_dir.exists():
         return []
-    kept, remedy = (
-        _kept(settings.metrics_token_file),
-        "the next start makes it; where secrets come from a bundle: repeat `bundle`",
-    )
-    return [Check("metrics token", "metrics_token_missing", kept, "stored" if kept else "none", remedy, required=False)]
+    if not _kept(settings.metrics_token_file):
+        return [_fault("metrics token", Reason.METRICS_TOKEN_MISSING, "none", required=False)]
+    return [Check("metrics token", str(Reason.METRICS_TOKEN_MISSING), True, "stored", "", required=False)]
 
 
 def _api_key(settings: Settings) -> list[Check]:

@@ -261,7 +261,7 @@ class Reason(StrEnum):
     WEBHOOK_NOT_SEEN_YET = "webhook_not_seen_yet"
     CLOCK_SKEW = "clock_skew"
     SECRET_UNREADABLE = "secret_unreadable"  # noqa: S105
-    METRICS_TOKEN_MISSING = "metrics_token_missing"
+    METRICS_TOKEN_MISSING = "metrics_token_missing"  # noqa: S105
     MODEL_MISSING = "model_missing"
     MODEL_KEY_MISSING = "model_key_missing"
     MODEL_KEY_REFUSED = "model_key_refused"

@@ -106,7 +106,7 @@ def _steps(now: int) -> str:
 
 def _permissions() -> str:
     rows = "".join(
-        f"<tr><td>{escape(one.title)}</td><td>{one.level}</td><td>{_SERVICES[one.service]}</td><td>{escape(one.reason)}</td></tr>"
+        f"<tr><td>{escape(one.title)}</td><td>{one.level}</td><td>{_SERVICES[one.service]}</td><td>{_words(one.reason)}</td></tr>"
         for one in PERMISSIONS
     )
     return (
@@ -117,7 +117,7 @@ def _permissions() -> str:
 
 def _events() -> str:
     rows = "".join(
-        f"<tr><td><code>{escape(one.name)}</code></td><td>{_SERVICES[one.service]}</td><td>{escape(one.reason)}</td></tr>"
+        f"<tr><td><code>{escape(one.name)}</code></td><td>{_SERVICES[one.service]}</td><td>{_words(one.reason)}</td></tr>"
         for one in EVENTS
     )
     return (
@@ -133,12 +133,16 @@ def _check(check: Check) -> str:
     return f'<tr class="{mark}"><td>{word}</td><td>{escape(check.name)}</td><td>{escape(check.found)}{remedy}</td></tr>'
 
 
+# Whoever has no open set-up is told there to begin one.
+_BACK = '<p><a href="/setup/github">The set-up page</a></p>'
+
+
 def _refusal(reason: Reason, detail: str) -> str:
     meaning, remedy = MEANING[reason]
     more = f"<p>{_words(detail)}</p>" if detail else ""
     return (
         f'<div class="refused" role="alert"><p><code id="reason">{reason}</code> {escape(meaning)}</p>{more}'
-        f"<p><b>What to do:</b> {_words(remedy)}</p></div>"
+        f"<p><b>What to do:</b> {_words(remedy)}</p></div>{_BACK if reason is Reason.SETUP_STATE_INVALID else ''}"
     )
 
 

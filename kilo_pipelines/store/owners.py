@@ -400,7 +400,7 @@ def _only(installation_id: int, found: list[Integration]) -> Integration | Ambig
 
 
 _REVIEW = (
-    "select r.owner_id, r.item_id, w.state, w.reason, w.attempt, w.session_id, s.state as session_state, w.run_id, s.run_id as session_run_id,"
+    f"select r.owner_id, r.item_id, w.state, {system.WHY} as reason, w.attempt, w.session_id, s.state as session_state, w.run_id, s.run_id as session_run_id,"
     " r.full_name as repository, r.repository_id, r.pull_number, r.title, r.author, r.url, r.base_ref, r.head_ref, r.head_sha, r.verdict, r.evidence,"
     " w.created_at, w.ended_at from reviews r join work_items w on w.owner_id = r.owner_id and w.id = r.item_id"
     " left join sessions s on s.owner_id = w.owner_id and s.id = w.session_id where r.owner_id = :owner"

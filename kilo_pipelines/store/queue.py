@@ -1004,7 +1004,7 @@ def read_item(connection: Connection, owner_id: UUID, item_id: UUID, *, lock: bo
     """An item in an owner's scope, locked for a settle when asked to."""
     row = one(
         connection,
-        "select w.*, i.installation_id from work_items w"
+        f"select w.*, {system.WHY} as why, i.installation_id from work_items w"
         " join repositories r on r.owner_id = w.owner_id and r.external_id = w.repository_id"
         " join integrations i on i.owner_id = r.owner_id and i.id = r.integration_id"
         f" where w.owner_id = :owner and w.id = :item {'for update of w' if lock else ''}",
@@ -1027,7 +1027,8 @@ def read_item(connection: Connection, owner_id: UUID, item_id: UUID, *, lock: bo
         "session_id",
         "announced",
     )
-    return ItemRow(**{name: row[name] for name in wanted}, details=details_of(connection, owner_id, item_id, row["service"]))
+    shown = {name: row[name] for name in wanted} | {"reason": row["why"]}
+    return ItemRow(**shown, details=details_of(connection, owner_id, item_id, row["service"]))
 
 
 def audit(

@@ -11,6 +11,12 @@ from typing import NamedTuple
 
 from kilo_pipelines.core.limits import LimitsConfig
 
+# Why an item is where it is. One that waits behind a switch isn't offered at all, so that no claim could write that down.
+WHY = (
+    "case when w.state = 'waiting' then coalesce((select case x.kind when 'kill' then 'kill_switch' else 'paused' end from switches x"
+    " where x.scope in ('all', 'service:' || w.service, 'owner:' || w.owner_id) order by x.kind limit 1), w.reason) else w.reason end"
+)
+
 
 class SystemStatement(NamedTuple):
     """SQL and why it may not be scoped to one owner."""
@@ -689,8 +695,8 @@ ITEM_TRACE = SystemStatement(
 )
 FIGURES = {
     "waiting": SystemStatement(
-        "select service, coalesce(reason, 'none') as reason, count(*) as n, extract(epoch from :now - min(updated_at))::float8 as oldest"
-        " from work_items where state = 'waiting' group by service, reason",
+        f"select w.service, coalesce({WHY}, 'none') as reason, count(*) as n, extract(epoch from :now - min(w.updated_at))::float8 as oldest"
+        " from work_items w where w.state = 'waiting' group by 1, 2",
         _OPERATORS,
     ),
     "deliveries": SystemStatement(
@@ -833,7 +839,7 @@ select (select count(*) from items) + (select count(*) from held) as n
     "a failed run is named by Dagster, and what it held is asked for",
 )
 ITEMS_OF_PEOPLE = SystemStatement(
-    "select w.owner_id, w.id, w.service, w.subject_key, w.state, w.reason, w.attempt, w.fence, w.tries, w.priority, w.not_before, w.lease_until,"
+    f"select w.owner_id, w.id, w.service, w.subject_key, w.state, {WHY} as reason, w.attempt, w.fence, w.tries, w.priority, w.not_before, w.lease_until,"
     " w.deadline, w.session_id, w.run_id, w.announced, w.created_at, w.ended_at from work_items w"
     " where (cast(:owner as uuid) is null or w.owner_id = :owner) and (cast(:service as text) is null or w.service = :service)"
     " and (cast(:state as text) is null or w.state = :state or (:state = 'live' and w.ended_at is null))"

@@ -223,6 +223,28 @@ def test_the_kill_switch_stops_what_runs_and_leaves_what_waits(world: World, sco
         world.store.queue.unswitch(place)
 
 
+@pytest.mark.parametrize("scope", ["all", "service:code_review", "owner"])
+@pytest.mark.parametrize(("kind", "reason"), [("kill", Reason.KILL_SWITCH), ("pause", Reason.PAUSED)])
+def test_what_waits_behind_a_switch_says_so_although_nobody_claims_it(
+    world: World, scope: str, kind: str, reason: Reason
+) -> None:
+    item = world.item()
+    place = f"owner:{world.owner.id}" if scope == "owner" else scope
+
+    def told() -> set[Any]:
+        listed = [one for one in world.store.queue.items(owner_id=world.owner.id) if one["id"] == item]
+        return {world.store.queue.get(item).reason, world.store.reviews.get(item).reason, *(one["reason"] for one in listed)}  # type: ignore[union-attr]
+
+    assert told() == {None}
+    world.store.queue.switch(place, kind, "test", actor="test")
+    try:
+        assert told() == {reason}
+        assert reason in {row["reason"] for row in world.store.figures.now().waiting}
+    finally:
+        world.store.queue.unswitch(place)
+    assert told() == {None}
+
+
 def test_a_kill_waits_for_a_claim_that_has_looked_already_and_stops_it(world: World) -> None:
     """Otherwise the item would start unseen behind the kill, and work on once that is lifted."""
     item, place, stopped = world.item(), f"owner:{world.owner.id}", list[int | None]()

@@ -244,7 +244,7 @@ class Spend:
         return stopped
 
     def over_budget(self) -> list[dict[str, Any]]:
-        """Owners past a budget of today whose work spends all the same."""
+        """Owners past a budget of today whose work spends all the same; what was spent before a budget was lowered is no fault."""
         now = self._clock.now()
         values = {"day": day_of(now), "since": now - timedelta(minutes=10), "limit": 100}
         with self._database.system() as connection:

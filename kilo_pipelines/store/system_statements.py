@@ -794,22 +794,22 @@ _NUMBER = "case when budget ->> '{0}' ~ '^[0-9]+([.][0-9]+)?$' then (budget ->> 
 OVER_BUDGET = SystemStatement(
     f"""
 with stored as (
-    select c.owner_id, '' as scope, c.config -> 'daily' as budget from service_configs c where c.service = 'limits'
-    union all select c.owner_id, '', c.config from service_configs c where c.service = 'cap'
-    union all select c.owner_id, b.key, b.value from service_configs c cross join lateral jsonb_each(
+    select c.owner_id, '' as scope, c.config -> 'daily' as budget, c.updated_at from service_configs c where c.service = 'limits'
+    union all select c.owner_id, '', c.config, c.updated_at from service_configs c where c.service = 'cap'
+    union all select c.owner_id, b.key, b.value, c.updated_at from service_configs c cross join lateral jsonb_each(
         case when jsonb_typeof(c.config -> 'services') = 'object' then c.config -> 'services' else '{{}}' end) b where c.service = 'limits'
 ), budgets as (
-    select owner_id, scope, min({_NUMBER.format("tokens")}) as tokens, min({_NUMBER.format("usd")}) * 1000000 as micro_usd
+    select owner_id, scope, min({_NUMBER.format("tokens")}) as tokens, min({_NUMBER.format("usd")}) * 1000000 as micro_usd, max(updated_at) as set_at
     from stored group by owner_id, scope
 ), spent as (
-    select b.owner_id, b.scope, b.tokens, b.micro_usd, sum(d.tokens_in + d.tokens_out) as spent_tokens, sum(d.micro_usd) as spent_micro_usd,
+    select b.owner_id, b.scope, b.tokens, b.micro_usd, b.set_at, sum(d.tokens_in + d.tokens_out) as spent_tokens, sum(d.micro_usd) as spent_micro_usd,
         max(d.last_at) as last_at
     from budgets b join spend_days d on d.owner_id = b.owner_id and d.day = :day and b.scope in ('', d.service)
-    group by b.owner_id, b.scope, b.tokens, b.micro_usd
+    group by b.owner_id, b.scope, b.tokens, b.micro_usd, b.set_at
 )
 select o.name as owner, s.scope, s.tokens, s.spent_tokens, s.micro_usd, s.spent_micro_usd, s.last_at from spent s
 join owners o on o.id = s.owner_id
-where (s.spent_tokens > s.tokens or s.spent_micro_usd > s.micro_usd) and s.last_at > :since order by o.name, s.scope limit :limit
+where (s.spent_tokens > s.tokens or s.spent_micro_usd > s.micro_usd) and s.last_at > :since and s.last_at >= s.set_at order by o.name, s.scope limit :limit
 """,
     "a budget that is passed and spent from means that a stop doesn't hold",
 )

@@ -278,7 +278,12 @@ def test_a_cap_like_the_owners_budget_counts_what_was_spent_once(day: World) -> 
     assert told() == []
     cap({"tokens": 500, "usd": None}, 1)
     assert told() == [("", 500)]
-    cap({"tokens": "many"}, 2)
+    day.clock.advance(timedelta(seconds=1))
+    cap({"tokens": 400, "usd": None}, 2)
+    assert told() == [], "nothing was spent since it was lowered"
+    _spend(day, claim, Usage(700, 0), session, "meter")
+    assert told() == [("", 400)]
+    cap({"tokens": "many"}, 3)
     assert told() == [], "what is no number is nobody's budget; the claims stop"
 
 

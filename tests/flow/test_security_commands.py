@@ -59,7 +59,8 @@ def told(done: Result) -> Any:
 
 def test_a_report_goes_to_standard_output_or_to_a_new_file(run: Run, tmp_path: Path) -> None:
     rows = list(csv.reader(io.StringIO(run("report").stdout_bytes.decode(), newline="")))
-    assert len(rows) == 10 and "'=1+1" in rows[1]  # a header and nine events
+    assert len(rows) == 10  # a header and nine events
+    assert [row for row in rows if "'=1+1" in row] and not [row for row in rows if "=1+1" in row]
     place = tmp_path / "report.json"
     assert told(run("report", "--format", "json", "--output", str(place), "--json"))["bytes"] == place.stat().st_size
     assert json.loads(place.read_bytes())["event_count"] == 9

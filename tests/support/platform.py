@@ -75,7 +75,7 @@ class RunningPlatform:
         self.store: Store
         self.start()
         # The demonstration's own pull request is number 1; a test that came before it would get its pushes.
-        self.wait(lambda: self.store.reviews.of_owner(self.owner), 60)
+        self.wait(lambda: self.store.reviews.of_owner(self.owner), 120)
 
     def start(self) -> None:
         """Starts and waits until everything answers."""
@@ -84,7 +84,8 @@ class RunningPlatform:
         with self.log.open("ab") as log:
             argv = [sys.executable, "-m", "kilo_pipelines.cli.main", "up", "--agent", "scripted"]
             self.process = subprocess.Popen(argv, env=self.env, stdout=log, stderr=log, start_new_session=True)
-        self.wait(lambda: b"pull request is on its way" in self.log.read_bytes()[before:] or None, 60)
+        # Fifteen seconds on a quiet machine; other tests run beside this one.
+        self.wait(lambda: b"pull request is on its way" in self.log.read_bytes()[before:] or None, 150)
         kept = {name: value for name, value in self.env.items() if name.startswith("KILO_")}
         outer = {name: os.environ.get(name) for name in kept}
         os.environ.update(kept)
@@ -122,7 +123,7 @@ class RunningPlatform:
         rows = self.store.reviews.of_owner(self.owner, limit=200)
         return next((one for one in rows if one.pull_number == pull["number"] and one.head_sha == pull["head_sha"]), None)
 
-    def when(self, pull: dict[str, Any], ready: Callable[[ReviewRow], bool], seconds: float = 60) -> ReviewRow:
+    def when(self, pull: dict[str, Any], ready: Callable[[ReviewRow], bool], seconds: float = 120) -> ReviewRow:
         """The review, as soon as it is as wanted."""
 
         def look() -> ReviewRow | None:
@@ -140,7 +141,7 @@ class RunningPlatform:
 
         return self.when(pull, working)
 
-    def settled(self, pull: dict[str, Any], seconds: float = 90) -> ReviewRow:
+    def settled(self, pull: dict[str, Any], seconds: float = 150) -> ReviewRow:
         """The review after its end, with all effects applied."""
 
         def done(row: ReviewRow) -> bool:

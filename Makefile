@@ -40,8 +40,7 @@ $(OPENAPI): tests/contracts/package.json | $(STAMP)
 
 test: deps
 	$(BIN)/python -m pytest tests/unit -q -n 2
-	# Three on two cores: platforms wait for leases and agents half of their time.
-	$(BIN)/python -m pytest tests --ignore tests/unit -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore tests/unit -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: deps
 	$(BIN)/python -m pytest tests/unit -q -n 2

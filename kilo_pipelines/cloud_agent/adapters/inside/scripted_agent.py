@@ -167,8 +167,8 @@ def blind(prompt):
 
 
 def slow(prompt):
-    """Honest, but long enough at work to be interrupted."""
-    time.sleep(5)
+    """Honest, but long enough at work to be interrupted, also by a command that takes seconds to start on a busy machine."""
+    time.sleep(12)
     converse(prompt)
 
 

@@ -364,13 +364,13 @@ class Queue:
             if not changed(connection, system.SET_SWITCH.sql, scope=scope, kind=kind, reason=reason, actor=actor):
                 return None
             notify(connection, f"switch:{scope}")
-        live: Sequence[Any] = []
-        if kind == "kill":
-            with self._database.system() as connection:
-                # A claim that looked before the switch was there may not have committed: its item would work on, unseen.
-                wait_for_claims(connection, scope)
-                live = rows(connection, system.LIVE_ITEMS.sql, scope=scope)
         self._audit_switch(scope, f"switch.{kind}", actor, {"reason": reason})
+        if kind != "kill":
+            return 0
+        with self._database.system() as connection:
+            # A claim that looked before the switch was there may not have committed: its item would work on, unseen.
+            wait_for_claims(connection, scope)
+            live = rows(connection, system.LIVE_ITEMS.sql, scope=scope)
         return sum(self.cancel(row["id"], reason=Reason.KILL_SWITCH, actor=actor) for row in live)
 
     def suggest_only(self, scope: str, on: bool, reason: str, *, actor: str) -> bool:

@@ -255,7 +255,7 @@ def test_every_step_is_reached_and_a_kill_there_loses_nothing_and_doubles_nothin
     assert {one.partition(":")[2] for found in reached.values() for one in found} == wanted
     faults = []
     for name, found in reached.items():
-        for point in sorted(found) if full else sorted(found)[::2]:
+        for point in sorted(found) if full else sorted(found)[:: 1 if name == "analysed" else 2]:
             (points / point).touch()
             kills, wrong = SCENARIOS[name](_owner(database, twin), database, points)
             figures(tried=1, lost=sum("lost" in one for one in wrong), duplicated=sum("twice" in one for one in wrong))

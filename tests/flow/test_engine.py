@@ -538,7 +538,7 @@ def run_engine(database: Database, postgres_admin: str, examples: int, steps: in
 def test_whatever_happens_the_engines_invariants_hold(
     database: Database, postgres_admin: str, full: bool, figures: Figures
 ) -> None:
-    steps = run_engine(database, postgres_admin, 1_000 if full else 25, 40 if full else 30)
+    steps = run_engine(database, postgres_admin, 1_000 if full else 40, 40 if full else 30)
     figures(tried=steps["steps"], lost=steps["lost"], duplicated=steps["twice"])
     assert steps["steps"] > 500
 

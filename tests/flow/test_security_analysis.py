@@ -52,6 +52,14 @@ def _only(owner: Owner, finding: FindingRow) -> AnalysisRow:
     return found
 
 
+def _storefront(database: Database, twin: Twin) -> tuple[Storefront, FindingRow, FindingRow]:
+    """A synced shop, its finding that requests reach, and the one of a package that nobody imports."""
+    shop = Storefront(database, twin)
+    shop.sync()
+    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    return shop, reached, unused
+
+
 def _asked(owner: Owner, finding: FindingRow, **more: bool) -> UUID:
     item = analyse(owner.store, finding, role="owner", actor="test", **more)
     assert isinstance(item, UUID), item
@@ -61,9 +69,7 @@ def _asked(owner: Owner, finding: FindingRow, **more: bool) -> UUID:
 def test_reading_the_repository_tells_a_package_that_is_reached_from_one_that_nobody_imports(
     database: Database, twin: Twin, desk: Dispatcher
 ) -> None:
-    shop = Storefront(database, twin)
-    shop.sync()
-    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    shop, reached, unused = _storefront(database, twin)
     for one in (reached, unused):
         _asked(shop, one)
     desk.work(shop.id)
@@ -83,9 +89,7 @@ def test_what_a_session_says_that_saw_nothing_is_not_believed(
 ) -> None:
     """Its search found nothing, and the platform's finds the use: nobody has judged it."""
     monkeypatch.setenv("KILO_SCRIPTED_BEHAVIOUR", "blind")
-    shop = Storefront(database, twin)
-    shop.sync()
-    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    shop, reached, unused = _storefront(database, twin)
     for one in (reached, unused):
         _asked(shop, one, deep=True)
     desk.work(shop.id)
@@ -100,9 +104,7 @@ def test_a_hosted_agent_reads_no_repository_and_nothing_is_paid_to_learn_that(
     database: Database, twin: Twin, desk: Dispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KILO_AGENT", "hosted")
-    shop = Storefront(database, twin)
-    shop.sync()
-    reached, unused = sorted(shop.findings(), key=lambda one: one.severity)
+    shop, reached, unused = _storefront(database, twin)
     _asked(shop, reached, deep=True)
     _asked(shop, unused)
     desk.work(shop.id)

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 
 from kilo_pipelines.core.reasons import Reason
 from kilo_pipelines.store import AdmissionTx, Claimed, Refused, SessionClaim
@@ -262,6 +263,25 @@ def test_a_kill_waits_for_a_claim_that_has_looked_already_and_stops_it(world: Wo
     world.store.queue.unswitch(place)
     assert isinstance(claim, Claimed) and stopped == [1]
     assert world.state(item) == "cancelled"
+
+
+def test_a_kill_that_can_not_wait_is_set_and_audited_and_asked_for_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database goes away while it waits for claims: nothing new starts, and who set it is known."""
+    claim, place = world.claim(world.item()), f"owner:{world.owner.id}"
+
+    def away(*_: object) -> None:
+        raise OperationalError("lock", None, Exception("gone"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kilo_pipelines.store.queue.wait_for_claims", away)
+        with pytest.raises(OperationalError):
+            world.store.queue.switch(place, "kill", "test", actor="grace")
+    assert [one["scope"] for one in world.store.queue.switches() if one["kind"] == "kill"] == [place]
+    told = [one for one in world.store.audit.listed(owner_id=world.owner.id) if one["action"] == "switch.kill"]
+    assert [one["actor"] for one in told] == ["grace"]
+    assert world.store.queue.switch(place, "kill", "test", actor="grace") == 1
+    assert world.state(claim.item_id) == "cancelled"
+    world.store.queue.unswitch(place)
 
 
 def test_reopening_waits_for_an_admission_of_the_same_subject(world: World) -> None:
